@@ -1,0 +1,1 @@
+"""From a request to volumes: the pipeline, the field-of-view adviser."""

@@ -1,0 +1,72 @@
+"""Residual and resampling blocks of the autoencoder. Mathematics only: no files, devices or splitting.
+
+All feature maps are `B C X Y Z`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Upsampling = Literal["trilinear", "nearest", "transposed"]
+
+
+def conv3(in_channels: int, out_channels: int, stride: int = 1, padding: int = 1) -> nn.Conv3d:
+    """3 x 3 x 3 convolution that keeps the size at stride 1."""
+    return nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=padding)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, plus the (projected) input."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, norm_eps)
+        self.conv1 = conv3(in_channels, out_channels)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, norm_eps)
+        self.conv2 = conv3(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`B Cin X Y Z` -> `B Cout X Y Z`."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return torch.as_tensor(self.shortcut(x) + h)
+
+
+class Downsample(nn.Module):
+    """Halve each axis (rounding down): one zero voxel at the far end, then a stride-2 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`B C X Y Z` -> `B C X//2 Y//2 Z//2`."""
+        return torch.as_tensor(self.conv(F.pad(x, (0, 1) * 3)))
+
+
+class Upsample(nn.Module):
+    """Double each axis.
+
+    `trilinear` (the released CT autoencoder, as its reference network computes it) and `nearest` interpolate and then
+    convolve; `transposed` (the released mask autoencoder) is one transposed convolution.
+    """
+
+    def __init__(self, channels: int, mode: Upsampling) -> None:
+        super().__init__()
+        self.mode = mode
+        if mode == "transposed":
+            self.conv: nn.Module = nn.ConvTranspose3d(channels, channels, 3, stride=2, padding=1, output_padding=1)
+        else:
+            self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`B C X Y Z` -> `B C 2X 2Y 2Z`."""
+        if self.mode != "transposed":
+            x = F.interpolate(x, scale_factor=2.0, mode=self.mode)
+        return torch.as_tensor(self.conv(x))

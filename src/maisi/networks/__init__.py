@@ -1,0 +1,1 @@
+"""The networks: mathematics and configuration only; no files, devices, schedulers or splitting."""

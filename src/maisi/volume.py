@@ -1,0 +1,105 @@
+"""`Volume`: a 3D array with its place in the world. Knows no file format and no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maisi.errors import MaisiError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A 3D array and the affine that takes voxel indices to millimetres.
+
+    Attributes:
+        array: shape (X, Y, Z). CT in HU, label maps as integers.
+        affine: (4, 4) float64; `affine @ (i, j, k, 1)` is the world position in mm, RAS+
+            (x grows to the patient's Right, y to Anterior, z to Superior), as in NIfTI.
+    """
+
+    array: Array
+    affine: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        """Check shape and affine.
+
+        Raises:
+            MaisiError: the array is not 3D or empty, or the affine is not an invertible, finite 4 x 4 matrix.
+        """
+        if self.array.ndim != 3:
+            raise MaisiError(f"A volume has 3 axes, this one has {self.array.ndim}; give one 3D volume.")
+        if 0 in self.array.shape:
+            raise MaisiError(f"The volume is empty (shape {self.array.shape}); give one with voxels in it.")
+        affine = np.asarray(self.affine, dtype=np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise MaisiError("The affine is not a finite 4 x 4 matrix; repair the file's header.")
+        if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            raise MaisiError("The affine is singular (an axis has no extent); repair the file's header.")
+        object.__setattr__(self, "affine", affine)
+
+    @classmethod
+    def from_spacing(
+        cls,
+        array: Array,
+        spacing_mm: tuple[float, float, float],
+        origin_mm: tuple[float, float, float] | None = None,
+    ) -> Volume:
+        """Make a RAS+ volume with axes along the world's; its centre is the world's origin unless `origin_mm`."""
+        affine = np.diag([*spacing_mm, 1.0])
+        if origin_mm is None:
+            affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(array.shape, spacing_mm, strict=True)]
+        else:
+            affine[:3, 3] = origin_mm
+        return cls(array, affine)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of voxels along X, Y, Z."""
+        x, y, z = self.array.shape
+        return (int(x), int(y), int(z))
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along each array axis, in mm."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return (float(x), float(y), float(z))
+
+    def with_array(self, array: Array) -> Volume:
+        """Return the same geometry with other values; the shape must be the same."""
+        if array.shape != self.array.shape:
+            raise ValueError(f"shape {array.shape} differs from the volume's {self.array.shape}")
+        return replace(self, array=array)
+
+    def same_grid(self, other: Volume, tolerance_mm: float = 1e-3) -> bool:
+        """Say whether both volumes have the same shape and, to `tolerance_mm` at every corner, the same affine."""
+        if self.shape != other.shape:
+            return False
+        corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], [1])).reshape(4, -1)
+        return bool(np.abs((self.affine - other.affine) @ corners).max() <= tolerance_mm)
+
+    def to_ras(self) -> Volume:
+        """Reorder and flip the axes so that they run closest to Right, Anterior, Superior; no resampling."""
+        rotation = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        order = _closest_axes(rotation)
+        array = np.transpose(self.array, order)
+        affine = self.affine.copy()
+        affine[:3, :3] = self.affine[:3, order]
+        for axis in range(3):
+            if affine[axis, axis] < 0:
+                array = np.flip(array, axis)
+                affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
+                affine[:3, axis] *= -1
+        return Volume(np.ascontiguousarray(array), affine)
+
+
+def _closest_axes(rotation: NDArray[np.float64]) -> list[int]:
+    """For each world axis, the array axis that runs closest to it; each array axis is used once."""
+    from itertools import permutations
+
+    return list(max(permutations(range(3)), key=lambda p: sum(abs(rotation[w, a]) for w, a in enumerate(p))))

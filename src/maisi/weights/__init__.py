@@ -1,0 +1,1 @@
+"""Weights on disk: the model folder, loading, and conversion of the released files."""
