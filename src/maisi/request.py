@@ -1,0 +1,143 @@
+"""`Request`: what someone wants generated, checked once, whichever door it came through. Knows no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+from pydantic import BeforeValidator, Field
+
+from maisi.anatomy import parse_modality, sort_regions
+from maisi.config import Config, parse_config
+from maisi.errors import MaisiError
+
+SPACING_RANGE_MM = (0.3, 10.0)
+SIZE_RANGE = (1, 1024)
+MAX_VOXELS = 2 * 512 * 512 * 768
+"""Twice the largest volume of the paper."""
+
+SEED_LIMIT = 2**63
+
+
+def _items(value: object) -> list[Any]:
+    """Split '128,128,64', '128x128x64' or a sequence into a list; a lone value becomes a list of one."""
+    if isinstance(value, str):
+        return [part for part in re.split(r"[\s,;x]+", value.strip()) if part]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return list(value)
+    return [value]
+
+
+def _numbers(value: object, what: str, mend: str) -> list[float]:
+    items = _items(value)
+    try:
+        numbers = [float(item) for item in items]
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not {what}; {mend}") from None
+    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{value!r} is not {what}; {mend}")
+    return numbers
+
+
+def _size(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    low, high = SIZE_RANGE
+    mend = f"give X, Y, Z as three whole numbers from {low} to {high}, such as 128,128,128"
+    numbers = _numbers(value, "a size in voxels", mend)
+    if not all(number.is_integer() and low <= number <= high for number in numbers):
+        raise ValueError(f"{_show(numbers)} is not a size in voxels; {mend}")
+    if math.prod(numbers) > MAX_VOXELS:
+        raise ValueError(
+            f"{_show(numbers)} is {math.prod(numbers) / 1e6:.0f} million voxels; "
+            f"stay within {MAX_VOXELS / 1e6:.0f} million, such as 512,512,768"
+        )
+    return tuple(int(number) for number in numbers)
+
+
+def _spacing(value: object) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    low, high = SPACING_RANGE_MM
+    mend = f"give X, Y, Z in mm, each from {low:g} to {high:g}, such as 1.5,1.5,2"
+    numbers = _numbers(value, "a spacing", mend)
+    if not all(low <= number <= high for number in numbers):
+        raise ValueError(f"{_show(numbers)} is not a usable spacing; {mend}")
+    return tuple(numbers)
+
+
+def _regions(value: object) -> tuple[str, ...]:
+    items = [] if value is None else [value] if isinstance(value, str) else _items(value)
+    names = [part for item in items for part in re.split(r"[,;+]", str(item)) if part.strip()]
+    try:
+        return sort_regions(names)
+    except MaisiError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
+
+def _modality(value: object) -> str:
+    try:
+        return parse_modality(str(value))
+    except MaisiError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
+
+def _show(numbers: list[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
+
+
+class Request(Config):
+    """One order for synthetic volumes. Where it is written to is not part of it.
+
+    Attributes:
+        region: body regions to cover, kept from top to bottom; aliases such as 'thorax' are accepted.
+        size: voxels along X, Y, Z; None leaves it to the model, or to the mask.
+        spacing: mm along X, Y, Z; None as for `size`.
+        seed: with the item's number it decides the noise, and so every byte of the item.
+        count: how many items.
+        mask: a label map that the image is to follow; its grid is then the image's.
+        model: the name of a carried model, or a model folder.
+        steps: denoising steps; None takes the model's default.
+        modality: a key of `anatomy.MODALITIES`.
+        guidance: strength of classifier-free guidance; 0 is off.
+        fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
+        solver: name of a solver; None takes the model's default.
+    """
+
+    region: Annotated[tuple[str, ...], BeforeValidator(_regions)] = ()
+    size: Annotated[tuple[int, int, int] | None, BeforeValidator(_size)] = None
+    spacing: Annotated[tuple[float, float, float] | None, BeforeValidator(_spacing)] = None
+    seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
+    count: int = Field(default=1, ge=1, le=100_000)
+    mask: Path | None = None
+    model: str = Field(default="tiny", min_length=1)
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    modality: Annotated[str, BeforeValidator(_modality)] = "ct"
+    guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
+    fov: Literal["given", "auto"] = "given"
+    solver: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_fov(self) -> Request:
+        if self.fov == "auto" and not self.region and self.mask is None:
+            raise ValueError("fov 'auto' picks size and spacing from the regions; name at least one region")
+        return self
+
+    @classmethod
+    def parse(cls, **values: Any) -> Request:
+        """Check `values` and make a request of them.
+
+        Raises:
+            MaisiError: a value or a key cannot be used; one sentence names every fault.
+        """
+        return parse_config(cls, values, "The request")
+
+
+def item_seed(seed: int, item: int) -> int:
+    """Return the seed of one item, from 0 to 2**63 - 1: whatever the batch, the device and the count."""
+    state = np.random.SeedSequence((seed, item)).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
