@@ -90,8 +90,8 @@ REGION_MARKERS: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "lower-body": (93, 94),
     }
 )
-"""Region -> ids whose presence shows that a volume covers it: the released markers (2 is a free id there, yet a
-marker) and, for the head and neck, the extension's structures, which no released mask holds."""
+"""Region -> ids whose presence shows that a volume covers it: the released markers (2 among them, though
+a free id) and, for the head and neck, the extension's structures, which no released mask holds."""
 
 _REGION_ALIASES = {
     "head": "head-neck",
@@ -192,6 +192,6 @@ def parse_modality(name: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """Say which of the `known` names is nearest, as a clause for behind the wrong name; '' if none is near."""
+    """Say which of the `known` names is nearest, as a clause behind the wrong name; '' if none is near."""
     near = difflib.get_close_matches(_words(name), list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""

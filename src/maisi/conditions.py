@@ -18,7 +18,7 @@ from maisi.errors import MaisiError
 Float32 = NDArray[np.float32]
 
 CONDITION_SCALE = 100.0
-"""Factor on spacing in mm and on region one-hots before they enter a network (released weights' convention)."""
+"""Factor on spacing in mm and on region one-hots before they enter a network (as the released weights do)."""
 
 MASK_BITS = 8
 """Channels of a label map as the ControlNet sees it: one per bit of an id from 0 to 255."""
@@ -110,7 +110,7 @@ def mask_bits(labels: NDArray[np.uint8]) -> Float32:
 
 
 def bits_mask(bits: NDArray[Any]) -> NDArray[np.uint8]:
-    """Turn (8, X, Y, Z) back into a label map (X, Y, Z); over one half counts as one. Inverse of `mask_bits`."""
+    """Turn (8, X, Y, Z) back into a label map (X, Y, Z); over 0.5 counts as one. Inverse of `mask_bits`."""
     if bits.shape[0] != MASK_BITS:
         raise ValueError(f"a mask has {MASK_BITS} bits, not {bits.shape[0]}")
     labels = np.zeros(bits.shape[1:], dtype=np.uint8)
