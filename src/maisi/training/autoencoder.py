@@ -1,0 +1,200 @@
+"""The autoencoder stage: L1 + perceptual + KL + adversarial loss on patches (paper, section 3.1, equation 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from maisi.config import Config
+from maisi.data.prepared import PreparedCase, PreparedFolder
+from maisi.data.preprocess import window_ct
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
+from maisi.training.losses import adversarial, perceptual
+from maisi.training.loop import LoopConfig, resolve_device
+from maisi.training.optimizer import OptimizerConfig, Trainee
+from maisi.training.patches import PatchConfig, PatchSource
+from maisi.training.perceptual import FeatureName, Features, load_features
+from maisi.training.state import Checkpoint, step_generator
+from maisi.weights.load import load_network, save_network
+
+
+class AutoencoderLosses(Config):
+    """Weights of the terms; the defaults are the paper's.
+
+    Attributes:
+        perceptual_slices: slices of each axis that the perceptual loss looks at.
+        adversarial_start: step at which the discriminator joins; until then its weight is 0.
+        adversarial_ramp: steps over which its weight then grows to the full one.
+    """
+
+    perceptual: float = Field(default=0.3, ge=0)
+    perceptual_features: FeatureName = "efficientnet-lite0"
+    perceptual_slices: int = Field(default=2, ge=1)
+    kl: float = Field(default=1e-7, ge=0)
+    adversarial: float = Field(default=0.1, ge=0)
+    adversarial_start: int = Field(default=1000, ge=0)
+    adversarial_ramp: int = Field(default=500, ge=1)
+
+    def adversarial_weight(self, step: int) -> float:
+        """Weight of the adversarial term in a step."""
+        return self.adversarial * min(1.0, max(0.0, (step - self.adversarial_start) / self.adversarial_ramp))
+
+
+class AutoencoderRun(Config):
+    """A complete training of the autoencoder.
+
+    Attributes:
+        data: prepared folder (`maisi prepare`).
+        init: weights to start from; none starts at random.
+        validation_size: voxels of the centre crop that each validation case contributes.
+    """
+
+    data: Path
+    loop: LoopConfig
+    init: Path | None = None
+    model: AutoencoderConfig = AutoencoderConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    patches: PatchConfig = PatchConfig()
+    losses: AutoencoderLosses = AutoencoderLosses()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    discriminator_optimizer: OptimizerConfig = OptimizerConfig()
+    validation_cases: int = Field(default=4, ge=1)
+    validation_size: tuple[int, int, int] = (96, 96, 96)
+
+
+class AutoencoderStage:
+    """See `maisi.training.loop.Stage`."""
+
+    def __init__(self, run: AutoencoderRun) -> None:
+        self.run = run
+        self.device = resolve_device(run.loop.device)
+        self.folder = PreparedFolder(run.data)
+        self.source = PatchSource(self.folder, "train", run.patches, run.loop.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.loop.seed)
+            model: torch.nn.Module = load_network(run.init) if run.init else Autoencoder(run.model)
+            discriminator = PatchDiscriminator(run.discriminator)
+        layout = torch.channels_last_3d
+        self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.trainee = Trainee("autoencoder", self.model, run.optimizer, run.loop.steps)
+        discriminator = discriminator.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.judge = Trainee("discriminator", discriminator, run.discriminator_optimizer, run.loop.steps)
+        self.features: Features | None = None
+        if run.losses.perceptual:
+            self.features = load_features(run.losses.perceptual_features)
+            if isinstance(self.features, torch.nn.Module):
+                self.features.to(self.device)
+
+    def batch(self, step: int) -> list[Tensor]:
+        """One tensor `B 1 X Y Z` for each accumulated batch."""
+        count = self.run.optimizer.accumulate
+        return [self.source.batch(step * count + i) for i in range(count)]
+
+    def update(self, batch: list[Tensor], step: int) -> Mapping[str, float]:
+        """One step of the autoencoder and, once the warm-up is over, one of the discriminator."""
+        weight = self.run.losses.adversarial_weight(step)
+        sums: dict[str, float] = {}
+        for part, images in enumerate(batch):
+            x = images.to(self.device).contiguous(memory_format=torch.channels_last_3d)
+            generator = step_generator(self.run.loop.seed, step * len(batch) + part, stream=1)
+            output, terms = self._generator_loss(x, generator, weight)
+            if weight > 0:
+                terms["discriminator"] = self._discriminator_loss(x, output.detach(), len(batch))
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value / len(batch)
+        sums["gradient"] = self.trainee.apply(step)
+        if weight > 0:
+            self.judge.apply(step)
+        return sums
+
+    def _generator_loss(
+        self, x: Tensor, generator: torch.Generator, adversarial_weight: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        losses = self.run.losses
+        with self._autocast():
+            distribution = self.model.encode(x)
+            noise = torch.randn(distribution.mean.shape, generator=generator).to(self.device)
+            z = distribution.mean + torch.exp(0.5 * distribution.log_variance) * noise
+            output = self.model.decode(z).float()
+        terms = {"l1": F.l1_loss(output, x), "kl": losses.kl * distribution.kl().float()}
+        if self.features is not None:
+            positions = torch.rand(losses.perceptual_slices, generator=generator)
+            terms["perceptual"] = losses.perceptual * perceptual(self.features, output, x, positions)
+        if adversarial_weight > 0:
+            self.judge.module.requires_grad_(False)
+            with self._autocast():
+                scores = self.judge.module(output)
+            terms["adversarial"] = adversarial_weight * adversarial(scores.float(), real=True)
+            self.judge.module.requires_grad_(True)
+        (torch.stack(list(terms.values())).sum() / self.run.optimizer.accumulate).backward()
+        return output, {name: float(value.detach()) for name, value in terms.items()}
+
+    def _discriminator_loss(self, real: Tensor, made: Tensor, parts: int) -> float:
+        with self._autocast():
+            on_real, on_made = self.judge.module(real), self.judge.module(made)
+        loss = 0.5 * (adversarial(on_real.float(), True) + adversarial(on_made.float(), False))
+        (loss / parts).backward()
+        return float(loss.detach())
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.run.loop.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> tuple[Mapping[str, float], Mapping[str, Tensor]]:
+        """PSNR and mean absolute error in HU of the averaged weights, and input over output over difference."""
+        model = Autoencoder(self.model.config).to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        model.load_state_dict(self.trainee.ema.values)
+        errors: list[tuple[float, float]] = []
+        columns: list[Tensor] = []
+        cases = self.folder.cases("validation")
+        stride = max(1, len(cases) // self.run.validation_cases)
+        for case in cases[::stride][: self.run.validation_cases]:
+            x = self._centre(case).to(self.device)
+            y = model.decode(model.encode(x).mean).clamp(0, 1)
+            errors.append((float((x - y).square().mean()), float((x - y).abs().mean())))
+            middle = [t[0, 0, :, t.shape[3] // 2, :].flip(1).T for t in (x, y, 0.5 + 2 * (y - x))]
+            columns.append(torch.cat([_square(m) for m in middle], 0))
+        psnr = float(np.mean([-10 * np.log10(max(mse, 1e-12)) for mse, _ in errors]))
+        mae = float(np.mean([mean for _, mean in errors])) * 2000
+        picture = torch.cat(columns, 1)[None].expand(3, -1, -1).cpu()
+        return {"psnr": psnr, "mae_hu": mae}, {"reconstruction": picture}
+
+    def _centre(self, case: PreparedCase) -> Tensor:
+        image = self.folder.image(case)
+        multiple = self.model.config.compression
+        index = []
+        for n, wanted in zip(image.shape, self.run.validation_size, strict=True):
+            size = min(n, wanted) // multiple * multiple
+            index.append(slice((n - size) // 2, (n - size) // 2 + size))
+        values = image[tuple(index)]
+        array = window_ct(values) if case.modality == "ct" else np.asarray(values, dtype=np.float32)
+        return torch.from_numpy(np.ascontiguousarray(array))[None, None]
+
+    def checkpoint(self) -> Checkpoint:
+        """Both networks and their optimizers."""
+        return Checkpoint({**self.trainee.tensors(), **self.judge.tensors()}, {})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Inverse of `checkpoint`."""
+        self.trainee.restore(dict(checkpoint.tensors))
+        self.judge.restore(dict(checkpoint.tensors))
+
+    def export(self, folder: Path) -> None:
+        """Write `autoencoder.safetensors` with the averaged weights."""
+        model: Any = Autoencoder(self.model.config)
+        model.load_state_dict(self.trainee.ema.values)
+        save_network(folder / "autoencoder.safetensors", model)
+
+
+def _square(picture: Tensor) -> Tensor:
+    """Bring a picture `H W` to 128 x 128."""
+    return F.interpolate(picture[None, None], size=(128, 128))[0, 0]

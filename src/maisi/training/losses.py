@@ -1,0 +1,70 @@
+"""Losses of all stages. Every function takes tensors and returns a scalar tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maisi.training.perceptual import Features
+
+
+def perceptual(features: Features, output: Tensor, target: Tensor, positions: Tensor) -> Tensor:
+    """Distance of 2D features on slices of all three planes (2.5D).
+
+    Args:
+        features: 2D feature extractor; see `maisi.training.perceptual`.
+        output: `B 1 X Y Z`, about [0, 1].
+        target: the same shape.
+        positions: (slices,) in [0, 1): which slices of each axis.
+
+    At each depth features are scaled to unit length along channels and their squared difference is averaged.
+    """
+    pairs = zip(slices(output, positions), slices(target, positions), strict=True)
+    total = output.new_zeros(())
+    for a, b in pairs:
+        with torch.no_grad():
+            wanted = features(b)
+        depths = [(_unit(x) - _unit(y)).square().sum(1).mean() for x, y in zip(features(a), wanted, strict=True)]
+        total = total + torch.stack(depths).mean()
+    return total / 3
+
+
+def slices(volume: Tensor, positions: Tensor) -> list[Tensor]:
+    """Slices across X, Y and Z at relative `positions`: three tensors `B*slices 1 H W`."""
+    result = []
+    for axis in (2, 3, 4):
+        index = (positions * volume.shape[axis]).long().to(volume.device)
+        chosen = volume.index_select(axis, index).movedim(axis, 1)
+        result.append(chosen.flatten(0, 1))
+    return result
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-6)
+
+
+def adversarial(scores: Tensor, real: bool) -> Tensor:
+    """Least-squares adversarial loss: patch scores should be 1 for real, 0 for made."""
+    return F.mse_loss(scores, torch.full_like(scores, float(real)))
+
+
+def weighted_l1(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean absolute difference; `weight` (`B 1 X Y Z`) multiplies voxels, as for the labels of a ControlNet."""
+    difference = (prediction - target).abs()
+    return (difference if weight is None else difference * weight).mean()
+
+
+def region_contrastive(with_region: Tensor, without_region: Tensor, region: Tensor, bound: float) -> Tensor:
+    """Outputs with and without a lesion in the mask must differ inside it and agree outside.
+
+    Args:
+        with_region: prediction for the mask with the lesion, `B C X Y Z`.
+        without_region: prediction for the mask whose lesion is replaced by its host, detached from the graph.
+        region: 1 inside the lesion, `B 1 X Y Z`, at latent resolution.
+        bound: a difference larger than this inside the lesion earns nothing more.
+    """
+    difference = (with_region - without_region).abs().mean(1, keepdim=True)
+    inside = (difference.clamp(max=bound) * region).sum() / region.sum().clamp(min=1)
+    outside = (difference * (1 - region)).sum() / (1 - region).sum().clamp(min=1)
+    return outside - inside
