@@ -1,0 +1,112 @@
+"""Writing files and folders whole or not at all. Knows no format but JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from maisi.errors import MaisiError
+
+_MENDS = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EFBIG: "choose a disk that takes larger files",
+    errno.EACCES: "choose a place you may write to",
+    errno.EPERM: "choose a place you may write to",
+    errno.EROFS: "choose a place you may write to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""Faults of the place, not of the program: what the user can do about them."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    An exception inside removes what was written and leaves an older file at `path` as it was.
+
+    Raises:
+        MaisiError: the folder is missing, may not be written to, or the disk is full.
+    """
+    path = Path(path)
+    _require_parent(path)
+    if path.is_dir():
+        raise MaisiError(f"{path} is a folder; give the name of a file.")
+    part = _part(path)
+    try:
+        yield part
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        _raise_as_maisi(error, path)
+        raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which is renamed to `path` when the block ends well.
+
+    An exception inside removes the folder with all that is in it.
+
+    Raises:
+        MaisiError: `path` exists, its parent is missing or may not be written to, or the disk is full.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise MaisiError(f"{path} exists; choose another folder or remove it.")
+    _require_parent(path)
+    part = _part(path)
+    try:
+        part.mkdir()
+        yield part
+        _sync(part)
+        part.rename(path)
+        _sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        _raise_as_maisi(error, path)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; what JSON cannot say (NaN, infinity) is a ValueError."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
+
+
+def _require_parent(path: Path) -> None:
+    parent = path.parent
+    if not parent.is_dir():
+        raise MaisiError(f"The folder {parent} does not exist; make it first or choose another place.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MaisiError(f"The folder {parent} is not writable; choose a place you may write to.")
+
+
+def _raise_as_maisi(error: BaseException, path: Path) -> None:
+    """Raise a MaisiError where `error` is a fault of the place that `path` is in; else return."""
+    if isinstance(error, OSError) and error.errno in _MENDS:
+        raise MaisiError(f"Cannot write {path}: {error.strerror}; {_MENDS[error.errno]}.") from error
+
+
+def _sync(path: Path) -> None:
+    """Have the system put the file or folder on the disk, so that a rename never precedes its contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

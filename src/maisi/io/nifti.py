@@ -1,0 +1,261 @@
+"""Volumes in files: NIfTI here, NRRD through `io.nrrd`. Headers are checked before a voxel is read.
+
+Specification: https://nifti.nimh.nih.gov/nifti-1 (and nifti-2 for reading).
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Extension, Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+import maisi
+from maisi.errors import MaisiError
+from maisi.io.files import atomic_path
+from maisi.io.nrrd import read_nrrd, read_nrrd_header, write_nrrd
+from maisi.io.stored import ByteStream, StoredHeader, read_some, read_voxels, skip
+from maisi.volume import Volume
+
+SYNTHETIC = "synthetic CT made by maisi"
+"""What stands in the header's description of everything generated."""
+
+GZIP_LEVEL = 1
+"""Noise of CT hardly compresses: level 9 takes many times as long and saves a few per cent."""
+
+_COMMENT = 6
+_OFFSET_LIMIT = 1 << 24
+_MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+_HEADERS = {348: Nifti1Header, 540: Nifti2Header}
+_MAGIC = {348: b"n+1\0", 540: b"n+2\0"}
+
+
+def read_header(path: Path) -> StoredHeader:
+    """Read and check the header of a NIfTI or NRRD file: shape, affine, dtype. Cheap; no voxel is touched.
+
+    Raises:
+        MaisiError: no such file, another format, not one 3D volume of numbers, no finite affine.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    try:
+        return read_nrrd_header(path) if kind == "nrrd" else _read_nifti_header(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_volume(path: Path, budget_bytes: int | None = None) -> Volume:
+    """Read a volume from .nii, .nii.gz or .nrrd, in the orientation it is stored in.
+
+    Args:
+        path: the file.
+        budget_bytes: memory that the voxels may take; None allows half of what is free.
+
+    Returns:
+        The volume; stored integers keep their type unless the header scales them (then float32 or float64).
+
+    Raises:
+        MaisiError: as `read_header`; or the header asks for more than the budget, the file is cut short or
+            damaged, or voxels are not finite.
+    """
+    header = read_header(path)
+    try:
+        header.check_size(budget_bytes)
+        if _kind(header.path) == "nrrd":
+            return read_nrrd(header)
+        with _open(header.path) as stream:
+            skip(stream, header.offset, header.path)
+            array = read_voxels(stream, header)
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+    return Volume(array, header.affine)
+
+
+def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
+    """Read a label map, as `read_volume`; real numbers are accepted where all are whole.
+
+    Returns:
+        The volume as uint8 where all ids are 0 to 255, else as int32.
+
+    Raises:
+        MaisiError: as `read_volume`, or values that are no labels.
+    """
+    volume = read_volume(path, budget_bytes)
+    array = volume.array
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise MaisiError(f"{path} holds fractions, so it is no label map; give one with whole numbers.")
+    low, high = int(array.min()), int(array.max())
+    if low < np.iinfo(np.int32).min or high > np.iinfo(np.int32).max:
+        raise MaisiError(
+            f"{path} holds values from {low} to {high}, which are no label ids; give a label map."
+        )
+    return volume.with_array(array.astype(np.uint8 if low >= 0 and high <= 255 else np.int32))
+
+
+def write_volume(
+    path: Path, volume: Volume, *, description: str | None = None, synthetic: bool = True
+) -> None:
+    """Write a volume to .nii, .nii.gz or .nrrd, atomically; the same volume gives the same bytes.
+
+    Args:
+        path: file to make; its ending decides the format.
+        volume: uint8 and bool are stored as uint8 (labels); everything else as int16 (HU), reals rounded.
+        description: text for the header, at most 79 ASCII characters; None writes `SYNTHETIC`, or "made by
+            maisi" where `synthetic` is false.
+        synthetic: whether nobody's body is shown; stands in the header either way.
+
+    Raises:
+        MaisiError: unknown ending, values that int16 cannot hold, or a place that cannot be written to.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    text = description if description is not None else SYNTHETIC if synthetic else "made by maisi"
+    note = {"synthetic": synthetic, "description": text, "made_by": f"maisi {maisi.__version__}"}
+    stored = volume.with_array(_storable(volume.array))
+    if kind == "nrrd":
+        fields = {key: json.dumps(value).strip('"') for key, value in note.items()}
+        write_nrrd(path, stored, text, fields)
+        return
+    header = _nifti_header(stored, text, json.dumps(note))
+    with atomic_path(path) as part, part.open("wb") as file:
+        if kind == "nii":
+            _write_nifti(file, header, stored.array)
+        else:
+            with gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
+                _write_nifti(packed, header, stored.array)
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower()
+    for ending in ("nii.gz", "nii", "nrrd"):
+        if name.endswith("." + ending):
+            return ending
+    raise MaisiError(f"{path}: files of this kind are not read or written; use .nii.gz, .nii or .nrrd.")
+
+
+def _unreadable(path: Path, error: OSError) -> MaisiError:
+    return MaisiError(f"Cannot read {path}: {error.strerror or error}; give the path of a file you may read.")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[ByteStream]:
+    """Open for reading, through gzip where the first bytes say so, whatever the name says."""
+    with path.open("rb") as file:
+        if _is_gzip(path):
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked
+        else:
+            yield file
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _read_exactly(stream: ByteStream, count: int, path: Path) -> bytes:
+    data = b""
+    while len(data) < count:
+        data += read_some(stream, count - len(data), path)
+    return data
+
+
+def _read_nifti_header(path: Path) -> StoredHeader:
+    with _open(path) as stream:
+        start = _read_exactly(stream, 4, path)
+        size = next((n for n in _HEADERS if start in (n.to_bytes(4, "little"), n.to_bytes(4, "big"))), 0)
+        if not size:
+            raise MaisiError(f"{path} is not a NIfTI file; give a NIfTI or NRRD file.")
+        raw = start + _read_exactly(stream, size - 4, path)
+    fields = _HEADERS[size](raw, endianness="<" if start[0] else ">", check=False)
+    if fields["magic"].item().ljust(4, b"\0")[:4] != _MAGIC[size]:
+        raise MaisiError(f"{path} is not a single-file NIfTI (wrong magic); save it as .nii.gz.")
+    try:
+        return _checked_header(path, fields, size)
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise MaisiError(f"{path} has a damaged NIfTI header ({error}); export it again.") from error
+
+
+def _checked_header(path: Path, fields: Any, size: int) -> StoredHeader:
+    slope, intercept = fields.get_slope_inter()
+    return StoredHeader(
+        path=path,
+        shape=_shape(path, fields),
+        dtype=fields.get_data_dtype(),
+        affine=_affine(path, fields),
+        offset=_offset(path, fields, size),
+        compressed=_is_gzip(path),
+        slope=1.0 if slope is None else slope,
+        intercept=0.0 if intercept is None else intercept,
+    )
+
+
+def _shape(path: Path, fields: Any) -> tuple[int, int, int]:
+    """Return the three sizes; further axes must be single, as some writers add them."""
+    dim = [int(n) for n in fields["dim"]]
+    sizes = dim[1 : dim[0] + 1]
+    if not 1 <= dim[0] <= 7:
+        raise MaisiError(f"{path} has a damaged NIfTI header ({dim[0]} axes); export it again.")
+    if dim[0] < 3 or any(n != 1 for n in sizes[3:]):
+        raise MaisiError(f"{path} has shape {tuple(sizes)}; save one 3D volume.")
+    return (sizes[0], sizes[1], sizes[2])
+
+
+def _affine(path: Path, fields: Any) -> NDArray[np.float64]:
+    unit = fields.get_xyzt_units()[0]
+    affine = np.array(fields.get_best_affine(), dtype=np.float64)
+    affine[:3] *= _MILLIMETRES[unit]
+    return affine
+
+
+def _offset(path: Path, fields: Any, size: int) -> int:
+    """Return where the voxels begin; 0 means 'behind the header', and more than 16 MB is not believed."""
+    offset = float(fields["vox_offset"])
+    if not 0 <= offset <= _OFFSET_LIMIT:
+        raise MaisiError(f"{path} has a damaged NIfTI header (voxels at byte {offset:g}); export it again.")
+    return int(offset) if offset >= size else size + 4
+
+
+def _storable(array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype in (np.uint8, np.bool_):
+        return array.astype(np.uint8, copy=False)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise MaisiError("The volume holds values that are not finite; nothing is written.")
+    limits = np.iinfo(np.int16)
+    low, high = float(array.min()), float(array.max())
+    if low < limits.min or high > limits.max:
+        raise MaisiError(
+            f"The volume holds values from {low:g} to {high:g}; bring them into the range of int16."
+        )
+    return (np.rint(array) if array.dtype.kind == "f" else array).astype(np.int16, copy=False)
+
+
+def _nifti_header(volume: Volume, description: str, comment: str) -> Nifti1Header:
+    header = Nifti1Header(endianness="<")
+    header.set_data_shape(volume.shape)
+    header.set_data_dtype(volume.array.dtype)
+    header.set_qform(volume.affine, code="scanner")
+    header.set_sform(volume.affine, code="scanner")
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(1.0, 0.0)
+    header["descrip"] = description.encode("ascii", "replace")[:79]
+    header.extensions.append(Nifti1Extension(_COMMENT, comment.encode("utf-8")))
+    return header
+
+
+def _write_nifti(file: Any, header: Nifti1Header, array: NDArray[Any]) -> None:
+    """Write header and voxels slice by slice, so that no second copy of a large volume is made."""
+    header.write_to(file)
+    little = array.dtype.newbyteorder("<")
+    for z in range(array.shape[2]):
+        file.write(array[:, :, z].astype(little, copy=False).tobytes(order="F"))

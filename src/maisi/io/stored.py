@@ -1,0 +1,190 @@
+"""A volume as a file holds it: the header, checked before the voxels are read. Knows no file format."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from maisi.errors import MaisiError
+
+DEFLATE_LIMIT = 1032
+"""No deflate stream grows by more than this factor, so a header that asks for more is lying."""
+
+_CHUNK = 1 << 22
+
+
+class ByteStream(Protocol):
+    """What voxels are read from: a file or a decompressor."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most `size` bytes, and b'' at the end."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredHeader:
+    """What a file says of the volume in it.
+
+    Attributes:
+        path: the file.
+        shape: voxels along X, Y, Z, in the file's own orientation; the first axis runs fastest.
+        dtype: type of the stored voxels, with byte order; integers or reals of at most 8 bytes.
+        affine: float64 (4, 4), voxel indices to mm, RAS+.
+        offset: bytes before the first voxel (NIfTI: of the decompressed stream; NRRD: of the file).
+        compressed: whether the voxels are gzipped.
+        slope: factor on the stored values.
+        intercept: added to the stored values times `slope`.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    affine: NDArray[np.float64]
+    offset: int
+    compressed: bool
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check what every format has in common.
+
+        Raises:
+            MaisiError: empty axes, voxels that are not single numbers, an affine that is not finite.
+        """
+        if min(self.shape) < 1:
+            raise MaisiError(f"{self.path}: an axis has no voxels (shape {self.shape}); the file is damaged.")
+        if self.dtype.kind not in "iuf" or self.dtype.itemsize > 8:
+            raise MaisiError(
+                f"{self.path}: its voxels are {self.dtype}, not single numbers (colours or complex?); "
+                "save it as integers or reals."
+            )
+        if not np.isfinite(self.affine).all():
+            raise MaisiError(f"{self.path}: its affine is not finite; repair the file's header.")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the voxels, decompressed."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the values differ from the stored ones by slope or intercept."""
+        return (self.slope, self.intercept) != (1.0, 0.0)
+
+    @property
+    def value_dtype(self) -> np.dtype[Any]:
+        """Type of the array that reading gives: the stored one in native byte order, reals where scaled."""
+        if not self.scaled:
+            return self.dtype.newbyteorder("=")
+        return np.dtype(np.float64 if self.dtype.itemsize > 2 and self.dtype != np.float32 else np.float32)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory that reading needs: the array, and the stored voxels beside it where these are scaled."""
+        values = math.prod(self.shape) * self.value_dtype.itemsize
+        return values + (self.stored_bytes if self.scaled else 0)
+
+    def check_size(self, budget_bytes: int | None = None) -> None:
+        """Compare what the header asks for with the file's length and with the memory allowed.
+
+        Args:
+            budget_bytes: memory that the volume may take; None allows half of what is free now.
+
+        Raises:
+            MaisiError: the file is too short to hold the voxels, or they need more memory than allowed.
+        """
+        allowed = psutil.virtual_memory().available // 2 if budget_bytes is None else budget_bytes
+        if self.needed_bytes > allowed:
+            x, y, z = self.shape
+            raise MaisiError(
+                f"{self.path}: its header asks for {x} x {y} x {z} voxels of {self.dtype.name}, "
+                f"{_gigabytes(self.needed_bytes)}, over the {_gigabytes(allowed)} allowed; make it smaller."
+            )
+        length = self.path.stat().st_size
+        holds = length * DEFLATE_LIMIT if self.compressed else length - self.offset
+        if holds < self.stored_bytes:
+            raise truncated(self.path)
+
+
+def truncated(path: Path) -> MaisiError:
+    """Return the error for a file that ends before its voxels do, or whose compression is damaged."""
+    return MaisiError(f"{path} is cut short or damaged; copy or export it again.")
+
+
+def read_voxels(stream: ByteStream, header: StoredHeader) -> NDArray[Any]:
+    """Read the voxels that `header` promises, from a stream that stands at the first, and no more than those.
+
+    Returns:
+        (X, Y, Z) of `header.value_dtype`, in Fortran order.
+
+    Raises:
+        MaisiError: the stream ends early, is damaged, or holds values that are not finite.
+    """
+    buffer = np.empty(header.stored_bytes, dtype=np.uint8)
+    _fill(buffer.data, stream, header.path)
+    if header.compressed:
+        _check_end(stream, header.path)
+    array = buffer.view(header.dtype).reshape(header.shape, order="F")
+    if header.scaled:
+        array = array.astype(header.value_dtype)
+        array *= header.slope
+        array += header.intercept
+    else:
+        array = array.astype(header.value_dtype, copy=False)
+    if array.dtype.kind == "f":
+        _require_finite(array, header.path)
+    return array
+
+
+def skip(stream: ByteStream, count: int, path: Path) -> None:
+    """Read `count` bytes and forget them.
+
+    Raises:
+        MaisiError: the stream ends earlier.
+    """
+    while count > 0:
+        count -= len(read_some(stream, min(count, _CHUNK), path))
+
+
+def read_some(stream: ByteStream, size: int, path: Path) -> bytes:
+    """Read 1 to `size` bytes; the end of the stream, or damaged compression, is a MaisiError."""
+    try:
+        data = stream.read(size)
+    except (EOFError, zlib.error, OSError) as error:
+        raise truncated(path) from error
+    if not data:
+        raise truncated(path)
+    return data
+
+
+def _fill(target: memoryview, stream: ByteStream, path: Path) -> None:
+    position = 0
+    while position < len(target):
+        data = read_some(stream, min(len(target) - position, _CHUNK), path)
+        target[position : position + len(data)] = data
+        position += len(data)
+
+
+def _check_end(stream: ByteStream, path: Path) -> None:
+    """Read one byte past the voxels: at the end of a gzip stream this compares the checksum."""
+    try:
+        stream.read(1)
+    except (EOFError, zlib.error, OSError) as error:
+        raise truncated(path) from error
+
+
+def _require_finite(array: NDArray[Any], path: Path) -> None:
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise MaisiError(f"{path}: {bad} of its voxels are not finite (NaN or infinity); replace them first.")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
