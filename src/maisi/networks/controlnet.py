@@ -1,0 +1,128 @@
+"""The network that makes a U-Net follow a label map (paper, section 3.3; Zhang et al. 2023)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maisi.layers.attention import zeroed
+from maisi.layers.blocks import conv3
+from maisi.networks.unet import ControlResiduals, Encoder, TrunkConfig, UNet
+
+
+class ControlNetConfig(TrunkConfig):
+    """Sizes of a ControlNet: those of its U-Net's encoder half, and the mask encoder's.
+
+    Attributes:
+        mask_channels: channels of the mask, its label ids as bits.
+        mask_encoder_channels: each entry after the first halves the axes; three of them bring the mask from
+            image to latent resolution (factor 4).
+    """
+
+    mask_channels: PositiveInt = 8
+    mask_encoder_channels: tuple[PositiveInt, ...] = (8, 32, 64)
+
+    @property
+    def mask_compression(self) -> int:
+        """Voxels of the mask for each voxel of the latent, along one axis."""
+        return int(2 ** (len(self.mask_encoder_channels) - 1))
+
+
+class MaskEncoder(nn.Module):
+    """Bring the mask to the latent's size; the last convolution starts at zero."""
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__()
+        widths = config.mask_encoder_channels
+        self.conv_in = conv3(config.mask_channels, widths[0])
+        blocks: list[nn.Module] = []
+        for narrow, wide in pairwise(widths):
+            blocks += [conv3(narrow, narrow), conv3(narrow, wide, stride=2)]
+        self.blocks = nn.ModuleList(blocks)
+        self.conv_out = zeroed(conv3(widths[-1], config.channels[0]))
+
+    def forward(self, mask_bits: Tensor) -> Tensor:
+        """`B 8 4X 4Y 4Z` -> `B C X Y Z`."""
+        h = F.silu(self.conv_in(mask_bits))
+        for block in self.blocks:
+            h = F.silu(block(h))
+        out: Tensor = self.conv_out(h)
+        return out
+
+
+class ControlNet(Encoder):
+    """A trainable copy of a U-Net's encoder half that is told the mask.
+
+    Its outputs pass through convolutions that start at zero: a fresh one changes nothing, and training
+    departs from the U-Net's own behaviour. It has no region or spacing input.
+    """
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__(config, config.time_width)
+        self.config = config
+        self.mask_encoder = MaskEncoder(config)
+        self.zero_convs = nn.ModuleList(zeroed(nn.Conv3d(c, c, kernel_size=1)) for c in config.skip_channels)
+        self.zero_conv_middle = zeroed(nn.Conv3d(config.channels[-1], config.channels[-1], kernel_size=1))
+
+    @classmethod
+    def from_unet(cls, unet: UNet, config: ControlNetConfig | None = None) -> ControlNet:
+        """Make a ControlNet whose encoder half is a copy of `unet`'s; on its device, in its dtype.
+
+        A U-Net with region or spacing inputs has wider embeddings; of the layers that read them the part for
+        the time is copied, which is exact but for the missing inputs' contribution.
+
+        Args:
+            unet: the network to control.
+            config: None for the U-Net's sizes and the released mask encoder.
+
+        Raises:
+            ValueError: `config` has another encoder half than `unet`.
+        """
+        shared = {name: getattr(unet.config, name) for name in TrunkConfig.model_fields}
+        config = ControlNetConfig(**shared) if config is None else config
+        if any(getattr(config, name) != value for name, value in shared.items()):
+            raise ValueError("the ControlNet's encoder half must have the U-Net's sizes")
+        if unet.config.context_channels is not None:
+            raise ValueError("a U-Net with attention to a context cannot be copied to a ControlNet")
+        net = cls(config).to(device=unet.conv_in.weight.device, dtype=unet.conv_in.weight.dtype)
+        net.load_state_dict(net.state_dict() | _encoder_weights(unet, net))
+        return net
+
+    def forward(
+        self, x: Tensor, times: Tensor, mask_bits: Tensor, *, modality: Tensor | None = None
+    ) -> ControlResiduals:
+        """Compute what to add to the U-Net's features.
+
+        Args:
+            x: noisy latent, `B C X Y Z`; axes multiples of `config.size_multiple`.
+            times: (B,), in [0, 1000].
+            mask_bits: label ids as bits, `B 8 4X 4Y 4Z`, zeros and ones.
+            modality: (B,) int64; not used by a network without that input.
+
+        Raises:
+            ValueError: an input is missing or a size does not fit.
+        """
+        expected = tuple(n * self.config.mask_compression for n in x.shape[2:])
+        if tuple(mask_bits.shape[2:]) != expected:
+            raise ValueError(f"the mask has size {tuple(mask_bits.shape[2:])}; this latent needs {expected}")
+        embedding = self.embed_time(times, modality, x.dtype)
+        h = self.conv_in(x) + self.mask_encoder(mask_bits.to(x.dtype))
+        features = self.encode(h, embedding, None)
+        middle = self.middle_block(features[-1], embedding, None)
+        down = tuple(zero(feature) for zero, feature in zip(self.zero_convs, features, strict=True))
+        return ControlResiduals(down, self.zero_conv_middle(middle))
+
+
+def _encoder_weights(unet: UNet, net: ControlNet) -> dict[str, Tensor]:
+    """Take from `unet` the tensors that `net` has by the same name, cut to the columns that read the time."""
+    source = unet.state_dict()
+    taken: dict[str, Tensor] = {}
+    for name, own in net.state_dict().items():
+        if name in source:
+            tensor = source[name]
+            taken[name] = tensor[:, : own.shape[1]] if name.endswith("time_emb_proj.weight") else tensor
+    return {name: torch.clone(tensor) for name, tensor in taken.items()}
