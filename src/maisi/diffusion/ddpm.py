@@ -16,7 +16,7 @@ from maisi.diffusion.process import Process, check_steps, registered
 class DDPM(Process):
     """alpha^2 = prod(1 - beta), sigma^2 = 1 - alpha^2; the network predicts the noise.
 
-    The betas are linear in their square roots from `beta_start` to `beta_end`. Timesteps are whole numbers from
+    The betas are linear in their square roots from `beta_start` to `beta_end`. Timesteps are whole numbers,
     0 to num_train_timesteps - 1; timestep 0 already carries a little noise (sigma 0.039), so a sampler's last
     step goes from there to the data. Estimates are not clipped: latents have no fixed range.
     """
@@ -40,14 +40,26 @@ class DDPM(Process):
         end, device = self.num_train_timesteps, generator.device
         return torch.randint(end, (count,), generator=generator, device=device).float()
 
-    def sampling_times(self, steps: int, latent_voxels: int) -> Tensor:
-        """Whole timesteps spread evenly from the last to 0, whatever the size: float32 (steps,).
+    def sampling_times(self, steps: int, latent_voxels: int, even_log_snr: bool = False) -> Tensor:
+        """Whole timesteps from the last to 0, whatever the size: float32 (steps,).
 
         Raises:
             MaisiError: fewer steps than 1, or more than there are timesteps.
         """
         check_steps(steps, self.num_train_timesteps)
+        if even_log_snr:
+            return self._even_log_snr_times(steps).float()
         return torch.linspace(self.num_train_timesteps - 1, 0, steps).round()
+
+    def _even_log_snr_times(self, steps: int) -> Tensor:
+        """The timesteps nearest to even spacing in log(alpha / sigma), no timestep twice: int64 (steps,)."""
+        alpha, sigma = _schedule(self.num_train_timesteps, self.beta_start, self.beta_end)
+        log_snr = torch.log(alpha / sigma)
+        wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+        times, order = (wanted[:, None] - log_snr).abs().argmin(dim=1), torch.arange(steps)
+        # near the data timesteps are scarcer than the spacing asks for: push earlier ones up, within the range
+        distinct = (times + order).flip(0).cummax(0).values.flip(0) - order
+        return torch.minimum(distinct, self.num_train_timesteps - 1 - order)
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
         """The noise (epsilon of eq. 3 and 4)."""

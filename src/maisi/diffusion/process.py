@@ -55,10 +55,12 @@ class Process(Config, ABC):
         """
 
     @abstractmethod
-    def sampling_times(self, steps: int, latent_voxels: int) -> Tensor:
+    def sampling_times(self, steps: int, latent_voxels: int, even_log_snr: bool = False) -> Tensor:
         """Timesteps at which a sampler asks the network: float32 (steps,), descending.
 
-        The last step leads from the last of them to the data.
+        The last step leads from the last of them to the data. They are spread evenly over the timesteps, as in
+        the reference, or with `even_log_snr` evenly in log(alpha / sigma), which multistep solvers need to be
+        accurate in few steps; a process where that is infinite at pure noise keeps its own.
 
         Raises:
             MaisiError: the process cannot be sampled in that many steps.

@@ -24,7 +24,7 @@ class RectifiedFlow(Process):
             parameter of another way to draw times that is off there.)
         base_voxels: latent voxels at which the transform does nothing (at scale 1).
         reference_rounding: sample with the reference's rounding: timesteps stored as float16, and a step ends
-            at the whole timestep below the one where the next begins, so that all add up to slightly more than 1.
+            at the whole timestep below the one where the next begins, so they add up to slightly more than 1.
             Off, every step ends where the next begins. On only to repeat the reference's numbers ("euler").
     """
 
@@ -46,8 +46,10 @@ class RectifiedFlow(Process):
         t = torch.rand((count,), generator=generator, device=generator.device)
         return self._transform(t, latent_voxels) * self.num_train_timesteps
 
-    def sampling_times(self, steps: int, latent_voxels: int) -> Tensor:
+    def sampling_times(self, steps: int, latent_voxels: int, even_log_snr: bool = False) -> Tensor:
         """t = 1, 1 - 1/steps, ..., 1/steps, transformed for the size: float32 timesteps (steps,).
+
+        `even_log_snr` changes nothing: pure noise has no finite log(alpha / sigma).
 
         Raises:
             MaisiError: fewer steps than 1.

@@ -83,7 +83,7 @@ def sample(
         MaisiError: the solver is unknown to the process, or steps or eta are out of range.
     """
     solver = _checked_solver(process, solver, eta)
-    walk = list(plan(process, steps, math.prod(noise.shape[2:])))
+    walk = list(plan(process, steps, math.prod(noise.shape[2:]), even_log_snr=solver == "dpm++"))
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     draw = _drawer(x, generators, required=solver == "ancestral" or eta > 0)
     advance = _SOLVERS[solver](_estimator(process, denoise), draw, eta)
@@ -96,9 +96,9 @@ def sample(
     return x
 
 
-def plan(process: Process, steps: int, latent_voxels: int) -> Iterator[Step]:
+def plan(process: Process, steps: int, latent_voxels: int, even_log_snr: bool = False) -> Iterator[Step]:
     """The steps of a walk from noise to data."""
-    times = process.sampling_times(steps, latent_voxels)
+    times = process.sampling_times(steps, latent_voxels, even_log_snr)
     starts = zip(*(level.tolist() for level in process.levels(times)), strict=True)
     ends = zip(*(level.tolist() for level in process.step_ends(times)), strict=True)
     following = [*times[1:].tolist(), None]
