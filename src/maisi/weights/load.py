@@ -1,0 +1,187 @@
+"""Networks on disk: one safetensors file each, which says what network it is and how it is configured.
+
+Metadata of a file: `maisi.network` (a key of `network_types`), `maisi.config` (JSON), and where they apply
+`maisi.scale_factor` (a number), `maisi.process` (JSON) and `maisi.note`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maisi.config import Config, parse_config
+from maisi.errors import MaisiError
+from maisi.weights.tensor_file import read_tensor_header, sha256, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "NETWORKS",
+    "NetworkHeader",
+    "build_network",
+    "load_network",
+    "network_types",
+    "read_header",
+    "save_network",
+    "sha256",
+]
+
+NETWORKS = ("autoencoder", "unet", "controlnet")
+"""The words for what a file holds."""
+
+
+@dataclass(frozen=True)
+class NetworkHeader:
+    """What a network's file says of itself.
+
+    Attributes:
+        network: one of `NETWORKS`.
+        config: the network's configuration, not yet validated.
+        metadata: all of the file's text entries.
+        tensors: dtype (such as "F32") and shape of each tensor, by name.
+    """
+
+    network: str
+    config: dict[str, Any]
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+
+    @property
+    def scale_factor(self) -> float | None:
+        """What latents are multiplied by before diffusion; None where the file does not say."""
+        text = self.metadata.get("maisi.scale_factor")
+        return None if text is None else float(text)
+
+
+def network_types() -> dict[str, tuple[type[Config], type[nn.Module]]]:
+    """Configuration and module class of each of `NETWORKS` (imports torch)."""
+    from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+    from maisi.networks.controlnet import ControlNet, ControlNetConfig
+    from maisi.networks.unet import UNet, UNetConfig
+
+    return {
+        "autoencoder": (AutoencoderConfig, Autoencoder),
+        "unet": (UNetConfig, UNet),
+        "controlnet": (ControlNetConfig, ControlNet),
+    }
+
+
+def read_header(path: Path) -> NetworkHeader:
+    """Read what network a file holds, without torch and without its tensors.
+
+    Raises:
+        MaisiError: the file is missing, foreign, damaged or truncated, or no network written by maisi.
+    """
+    header = read_tensor_header(path)
+    network = header.metadata.get("maisi.network", "")
+    if network not in NETWORKS:
+        raise MaisiError(
+            f"{path} does not say which network it holds; give a file that maisi wrote or converted."
+        )
+    try:
+        config = json.loads(header.metadata["maisi.config"])
+        scale = float(header.metadata.get("maisi.scale_factor", "1"))
+    except (KeyError, ValueError, RecursionError):
+        raise MaisiError(f"{path} has damaged metadata; get a fresh copy or convert it again.") from None
+    if not isinstance(config, dict) or not (math.isfinite(scale) and scale > 0):
+        raise MaisiError(f"{path} has damaged metadata; get a fresh copy or convert it again.")
+    return NetworkHeader(network, config, header.metadata, header.tensors)
+
+
+def build_network(network: str, config: Mapping[str, Any], source: str) -> nn.Module:
+    """Build a network on the meta device (shapes, no memory) from unvalidated values.
+
+    Raises:
+        MaisiError: the values are no configuration of that network; the message names `source`.
+    """
+    import torch
+
+    config_type, module_type = network_types()[network]
+    validated = parse_config(config_type, dict(config), source)
+    with torch.device("meta"):
+        return module_type(validated)
+
+
+def load_network(
+    path: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    network: str | None = None,
+) -> nn.Module:
+    """Build the network that a file describes and load its weights, strictly.
+
+    Args:
+        path: a file that `save_network` or the converter wrote.
+        device: where the weights go.
+        dtype: what they are cast to, however they are stored; None for float32.
+        network: what the file has to hold (one of `NETWORKS`); None for anything.
+
+    Returns:
+        The network in evaluation mode; its configuration is `.config`.
+
+    Raises:
+        MaisiError: as `read_header`; another network than asked for; tensors that do not fit the configuration.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    if network is not None and header.network != network:
+        raise MaisiError(f"{path} holds the network '{header.network}'; give a file with '{network}'.")
+    module = build_network(header.network, header.config, str(path))
+    _require_same_shapes(module, header, path)
+    stored = load_file(path, device=str(device))
+    cast = {name: tensor.to(dtype or torch.float32) for name, tensor in stored.items()}
+    module.load_state_dict(cast, strict=True, assign=True)
+    return module.eval()
+
+
+def save_network(
+    path: Path,
+    module: nn.Module,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a network, atomically; the same weights and metadata always give the same bytes.
+
+    Args:
+        path: the file to write, ending in `.safetensors`.
+        module: a network of `network_types`, with its configuration as `.config`.
+        metadata: further text entries, such as `maisi.scale_factor` or `maisi.note`.
+        dtype: what to store the weights as; None for what they are.
+
+    Raises:
+        MaisiError: the place cannot be written to.
+        ValueError: the module is of another class.
+    """
+    names = [name for name, (_, module_type) in network_types().items() if type(module) is module_type]
+    if not names:
+        raise ValueError(f"{type(module).__name__} is none of the networks {', '.join(NETWORKS)}")
+    config: Any = module.config
+    own = {"maisi.network": names[0], "maisi.config": config.model_dump_json()}
+    tensors = {name: t if dtype is None else t.to(dtype) for name, t in module.state_dict().items()}
+    write_tensors(path, tensors, {**(metadata or {}), **own})
+
+
+def _require_same_shapes(module: nn.Module, header: NetworkHeader, path: Path) -> None:
+    """Compare names and shapes before any tensor is read; say the first differences."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: shape for name, (_, shape) in header.tensors.items()}
+    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if wrong:
+        name = wrong[0]
+        raise MaisiError(
+            f"{path}: {len(wrong)} tensors do not fit the file's configuration (first: {name}, "
+            f"{found.get(name, 'missing')} in place of {wanted.get(name, 'nothing')}); get a fresh copy."
+        )
+    foreign = sorted(name for name, (dtype, _) in header.tensors.items() if not dtype.startswith(("F", "BF")))
+    if foreign:
+        raise MaisiError(f"{path}: {foreign[0]} is not floating-point; get a fresh copy.")

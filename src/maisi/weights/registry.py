@@ -1,0 +1,178 @@
+"""Models: folders with a `model.json` that says which networks belong together. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from maisi.config import Config, parse_config
+from maisi.errors import MaisiError
+from maisi.weights.load import load_network, read_header, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CARRIED = Path(__file__).resolve().parent.parent / "models"
+"""The folder of the models that the package carries, one folder each."""
+
+Part = Literal["autoencoder", "unet", "controlnet"]
+PARTS: tuple[Part, ...] = ("autoencoder", "unet", "controlnet")
+
+
+class FieldOfView(Config):
+    """One kind of volume that a model was trained on.
+
+    Attributes:
+        regions: what the volumes show, top to bottom.
+        size: median number of voxels along X, Y, Z.
+        spacing_mm: median spacing in mm.
+        share: part of the training volumes, 0-1.
+    """
+
+    regions: tuple[str, ...]
+    size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    share: float = Field(default=1.0, ge=0, le=1)
+
+
+class ModelConfig(Config):
+    """The content of `model.json`.
+
+    Attributes:
+        name: what the model is called.
+        autoencoder: file name of the autoencoder, in the model's folder.
+        unet: file name of the denoising network.
+        controlnet: file name of the network that follows masks; None for a model without.
+        scale_factor: latents are multiplied by this before diffusion.
+        process: the diffusion process, as `diffusion` reads it.
+        sha256: the hash of each of the files above, by file name.
+        size_multiple: image axes must be multiples of this many voxels; the pipeline pads.
+        field_of_view: what the model was trained on; may be empty.
+        default_steps: sampling steps unless the request says otherwise.
+        solver: sampling method unless the request says otherwise.
+        card: file name of the model card.
+    """
+
+    name: str
+    autoencoder: str
+    unet: str
+    controlnet: str | None = None
+    scale_factor: PositiveFloat
+    process: dict[str, Any]
+    sha256: dict[str, str]
+    size_multiple: PositiveInt
+    field_of_view: tuple[FieldOfView, ...] = ()
+    default_steps: PositiveInt
+    solver: str
+    card: str = "MODEL_CARD.md"
+
+    @field_validator("autoencoder", "unet", "controlnet", "card")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and (value in ("", ".", "..") or Path(value).name != value or "\\" in value):
+            raise ValueError(f"'{value}' is not the name of a file in the model's folder")
+        return value
+
+    @model_validator(mode="after")
+    def _every_file_pinned(self) -> ModelConfig:
+        for file in self.files.values():
+            pin = self.sha256.get(file, "")
+            if len(pin) != 64 or any(c not in "0123456789abcdef" for c in pin):
+                raise ValueError(f"sha256 has no hash (64 hexadecimal digits) of '{file}'")
+        return self
+
+    @property
+    def files(self) -> dict[Part, str]:
+        """File name of each network that the model has."""
+        names: dict[Part, str] = {"autoencoder": self.autoencoder, "unet": self.unet}
+        return names if self.controlnet is None else {**names, "controlnet": self.controlnet}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model that was found: its folder and its validated `model.json`."""
+
+    folder: Path
+    config: ModelConfig
+
+    def path(self, part: Part) -> Path:
+        """Where the file of one network is.
+
+        Raises:
+            MaisiError: the model has no such network.
+        """
+        if part not in self.config.files:
+            raise MaisiError(f"The model '{self.config.name}' has no {part}; choose a model that has one.")
+        return self.folder / self.config.files[part]
+
+    def verify(self, part: Part) -> None:
+        """Compare a file with its hash in `model.json`.
+
+        Raises:
+            MaisiError: they differ.
+        """
+        path = self.path(part)
+        if sha256(path) != self.config.sha256[path.name]:
+            raise MaisiError(
+                f"{path} is not the file that model.json was written for; get a fresh copy of both."
+            )
+
+    def load(
+        self, part: Part, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Load one network after its hash was checked; `device` and `dtype` as in `load_network`."""
+        self.verify(part)
+        return load_network(self.path(part), device, dtype, network=part)
+
+
+def carried_models() -> tuple[str, ...]:
+    """Names of the models that the package carries."""
+    return tuple(sorted(path.parent.name for path in CARRIED.glob("*/model.json")))
+
+
+def find_model(name_or_folder: str | Path) -> ModelFolder:
+    """Find a model by the name of a carried one, or by its folder; read and check everything but the tensors.
+
+    Raises:
+        MaisiError: there is no such model, `model.json` is wrong, or a file is missing, truncated or of another
+            network.
+    """
+    folder = _folder(name_or_folder)
+    source = folder / "model.json"
+    try:
+        values = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MaisiError(
+            f"Cannot read {source}: {error.strerror}; give a folder with a model.json."
+        ) from None
+    except (ValueError, RecursionError):
+        raise MaisiError(f"{source} is not JSON; get a fresh copy.") from None
+    model = ModelFolder(folder, parse_config(ModelConfig, values, str(source)))
+    for part in model.config.files:
+        held = read_header(model.path(part)).network
+        if held != part:
+            raise MaisiError(
+                f"{model.path(part)} holds the network '{held}' in place of '{part}'; correct {source}."
+            )
+    return model
+
+
+def _folder(name_or_folder: str | Path) -> Path:
+    """A carried model's name wins over a folder of the same name: the name then means the same everywhere."""
+    names = carried_models()
+    if str(name_or_folder) in names:
+        return CARRIED / str(name_or_folder)
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    near = difflib.get_close_matches(str(name_or_folder), names, n=1)
+    guess = f" (did you mean '{near[0]}'?)" if near else ""
+    known = ", ".join(names) or "none"
+    raise MaisiError(
+        f"There is no model '{name_or_folder}'{guess}; give a carried model ({known}) or a model's folder."
+    )
