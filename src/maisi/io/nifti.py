@@ -24,14 +24,11 @@ import maisi
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
 from maisi.io.nrrd import read_nrrd, read_nrrd_header, write_nrrd
-from maisi.io.stored import ByteStream, StoredHeader, read_some, read_voxels, skip
+from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader, read_some, read_voxels, skip
 from maisi.volume import Volume
 
 SYNTHETIC = "synthetic CT made by maisi"
 """What stands in the header's description of everything generated."""
-
-GZIP_LEVEL = 1
-"""Noise of CT hardly compresses: level 9 takes many times as long and saves a few per cent."""
 
 _COMMENT = 6
 _OFFSET_LIMIT = 1 << 24

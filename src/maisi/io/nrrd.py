@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
-from maisi.io.stored import StoredHeader, read_voxels
+from maisi.io.stored import GZIP_LEVEL, StoredHeader, read_voxels
 from maisi.volume import Volume
 
 _HEADER_LIMIT = 1 << 20
@@ -110,7 +110,7 @@ def write_nrrd(path: Path, volume: Volume, comment: str, fields: Mapping[str, st
     little = volume.array.astype(volume.array.dtype.newbyteorder("<"), copy=False)
     with atomic_path(path) as part, part.open("wb") as file:
         file.write(("\n".join(lines) + "\n\n").encode("ascii", "replace"))
-        packer = zlib.compressobj(level=1, wbits=31)
+        packer = zlib.compressobj(level=GZIP_LEVEL, wbits=31)
         for z in range(volume.shape[2]):
             file.write(packer.compress(little[:, :, z].tobytes(order="F")))
         file.write(packer.flush())

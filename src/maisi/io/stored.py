@@ -17,6 +17,9 @@ from maisi.errors import MaisiError
 DEFLATE_LIMIT = 1032
 """No deflate stream grows by more than this factor, so a header that asks for more is lying."""
 
+GZIP_LEVEL = 3
+"""The noise of CT hardly compresses: higher levels take twice as long and save a few per cent."""
+
 _CHUNK = 1 << 22
 
 

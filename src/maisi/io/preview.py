@@ -1,0 +1,307 @@
+"""A PNG to look at: three planes in two windows, and the label map over them. Knows nothing of generation."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, TUMORS, label_name
+from maisi.errors import MaisiError
+from maisi.io.files import atomic_path
+from maisi.volume import Volume
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Picture = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A range of HU shown from black to white: `level` in the middle, `width` from end to end."""
+
+    name: str
+    width: float
+    level: float
+
+    def grey(self, hu: Picture) -> Picture:
+        """Map HU to [0, 1]."""
+        grey = (np.asarray(hu, dtype=np.float64) - self.level) / self.width + 0.5
+        return np.clip(grey, 0.0, 1.0)
+
+    def __str__(self) -> str:
+        return f"{self.name}  W {self.width:g} L {self.level:g}"
+
+
+SOFT_TISSUE = Window("soft tissue", 400, 40)
+LUNG = Window("lung", 1200, -400)
+"""Begins at -1000 HU, where the models' range begins, so that the air around the body is black."""
+BONE = Window("bone", 1800, 400)
+
+_WIDTH_PX = 1200
+_HEIGHT_LIMIT_PX = 3000
+_GAP_PX = 12
+_TITLE_PX = 46
+_CAPTION_PX = 26
+_LEGEND_LINE_PX = 20
+_LEGEND_COLUMNS = 5
+_LEGEND_LIMIT = 40
+_DPI = 100
+_AIR_HU = -500
+_FILL = 0.35
+_LUNG_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Plane:
+    """How a plane of a RAS+ array becomes a picture with rows from top to bottom.
+
+    Attributes:
+        name: for the caption.
+        fixed: the array axis that is cut.
+        across: the array axis along the picture's width; it is shown from its high end to its low end.
+        down: the array axis along the picture's height, likewise: the high end (front, head) is on top.
+        ends: letters at the left and right edge.
+    """
+
+    name: str
+    fixed: int
+    across: int
+    down: int
+    ends: tuple[str, str]
+
+    def cut(self, array: Picture, index: int) -> Picture:
+        """Return slice `index` as (rows, columns)."""
+        flat: Picture = np.moveaxis(array, (self.fixed, self.down, self.across), (0, 1, 2))[index]
+        return np.flip(flat)
+
+
+# Radiological convention: one looks from the feet and from the front, so the patient's left is on the right.
+PLANES = (
+    Plane("axial", fixed=2, across=0, down=1, ends=("R", "L")),
+    Plane("coronal", fixed=1, across=0, down=2, ends=("R", "L")),
+    Plane("sagittal", fixed=0, across=1, down=2, ends=("A", "P")),
+)
+
+
+def preview(path: Path, image: Volume, labels: Volume | None = None, title: str = "") -> None:
+    """Draw three planes of a CT as PNG: soft-tissue window, lung or bone window, labels over the first.
+
+    The planes cut the middle of the body, or the largest tumour where `labels` has one. Distances are true,
+    with one scale in mm for all. The patient's left is on the right of the picture.
+
+    Args:
+        path: file to make, atomically.
+        image: CT in HU, any orientation.
+        labels: label map on the same grid.
+        title: one line for the top.
+
+    Raises:
+        MaisiError: `labels` lie on another grid, or the place cannot be written to.
+    """
+    if labels is not None and not image.same_grid(labels):
+        raise MaisiError("The label map and the image lie on different grids; resample one onto the other.")
+    ct = image.to_ras()
+    mask = None if labels is None else labels.to_ras().array
+    figure = _draw(ct, mask, title)
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=_DPI, facecolor="black", metadata={"Software": None})
+
+
+def choose_window(hu: Picture) -> Window:
+    """Return the lung window where lungs fill 5 % and more of the volume's middle, else the bone window.
+
+    Air outside the body is below -950 HU, fat and all else inside it above -650 HU.
+    """
+    x, y, z = (slice(n // 4, n - n // 4) for n in hu.shape)
+    core = hu[x, y, z]
+    share = np.count_nonzero((core > -950) & (core < -650)) / core.size
+    return LUNG if share > _LUNG_SHARE else BONE
+
+
+def label_color(label: int) -> tuple[float, float, float]:
+    """Return the colour of a label id, RGB in [0, 1]: always the same, bright, unlike its neighbours'."""
+    if label == BODY:
+        return (0.75, 0.75, 0.75)
+    hue = label * 0.6180339887498949 % 1.0  # the golden section spreads successive ids over the circle
+    red, green, blue = colorsys.hsv_to_rgb(hue, (0.9, 0.6, 0.75)[label % 3], 1.0)
+    lift = max(0.0, 0.5 - (0.3 * red + 0.6 * green + 0.1 * blue))  # blue alone is too dark to see on black
+    return (red + (1 - red) * lift, green + (1 - green) * lift, blue + (1 - blue) * lift)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of the panels: pixels per mm, and the volume's extents (X, Y, Z) in mm."""
+
+    extents_mm: tuple[float, ...]
+    scale: float
+
+    @classmethod
+    def fit(cls, extents_mm: tuple[float, ...], rows: int, other_px: int) -> _Layout:
+        """Let three panels fill the width, unless the rows would then be too tall."""
+        x, y, z = extents_mm
+        by_width = (_WIDTH_PX - 4 * _GAP_PX) / (2 * x + y)
+        by_height = (_HEIGHT_LIMIT_PX - other_px) / (rows * max(y, z))
+        return cls(extents_mm, min(by_width, by_height))
+
+    def panel(self, plane: Plane) -> tuple[int, int]:
+        """Return width and height in pixels."""
+        width, height = self.extents_mm[plane.across], self.extents_mm[plane.down]
+        return (max(1, round(width * self.scale)), max(1, round(height * self.scale)))
+
+    @property
+    def row_px(self) -> int:
+        """Height of the tallest panel."""
+        return max(self.panel(plane)[1] for plane in PLANES)
+
+
+def _draw(ct: Volume, mask: Picture | None, title: str) -> Figure:
+    """Lay out, from the top: title, a row for each window, the labels and their legend."""
+    cuts = _choose_cuts(ct.array, mask)
+    slices = [plane.cut(ct.array, i) for plane, i in zip(PLANES, cuts, strict=True)]
+    names = [] if mask is None else [plane.cut(mask, i) for plane, i in zip(PLANES, cuts, strict=True)]
+    legend = _legend_ids(names)
+    windows = [SOFT_TISSUE, choose_window(ct.array)]
+    rows = len(windows) + bool(names)
+    legend_px = -(-len(legend) // _LEGEND_COLUMNS) * _LEGEND_LINE_PX
+    other_px = _TITLE_PX + rows * (_CAPTION_PX + _GAP_PX) + legend_px
+    extents_mm = tuple(n * s for n, s in zip(ct.shape, ct.spacing_mm, strict=True))
+    layout = _Layout.fit(extents_mm, rows, other_px)
+    canvas = _Canvas(_WIDTH_PX, other_px + rows * layout.row_px, layout)
+    canvas.title(title)
+    for window in windows:
+        canvas.row(str(window), [window.grey(flat) for flat in slices])
+    if names:
+        canvas.row("labels", [SOFT_TISSUE.grey(flat) for flat in slices], names)
+        canvas.legend(legend)
+    return canvas.figure
+
+
+class _Canvas:
+    """A black figure that is filled in pixels from the top; `top` is where the next row begins."""
+
+    def __init__(self, width: int, height: int, layout: _Layout) -> None:
+        # Not pyplot: its global state is shared between threads.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.width, self.height, self.layout = width, height, layout
+        self.top = _TITLE_PX
+        self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="black")
+        FigureCanvasAgg(self.figure)
+
+    def text(self, left: float, top: float, text: str, **style: Any) -> None:
+        """Write a line whose upper left corner is given, as it stands (no mathematics between $)."""
+        look: dict[str, Any] = {"color": "0.9", "va": "top", "ha": "left", "size": 9, "parse_math": False}
+        self.figure.text(left / self.width, 1 - top / self.height, text, **(look | style))
+
+    def title(self, title: str) -> None:
+        """Write the title and the convention."""
+        self.text(_GAP_PX, 8, title, size=11, weight="bold")
+        note = "patient's left is on the right (radiological convention)"
+        self.text(_GAP_PX, 27, note, size=8, color="0.6")
+
+    def row(self, caption: str, pictures: Sequence[Picture], names: Sequence[Picture] = ()) -> None:
+        """Place the three planes side by side under their caption; `names` are label ids to draw over."""
+        self.text(_GAP_PX, self.top + 4, caption)
+        left = _GAP_PX
+        for number, plane in enumerate(PLANES):
+            size = self.layout.panel(plane)
+            upper = self.top + _CAPTION_PX + (self.layout.row_px - size[1]) // 2
+            overlay = _overlay(names[number], size) if names else None
+            self._panel(left, upper, size, pictures[number], overlay)
+            self._letters(left, upper, size, plane)
+            left += size[0] + _GAP_PX
+        self.top += self.layout.row_px + _CAPTION_PX + _GAP_PX
+
+    def legend(self, ids: Sequence[int]) -> None:
+        """Write the names of the labels in their colours, in columns."""
+        column_px = (self.width - _GAP_PX) / _LEGEND_COLUMNS
+        for number, label in enumerate(ids):
+            line, column = divmod(number, _LEGEND_COLUMNS)
+            name = label_name(label) if label in KNOWN_IDS else "unnamed"
+            place = (_GAP_PX + column * column_px, self.top + line * _LEGEND_LINE_PX)
+            self.text(*place, f"\u25a0 {label} {name}", size=8, color=label_color(label))
+
+    def _panel(
+        self, left: int, top: int, size: tuple[int, int], grey: Picture, overlay: Picture | None
+    ) -> None:
+        width, height = size
+        box = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        axes = self.figure.add_axes(box, xticks=[], yticks=[])
+        axes.spines[:].set_color("0.2")
+        extent = (0, width, height, 0)
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="bicubic")
+        if overlay is not None:
+            axes.imshow(overlay, aspect="auto", extent=extent, interpolation="nearest")
+
+    def _letters(self, left: int, top: int, size: tuple[int, int], plane: Plane) -> None:
+        style: dict[str, Any] = {"color": "0.6", "va": "center"}
+        middle = top + size[1] / 2
+        self.text(left + 4, middle, plane.ends[0], **style)
+        self.text(left + size[0] - 4, middle, plane.ends[1], ha="right", **style)
+        self.text(left + size[0] / 2, self.top + 4, plane.name, color="0.6", ha="center")
+
+
+def _choose_cuts(hu: Picture, mask: Picture | None) -> tuple[int, ...]:
+    """Return the index at which each of `PLANES` cuts: most of the tumours, else half of what is not air."""
+    tumors = None if mask is None else np.isin(mask, list(TUMORS))
+    lesion = tumors is not None and bool(tumors.any())
+    target = tumors if tumors is not None and lesion else hu > _AIR_HU
+    cuts = []
+    for plane in PLANES:
+        profile = target.sum(axis=tuple(axis for axis in range(3) if axis != plane.fixed))
+        cuts.append(int(profile.argmax()) if lesion else _median_index(profile))
+    return tuple(cuts)
+
+
+def _median_index(profile: Picture) -> int:
+    """Return the index that halves the sum of `profile`; the middle where all is zero."""
+    total = profile.sum()
+    if total == 0:
+        return len(profile) // 2
+    return int(np.searchsorted(np.cumsum(profile), total / 2))
+
+
+def _legend_ids(names: Sequence[Picture]) -> list[int]:
+    """Return the ids that the cuts show: tumours first, the body last; at most `_LEGEND_LIMIT`."""
+    shown = {int(i) for flat in names for i in np.unique(flat)} - {BACKGROUND}
+    return sorted(shown, key=lambda i: (i not in TUMORS, i == BODY, i))[:_LEGEND_LIMIT]
+
+
+def _overlay(labels: Picture, size: tuple[int, int]) -> Picture:
+    """Colour a cut of a label map, filled thinly and outlined fully: RGBA in [0, 1], (height, width, 4).
+
+    It is brought to the size of the panel first, so that outlines are one pixel wide at any spacing. The
+    body's envelope is only outlined: its inside is what the eye wants to see.
+    """
+    width, height = size
+    rows = np.arange(height) * labels.shape[0] // height
+    columns = np.arange(width) * labels.shape[1] // width
+    names = labels[np.ix_(rows, columns)]
+    picture = np.zeros((height, width, 4))
+    edge = _edges(names)
+    for label in np.unique(names):
+        if label == BACKGROUND:
+            continue
+        here = names == label
+        picture[here] = (*label_color(int(label)), 0.0 if label == BODY else _FILL)
+        picture[here & edge, 3] = 1.0
+    return picture
+
+
+def _edges(names: Picture) -> NDArray[np.bool_]:
+    """Say which pixels have a neighbour above, below, left or right with another label."""
+    edge = np.zeros(names.shape, dtype=np.bool_)
+    down, right = names[1:] != names[:-1], names[:, 1:] != names[:, :-1]
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge[:, 1:] |= right
+    edge[:, :-1] |= right
+    return edge
