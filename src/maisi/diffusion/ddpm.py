@@ -57,7 +57,7 @@ class DDPM(Process):
         log_snr = torch.log(alpha / sigma)
         wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
         times, order = (wanted[:, None] - log_snr).abs().argmin(dim=1), torch.arange(steps)
-        # near the data timesteps are scarcer than the spacing asks for: push earlier ones up, within the range
+        # near the data there are too few timesteps for that: push the earlier ones up, to the top at most
         distinct = (times + order).flip(0).cummax(0).values.flip(0) - order
         return torch.minimum(distinct, self.num_train_timesteps - 1 - order)
 

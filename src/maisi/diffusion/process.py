@@ -58,9 +58,9 @@ class Process(Config, ABC):
     def sampling_times(self, steps: int, latent_voxels: int, even_log_snr: bool = False) -> Tensor:
         """Timesteps at which a sampler asks the network: float32 (steps,), descending.
 
-        The last step leads from the last of them to the data. They are spread evenly over the timesteps, as in
-        the reference, or with `even_log_snr` evenly in log(alpha / sigma), which multistep solvers need to be
-        accurate in few steps; a process where that is infinite at pure noise keeps its own.
+        The last step leads from the last of them to the data. They are spread evenly over the timesteps as in
+        the reference, or with `even_log_snr` evenly in log(alpha / sigma), without which multistep solvers are
+        inaccurate in few steps; a process where that is infinite at pure noise keeps its own.
 
         Raises:
             MaisiError: the process cannot be sampled in that many steps.
