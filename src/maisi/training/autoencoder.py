@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from maisi.config import Config
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import window_ct
+from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
 from maisi.training.losses import adversarial, perceptual
@@ -70,6 +71,18 @@ class AutoencoderRun(Config):
     validation_size: tuple[int, int, int] = (96, 96, 96)
 
 
+def quieten(model: Autoencoder) -> None:
+    """Start with small latent noise (standard deviation about e^-4).
+
+    At random initial weights the noise would be 1, larger than the means: the decoder would first learn to ignore its
+    input. The KL term lets the noise grow to where it belongs.
+    """
+    with torch.no_grad():
+        model.quant_conv_log_sigma.weight.mul_(0.1)
+        assert model.quant_conv_log_sigma.bias is not None
+        model.quant_conv_log_sigma.bias.sub_(8.0)
+
+
 class AutoencoderStage:
     """See `maisi.training.loop.Stage`."""
 
@@ -80,10 +93,10 @@ class AutoencoderStage:
         self.source = PatchSource(self.folder, "train", run.patches, run.loop.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.loop.seed)
-            model: torch.nn.Module = load_network(run.init) if run.init else Autoencoder(run.model)
+            model = _initial(run)
             discriminator = PatchDiscriminator(run.discriminator)
         layout = torch.channels_last_3d
-        self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.model: Autoencoder = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.trainee = Trainee("autoencoder", self.model, run.optimizer, run.loop.steps)
         discriminator = discriminator.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.judge = Trainee("discriminator", discriminator, run.discriminator_optimizer, run.loop.steps)
@@ -193,6 +206,17 @@ class AutoencoderStage:
         model: Any = Autoencoder(self.model.config)
         model.load_state_dict(self.trainee.ema.values)
         save_network(folder / "autoencoder.safetensors", model)
+
+
+def _initial(run: AutoencoderRun) -> Autoencoder:
+    if run.init is None:
+        model = Autoencoder(run.model)
+        quieten(model)
+        return model
+    loaded = load_network(run.init)
+    if not isinstance(loaded, Autoencoder):
+        raise MaisiError(f"{run.init} is not an autoencoder; name one or leave init out.")
+    return loaded
 
 
 def _square(picture: Tensor) -> Tensor:

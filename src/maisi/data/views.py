@@ -1,0 +1,323 @@
+"""Views of prepared cases as cached latents: one scan, seen at several spacings, places and turns. Knows no network.
+
+A view is a box of fixed size in voxels laid into a case; its image is encoded (`encode` is handed in) and kept as mean
+and log-variance with the label map of the same box. What the box covers decides the body regions it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maisi.anatomy import EXTENSION, LABELS, LUNGS, REGION_MARKERS, REGIONS
+from maisi.config import Config, parse_config
+from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, Split
+from maisi.data.preprocess import resample_to_grid, window_ct
+from maisi.errors import MaisiError
+from maisi.io.files import atomic_path, write_json
+from maisi.volume import Array, Volume
+
+Triple = tuple[int, int, int]
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, `4 X/4 Y/4 Z/4` each."""
+
+HEAD_NAMES = ("brainstem", "larynx", "mandible", "parotid gland left", "parotid gland right")
+"""Extension labels that mark the head and neck, beside the released vocabulary's markers."""
+
+
+class ViewConfig(Config):
+    """One kind of view.
+
+    Attributes:
+        size: voxels; a multiple of what the networks need (4 x the U-Net's factor).
+        spacing_mm: smallest and largest voxel, the same along all axes of a view, drawn log-uniformly.
+        stretch: further factor of the z axis, from 1/stretch to stretch.
+        views: how many for each case of weight 1; a case of weight w gets w times as many.
+        rotate_degrees: largest turn about the z axis.
+        mirror: whether cases of the head and neck alone are mirrored left to right half of the time (labels
+            change sides with it). The trunk is never mirrored.
+        regions: only cases that have one of these; empty is all.
+    """
+
+    size: Triple
+    spacing_mm: tuple[float, float]
+    stretch: float = Field(default=1.0, ge=1)
+    views: float = Field(default=1.0, gt=0)
+    rotate_degrees: float = Field(default=0.0, ge=0)
+    mirror: bool = False
+    regions: tuple[str, ...] = ()
+
+
+class LatentView(Config):
+    """One row of the index; `shape` and `spacing_mm` are the image's."""
+
+    file: str
+    case: str
+    patient: str
+    split: Split
+    shape: Triple
+    spacing_mm: tuple[float, float, float]
+    regions: tuple[str, ...]
+    modality: str = "ct"
+
+
+class LatentIndex(Config):
+    """What `index.json` holds; `scale_factor` is 1 / standard deviation of the training latents."""
+
+    version: int = 1
+    scale_factor: float
+    autoencoder_sha256: str
+    views: tuple[LatentView, ...]
+
+
+@dataclass(frozen=True)
+class StoredLatent:
+    """Mean and log-variance `4 X/4 Y/4 Z/4`, and the label map `X Y Z` uint8 if it was asked for."""
+
+    mean: Tensor
+    log_variance: Tensor
+    labels: Tensor | None
+
+
+class LatentFolder:
+    """Read access to a folder of cached latents."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder.
+
+        Raises:
+            MaisiError: there is no index, or it is not one of latents.
+        """
+        self.folder = folder
+        try:
+            values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise MaisiError(
+                f"{folder} holds no readable {INDEX}; make one with 'maisi prepare --autoencoder'."
+            ) from None
+        self.index = parse_config(LatentIndex, values, str(folder / INDEX))
+        self.scale_factor = self.index.scale_factor
+
+    def views(self, split: Split) -> tuple[LatentView, ...]:
+        """Views of one split."""
+        return tuple(view for view in self.index.views if view.split == split)
+
+    def load(self, view: LatentView, with_labels: bool) -> StoredLatent:
+        """Read one view."""
+        try:
+            with safe_open(self.folder / view.file, framework="pt") as file:
+                labels = file.get_tensor("labels") if with_labels else None
+                return StoredLatent(file.get_tensor("mean"), file.get_tensor("log_variance"), labels)
+        except (SafetensorError, OSError):
+            raise MaisiError(
+                f"{self.folder / view.file} is missing or damaged; prepare the latents anew."
+            ) from None
+
+
+def cache_latents(
+    prepared: PreparedFolder,
+    kinds: Iterable[ViewConfig],
+    encode: Encode,
+    autoencoder_sha256: str,
+    out: Path,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentIndex:
+    """Draw views of every case, encode them, and write them with an index. Files that exist already are kept.
+
+    A view depends on `seed`, its case and its number alone, so an interrupted run continues where it was.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (case, kind, number, copy)
+        for case in prepared.index.cases
+        for number, kind in enumerate(kinds)
+        for copy in range(_copies(case, kind, number, seed))
+    ]
+    extents = {
+        case.id: region_extents(prepared.labels(case), np.array(case.affine), case.regions)
+        for case in prepared.index.cases
+    }
+    views, spread = [], _Spread()
+    for done, (case, kind, number, copy) in enumerate(jobs):
+        rng = np.random.default_rng([seed, number, copy, *case.id.encode()])
+        file = f"{case.id}-{number}-{copy}.safetensors"
+        view, image, labels = draw_view(prepared, case, kind, extents[case.id], rng, file)
+        if not (out / file).exists():
+            mean, log_variance = encode(torch.from_numpy(window_ct(image.array))[None, None])
+            tensors = {"mean": mean, "log_variance": log_variance, "labels": torch.from_numpy(labels)}
+            with atomic_path(out / file) as part:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+        else:
+            with safe_open(out / file, framework="pt") as stored:
+                mean = stored.get_tensor("mean")
+        if view.split == "train":
+            spread.add(mean)
+        views.append(view)
+        if progress:
+            progress(done + 1, len(jobs))
+    index = LatentIndex(
+        scale_factor=1 / spread.deviation(), autoencoder_sha256=autoencoder_sha256, views=tuple(views)
+    )
+    write_json(out / INDEX, index.model_dump(mode="json"))
+    return index
+
+
+def draw_view(
+    prepared: PreparedFolder,
+    case: PreparedCase,
+    kind: ViewConfig,
+    extents: Mapping[str, tuple[float, float]],
+    rng: np.random.Generator,
+    file: str,
+) -> tuple[LatentView, Volume, NDArray[np.uint8]]:
+    """Lay one random box into a case; return its row, its image in HU and its labels. `extents`: `region_extents`."""
+    spacing = math.exp(rng.uniform(*np.log(kind.spacing_mm)))
+    stretched = spacing * math.exp(rng.uniform(-1, 1) * math.log(kind.stretch))
+    spacings = (spacing, spacing, stretched)
+    angle = math.radians(rng.uniform(-kind.rotate_degrees, kind.rotate_degrees))
+    shares = rng.uniform(0, 1, 3)
+    flip = kind.mirror and case.regions == ("head-neck",) and bool(rng.random() < 0.5)
+    affine = np.array(case.affine)
+    image, labels = prepared.image(case), prepared.labels(case)
+    grid = _place(image.shape, affine, kind.size, spacings, angle, shares)
+    like = Volume(np.broadcast_to(np.uint8(0), kind.size), grid)
+    seen = resample_to_grid(Volume(np.asarray(image), affine), like, order=1, fill=-1000.0)
+    mask = resample_to_grid(Volume(np.asarray(labels), affine), like, order=0, fill=0).array
+    if flip:
+        seen = seen.with_array(np.ascontiguousarray(seen.array[::-1]))
+        mask = other_side()[mask[::-1]]
+    bottom = float(grid[2, 3])
+    regions = regions_of_box(extents, bottom, bottom + stretched * kind.size[2])
+    view = LatentView(
+        file=file,
+        case=case.id,
+        patient=case.patient,
+        split=case.split,
+        shape=kind.size,
+        spacing_mm=spacings,
+        regions=regions,
+        modality=case.modality,
+    )
+    return view, seen, np.ascontiguousarray(mask)
+
+
+def region_extents(
+    labels: Array, affine: NDArray[np.float64], known: tuple[str, ...] = ()
+) -> dict[str, tuple[float, float]]:
+    """Where along the body each region lies, in mm of world z, as far as the labels of a whole case tell.
+
+    A region with markers spans them. Lungs bound their neighbours: a case that goes on for 40 mm and more above or below
+    them shows head and neck, or abdomen, there. A case without any of this is all `known`.
+    """
+    step, origin = float(affine[2, 2]), float(affine[2, 3])
+    volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    names = {label.name: label.id for label in (*LABELS, *EXTENSION)}
+    markers = {region: set(ids) for region, ids in REGION_MARKERS.items()}
+    markers["head-neck"] |= {names[name] for name in HEAD_NAMES}
+    extents: dict[str, tuple[float, float]] = {}
+    for region in REGIONS:
+        counts = np.isin(labels, list(markers[region])).sum(axis=(0, 1))
+        if counts.sum() * volume_ml < (250 if region == "chest" else 1):
+            continue
+        levels = np.flatnonzero(np.cumsum(counts) / counts.sum() > 0.01)
+        top = np.flatnonzero(np.cumsum(counts) / counts.sum() >= 0.995)[0]
+        extents[region] = (origin + step * float(levels[0]), origin + step * float(top + 1))
+    end = origin + step * labels.shape[2]
+    if "chest" in extents:
+        low, high = extents["chest"]
+        if end - high >= 40 and "head-neck" not in extents:
+            extents["head-neck"] = (high, end)
+        if low - origin >= 40 and "abdomen" not in extents:
+            extents["abdomen"] = (origin, low)
+    elif known:
+        for region in known:
+            extents.setdefault(region, (origin, end))
+    if "head-neck" in extents:
+        extents["head-neck"] = (extents["head-neck"][0], end)
+    return extents
+
+
+def regions_of_box(extents: Mapping[str, tuple[float, float]], bottom: float, top: float) -> tuple[str, ...]:
+    """Regions that take at least 35 % (or 80 mm) of the part of a box that anything is known of, top to bottom."""
+    shares = {r: max(0.0, min(top, high) - max(bottom, low)) for r, (low, high) in extents.items()}
+    height = min(top, max(h for _, h in extents.values())) - max(bottom, min(lo for lo, _ in extents.values())) if extents else 0
+    found = [r for r in REGIONS if shares.get(r, 0.0) >= min(80.0, 0.35 * max(height, 1.0))]
+    if not found and any(shares.values()):
+        found = [max(shares, key=lambda r: shares[r])]
+    return tuple(REGIONS[REGIONS.index(found[0]) : REGIONS.index(found[-1]) + 1]) if found else ()
+
+
+@cache
+def other_side() -> NDArray[np.uint8]:
+    """Table of 256 ids: the same structure on the other side of the body."""
+    table = np.arange(256, dtype=np.uint8)
+    ids = {label.name: label.id for label in (*LABELS, *EXTENSION)}
+    for name, number in ids.items():
+        words = ["right" if w == "left" else "left" if w == "right" else w for w in name.split()]
+        table[number] = ids.get(" ".join(words), number)
+    # Whole lungs carry one lobe's id each (see `segmentation`); lobes proper never occur in mirrored cases.
+    table[LUNGS[0]], table[LUNGS[-1]] = LUNGS[-1], LUNGS[0]
+    return table
+
+
+def _copies(case: PreparedCase, kind: ViewConfig, number: int, seed: int) -> int:
+    """`views` times the case's weight; a fraction is rounded up or down at random."""
+    if kind.regions and not set(kind.regions) & set(case.regions):
+        return 0
+    wanted = kind.views * case.weight if case.split == "train" else min(1.0, kind.views * case.weight)
+    rng = np.random.default_rng([seed, number, *case.id.encode()])
+    return int(wanted) + int(rng.random() < wanted % 1)
+
+
+def _place(
+    shape: tuple[int, ...],
+    affine: NDArray[np.float64],
+    size: Triple,
+    spacing: tuple[float, float, float],
+    angle: float,
+    shares: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Affine of a box: where the case is longer than the box, `shares` (0 to 1) say where in between it lies."""
+    have = np.array(shape) * np.abs(np.diag(affine)[:3])
+    want = np.array(size) * np.array(spacing)
+    slack = (have - want) / 2
+    # A box larger than the case lies centred, give or take a tenth of the difference.
+    shift = (2 * shares - 1) * np.where(slack > 0, slack, 0.1 * slack)
+    centre = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3] + shift
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    result = np.eye(4)
+    result[:3, :3] = turn * np.array(spacing)
+    result[:3, 3] = centre - result[:3, :3] @ ((np.array(size) - 1) / 2)
+    return result
+
+
+class _Spread:
+    """Standard deviation of everything added, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, 0.0, 0.0
+
+    def add(self, values: Tensor) -> None:
+        self.count += values.numel()
+        self.total += float(values.double().sum())
+        self.squares += float(values.double().square().sum())
+
+    def deviation(self) -> float:
+        if self.count < 2:
+            raise MaisiError("There are no training cases to measure latents on; prepare more patients.")
+        mean = self.total / self.count
+        return math.sqrt(max(self.squares / self.count - mean * mean, 1e-12))

@@ -1,0 +1,119 @@
+"""Batches of cached latents, their conditions and label maps. What a step sees depends on seed and step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from maisi.conditions import Conditions, mask_bits, stack
+from maisi.config import Config
+from maisi.data.prepared import Split
+from maisi.data.views import LatentFolder, LatentView
+from maisi.errors import MaisiError
+from maisi.training.state import step_generator, step_rng
+
+
+class LatentBatchConfig(Config):
+    """How batches are drawn.
+
+    Attributes:
+        drop_regions: share of items whose regions are hidden, so that the network also learns to do without.
+        weights: how often cases of a group (the first region of a view) are drawn, relative to their number.
+    """
+
+    batch_size: int = Field(default=1, ge=1)
+    drop_regions: float = Field(default=0.1, ge=0, le=1)
+    weights: Mapping[str, float] = {}
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """One batch.
+
+    Attributes:
+        z: latents drawn from their distributions, times the scale factor, `B 4 X/4 Y/4 Z/4`.
+        conditions: keyword arguments of the U-Net: `spacing` (B, 3), `top_region` (B, 4), `bottom_region`
+            (B, 4), `modality` (B,).
+        labels: label maps `B X Y Z` uint8, where they were asked for.
+    """
+
+    z: Tensor
+    conditions: dict[str, Tensor]
+    labels: Tensor | None
+
+    def to(self, device: torch.device) -> LatentBatch:
+        """Move everything."""
+        conditions = {name: value.to(device) for name, value in self.conditions.items()}
+        return LatentBatch(self.z.to(device), conditions, None if self.labels is None else self.labels.to(device))
+
+
+def condition_tensors(conditions: list[Conditions]) -> dict[str, Tensor]:
+    """Keyword arguments of the U-Net for a batch."""
+    arrays = stack(conditions)
+    return {
+        "spacing": torch.from_numpy(arrays.spacing),
+        "top_region": torch.from_numpy(arrays.top_region),
+        "bottom_region": torch.from_numpy(arrays.bottom_region),
+        "modality": torch.from_numpy(arrays.modality),
+    }
+
+
+def mask_tensor(labels: Tensor) -> Tensor:
+    """Label maps `B X Y Z` -> `B 8 X Y Z` bits, on the CPU."""
+    return torch.stack([torch.from_numpy(mask_bits(item.numpy())) for item in labels.cpu()])
+
+
+class LatentSource:
+    """Draws batches. All items of a batch have one size: the size is drawn first, then the items of that size."""
+
+    def __init__(
+        self, folder: Path, split: Split, config: LatentBatchConfig, seed: int, with_labels: bool = False
+    ) -> None:
+        self.folder = LatentFolder(folder)
+        self.config, self.seed, self.with_labels = config, seed, with_labels
+        self.groups: dict[tuple[int, ...], list[LatentView]] = {}
+        for view in self.folder.views(split):
+            self.groups.setdefault(view.shape, []).append(view)
+        if not self.groups:
+            raise MaisiError(f"{folder} has no {split} latents; prepare more patients.")
+        self.sizes = sorted(self.groups)
+        self._chances = {size: self._chances_of(self.groups[size]) for size in self.sizes}
+        totals = np.array([sum(self._weight(v) for v in self.groups[size]) for size in self.sizes])
+        self._size_chances = totals / totals.sum()
+
+    def _weight(self, view: LatentView) -> float:
+        return self.config.weights.get(view.regions[0] if view.regions else "", 1.0)
+
+    def _chances_of(self, views: list[LatentView]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        weights = np.array([self._weight(view) for view in views])
+        return weights / weights.sum()
+
+    def batch(self, step: int) -> LatentBatch:
+        """The batch of one step."""
+        rng = step_rng(self.seed, step, stream=0)
+        size = self.sizes[int(rng.choice(len(self.sizes), p=self._size_chances))]
+        views = self.groups[size]
+        chosen = rng.choice(len(views), self.config.batch_size, p=self._chances[size])
+        hidden = rng.random(self.config.batch_size) < self.config.drop_regions
+        generator = step_generator(self.seed, step, stream=1)
+        return self.collate([views[int(i)] for i in chosen], list(hidden), generator)
+
+    def collate(self, views: list[LatentView], hidden: list[bool], generator: torch.Generator) -> LatentBatch:
+        """Load `views` as one batch; the regions of `hidden` items are not told."""
+        latents, labels, conditions = [], [], []
+        for view, hide in zip(views, hidden, strict=True):
+            stored = self.folder.load(view, with_labels=self.with_labels)
+            noise = torch.randn(stored.mean.shape, generator=generator)
+            latents.append((stored.mean + torch.exp(0.5 * stored.log_variance) * noise) * self.folder.scale_factor)
+            conditions.append(Conditions(view.spacing_mm, () if hide else view.regions, view.modality))
+            if stored.labels is not None:
+                labels.append(stored.labels)
+        return LatentBatch(
+            torch.stack(latents), condition_tensors(conditions), torch.stack(labels) if labels else None
+        )
