@@ -1,0 +1,121 @@
+"""The stages by name: start one from a YAML file, and print a commented example of such a file."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+import pydantic
+
+from maisi.config import Config, read_yaml
+from maisi.errors import MaisiError
+
+StageName = Literal["autoencoder", "diffusion", "controlnet"]
+STAGES: tuple[str, ...] = get_args(StageName)
+
+PLACEHOLDERS = {
+    "data": "prepared",
+    "unet": "runs/diffusion/unet.safetensors",
+    "steps": 10000,
+}
+"""Values shown for settings that have no default."""
+
+
+def run_stage(stage: str, path: Path, folder: Path) -> int:
+    """Train `stage` as the YAML file says, in `folder`; resume what is there. Return the step reached.
+
+    Raises:
+        MaisiError: the file has a wrong or unknown key, data is missing, or the folder holds another run.
+    """
+    from maisi.training.loop import LoopConfig, run
+
+    config = read_yaml(_run_class(stage), path)
+    missing = [str(p) for p in _paths(config) if not p.exists()]
+    if missing:
+        raise MaisiError(f"{path} names what does not exist: {', '.join(missing)}; correct the paths.")
+    loop = config.loop  # type: ignore[attr-defined]
+    assert isinstance(loop, LoopConfig)
+    return run(_stage_class(stage)(config), loop, config, folder)
+
+
+def example_yaml(stage: str) -> str:
+    """Return a YAML file with every setting of a stage, its default and what it means."""
+    cls = _run_class(stage)
+    head = f"# maisi train {stage} RUN.yaml -o FOLDER\n# Settings that are left out take the values shown.\n\n"
+    return head + "\n".join(_example_lines(cls, "")) + "\n"
+
+
+def _run_class(stage: str) -> type[Config]:
+    if stage == "autoencoder":
+        from maisi.training.autoencoder import AutoencoderRun
+
+        return AutoencoderRun
+    if stage == "diffusion":
+        from maisi.training.diffusion import DiffusionRun
+
+        return DiffusionRun
+    if stage == "controlnet":
+        from maisi.training.controlnet import ControlNetRun
+
+        return ControlNetRun
+    raise MaisiError(f"There is no stage '{stage}'; choose one of {', '.join(STAGES)}.")
+
+
+def _stage_class(stage: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    from maisi.training import autoencoder, controlnet, diffusion
+
+    return {
+        "autoencoder": autoencoder.AutoencoderStage,
+        "diffusion": diffusion.DiffusionStage,
+        "controlnet": controlnet.ControlNetStage,
+    }[stage]
+
+
+def _paths(config: Config) -> list[Path]:
+    return [value for name in type(config).model_fields if isinstance(value := getattr(config, name), Path)]
+
+
+def _example_lines(cls: type[pydantic.BaseModel], indent: str, values: pydantic.BaseModel | None = None) -> list[str]:
+    """Lines for each field of `cls`: the meaning as a comment, then name and value."""
+    meanings = _meanings(cls)
+    lines = []
+    for name, field in cls.model_fields.items():
+        if name in meanings:
+            lines.append(f"{indent}# {meanings[name]}")
+        value = getattr(values, name) if values is not None else field.get_default(call_default_factory=True)
+        nested = value if isinstance(value, pydantic.BaseModel) else None
+        annotation = field.annotation
+        if nested is not None:
+            lines += [f"{indent}{name}:", *_example_lines(type(nested), indent + "  ", nested)]
+        elif field.is_required() and values is None and isinstance(annotation, type) and issubclass(annotation, Config):
+            lines += [f"{indent}{name}:", *_example_lines(annotation, indent + "  ")]
+        elif field.is_required() and values is None:
+            lines.append(f"{indent}{name}: {json.dumps(PLACEHOLDERS[name])}")
+        else:
+            lines.append(f"{indent}{name}: {_yaml(value)}")
+    return lines
+
+
+def _yaml(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    if isinstance(value, float):
+        # YAML reads 1e-05 as text: it wants a point in the mantissa.
+        text = repr(value)
+        return re.sub(r"^(-?\d+)e", r"\1.0e", text)
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return json.dumps(value if value is None or isinstance(value, (bool, int, str)) else str(value))
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """Explanations of fields, from the 'Attributes:' part of the docstrings of `cls` and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, part = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", part, re.MULTILINE):
+            found[match[1]] = " ".join(match[2].split())
+    return found
