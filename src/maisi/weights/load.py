@@ -28,6 +28,7 @@ __all__ = [
     "load_network",
     "network_types",
     "read_header",
+    "require_shapes",
     "save_network",
     "sha256",
 ]
@@ -127,7 +128,8 @@ def load_network(
         The network in evaluation mode; its configuration is `.config`.
 
     Raises:
-        MaisiError: as `read_header`; another network than asked for; tensors that do not fit the configuration.
+        MaisiError: as `read_header`; another network than asked for; tensors that do not fit the
+            configuration.
     """
     import torch
     from safetensors.torch import load_file
@@ -136,7 +138,8 @@ def load_network(
     if network is not None and header.network != network:
         raise MaisiError(f"{path} holds the network '{header.network}'; give a file with '{network}'.")
     module = build_network(header.network, header.config, str(path))
-    _require_same_shapes(module, header, path)
+    require_shapes(module, {name: shape for name, (_, shape) in header.tensors.items()}, path)
+    _require_floats(header, path)
     stored = load_file(path, device=str(device))
     cast = {name: tensor.to(dtype or torch.float32) for name, tensor in stored.items()}
     module.load_state_dict(cast, strict=True, assign=True)
@@ -171,17 +174,23 @@ def save_network(
     write_tensors(path, tensors, {**(metadata or {}), **own})
 
 
-def _require_same_shapes(module: nn.Module, header: NetworkHeader, path: Path) -> None:
-    """Compare names and shapes before any tensor is read; say the first differences."""
+def require_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Compare names and shapes of the tensors in a file with those of the network that they are for.
+
+    Raises:
+        MaisiError: any differ, are missing, or are too many; the message names the first.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: shape for name, (_, shape) in header.tensors.items()}
     wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
     if wrong:
         name = wrong[0]
         raise MaisiError(
-            f"{path}: {len(wrong)} tensors do not fit the file's configuration (first: {name}, "
+            f"{path}: {len(wrong)} tensors do not fit the network's configuration (first: {name}, "
             f"{found.get(name, 'missing')} in place of {wanted.get(name, 'nothing')}); get a fresh copy."
         )
+
+
+def _require_floats(header: NetworkHeader, path: Path) -> None:
     foreign = sorted(name for name, (dtype, _) in header.tensors.items() if not dtype.startswith(("F", "BF")))
     if foreign:
         raise MaisiError(f"{path}: {foreign[0]} is not floating-point; get a fresh copy.")

@@ -140,8 +140,8 @@ def find_model(name_or_folder: str | Path) -> ModelFolder:
     """Find a model by the name of a carried one, or by its folder; read and check everything but the tensors.
 
     Raises:
-        MaisiError: there is no such model, `model.json` is wrong, or a file is missing, truncated or of another
-            network.
+        MaisiError: there is no such model, `model.json` is wrong, or a file is missing, truncated or of
+            another network.
     """
     folder = _folder(name_or_folder)
     source = folder / "model.json"

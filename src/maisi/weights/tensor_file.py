@@ -1,7 +1,7 @@
-"""The safetensors format: reading a header without the tensors, and writing the same bytes for the same tensors.
+"""The safetensors format: headers without their tensors, and the same bytes for the same tensors.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little-endian; the
-header, JSON, which gives each tensor's type, shape and place; the tensors' bytes. Reading needs no torch.
+The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little-endian;
+the header, JSON, which gives each tensor's type, shape and place; the tensors' bytes. Reading needs no torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_tensor_header(path: Path) -> TensorHeader:
     """Read and check the header; no tensor is touched.
 
     Raises:
-        MaisiError: the file is missing, of another format, damaged, or of another length than its header says.
+        MaisiError: the file is missing, of another format, damaged, or not as long as its header says.
     """
     path = Path(path)
     try:
@@ -70,7 +70,8 @@ def read_tensor_header(path: Path) -> TensorHeader:
         raise MaisiError(_foreign(path)) from None
     if end != size - 8 - length:
         raise MaisiError(
-            f"{path} has {size - 8 - length} bytes of tensors where its header promises {end}; get a whole copy."
+            f"{path} has {size - 8 - length} bytes of tensors where its header promises {end}; "
+            "get a complete copy."
         )
     return header
 

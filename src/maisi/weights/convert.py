@@ -1,0 +1,240 @@
+"""Conversion between the released `.pt` files and ours, in both directions, by a table of names.
+
+The released networks wrap layers in layers; ours do not, so a convolution called `conv1.conv.conv.weight`
+there is `conv1.weight` here. `key_table.json` says so row by row; this module only applies it. Released
+layout: the autoencoder is a plain state dict (or stands under `unet_state_dict`), a U-Net stands under
+`unet_state_dict` beside its `scale_factor`, a ControlNet under `controlnet_state_dict`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from maisi.errors import MaisiError
+from maisi.io.files import atomic_path
+from maisi.weights.infer import Shapes, infer_config
+from maisi.weights.load import (
+    NETWORKS,
+    NetworkHeader,
+    build_network,
+    load_network,
+    read_header,
+    require_shapes,
+    save_network,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Direction = Literal["to_ours", "to_released"]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One rule of the table: a name that `pattern` matches becomes `template` filled with its groups."""
+
+    pattern: re.Pattern[str]
+    template: str
+    weight_axes: int | None
+
+    def apply(self, name: str, shapes: Shapes) -> str | None:
+        match = self.pattern.fullmatch(name)
+        if match is None:
+            return None
+        weight = shapes.get(name.rpartition(".")[0] + ".weight", ())
+        if self.weight_axes is not None and len(weight) != self.weight_axes:
+            return None
+        return self.template.format(**match.groupdict())
+
+
+def convert(
+    official: Path, out: Path, *, as_network: str | None = None, settings: Mapping[str, Any] | None = None
+) -> NetworkHeader:
+    """Convert a released `.pt` file, or one of the same layout and other sizes, to safetensors.
+
+    Args:
+        official: the `.pt` file; read without running anything that is in it.
+        out: the `.safetensors` file to write.
+        as_network: one of `NETWORKS`; None to tell from the names of the tensors.
+        settings: configuration values that shapes cannot tell, where they are not the released ones:
+            `norm_groups`, `head_channels`, an autoencoder's `upsampling`.
+
+    Returns:
+        What the new file says of itself.
+
+    Raises:
+        MaisiError: the file is no such file, is truncated, holds anything but plain tensors, or does not fit
+            `as_network` or `settings`; nothing is written then.
+    """
+    official = Path(official)
+    content = _read(official)
+    state = _state_dict(content, official)
+    network = _detect(state, official) if as_network is None else _checked_network(as_network)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    names = rename(network, shapes, "to_ours", str(official))
+    module = _fill(network, {names[name]: tensor for name, tensor in state.items()}, settings or {}, official)
+    save_network(out, module, metadata=_metadata(content, official))
+    return read_header(out)
+
+
+def export_official(path: Path, out: Path) -> None:
+    """Write one of our files in the released layout; the reverse of `convert`.
+
+    Raises:
+        MaisiError: `path` is not a network of ours, or `out` cannot be written.
+    """
+    import torch
+
+    header = read_header(path)
+    module = load_network(path, dtype=_stored_dtype(header))
+    state = module.state_dict()
+    names = rename(header.network, {n: tuple(t.shape) for n, t in state.items()}, "to_released", str(path))
+    official = {names[name]: tensor.clone() for name, tensor in state.items()}
+    container = key_table()["networks"][header.network]["container"]
+    content: dict[str, Any] = official if container is None else {container: official}
+    if container is not None and header.scale_factor is not None:
+        content["scale_factor"] = torch.tensor(header.scale_factor)
+    with atomic_path(out) as part:
+        torch.save(content, part)
+
+
+def rename(network: str, shapes: Shapes, direction: Direction, source: str) -> dict[str, str]:
+    """Give each tensor its name on the other side.
+
+    Args:
+        network: one of `NETWORKS`.
+        shapes: shape of each tensor of the network, by name.
+        direction: whether `shapes` has released names or ours.
+        source: what the error message calls the file.
+
+    Raises:
+        MaisiError: the table has no row, or more than one, for a name, or two names become one.
+    """
+    result: dict[str, str] = {}
+    for name in shapes:
+        found = [new for row in _rows(network, direction) if (new := row.apply(name, shapes)) is not None]
+        if len(found) != 1:
+            raise MaisiError(
+                f"{source}: '{name}' is no tensor of the network '{network}'; give a released file."
+            )
+        result[name] = found[0]
+    if len(set(result.values())) != len(result):
+        raise MaisiError(
+            f"{source}: two tensors of the network '{network}' have one meaning; give a released file."
+        )
+    return result
+
+
+@cache
+def key_table() -> dict[str, Any]:
+    """Return the content of `key_table.json`."""
+    table: dict[str, Any] = json.loads(
+        (files("maisi.weights") / "key_table.json").read_text(encoding="utf-8")
+    )
+    return table
+
+
+@cache
+def _rows(network: str, direction: Direction) -> tuple[_Row, ...]:
+    table = key_table()
+    rows = [row for section in table["networks"][network]["sections"] for row in table["rows"][section]]
+    start, end = (0, 1) if direction == "to_ours" else (1, 0)
+    return tuple(_Row(_compile(row[start]), row[end], row[2] if len(row) > 2 else None) for row in rows)
+
+
+def _compile(template: str) -> re.Pattern[str]:
+    """Turn "{half}.blocks.{n}" into a pattern with the named groups `half` and `n`."""
+    patterns = key_table()["patterns"]
+    pieces = re.split(r"\{(\w+)\}", template)
+    literal = [re.escape(piece) for piece in pieces[0::2]]
+    groups = [f"(?P<{word}>{patterns[word]})" for word in pieces[1::2]]
+    return re.compile("".join(a + b for a, b in zip(literal, [*groups, ""], strict=True)))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Unpickle tensors and plain values only; zip archives, the usual kind, are mapped, not read at once."""
+    import torch
+
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a .pt file.") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception:  # the unpickler of a foreign file fails in any way it likes
+        raise MaisiError(
+            f"{path} is damaged or holds more than plain tensors, so it is not opened; get a fresh file."
+        ) from None
+    if not isinstance(content, Mapping):
+        raise MaisiError(f"{path} holds no state dict; give a released .pt file.")
+    return content
+
+
+def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    import torch
+
+    containers = [entry["container"] for entry in key_table()["networks"].values()]
+    inner = next((content[key] for key in containers if key is not None and key in content), content)
+    if not isinstance(inner, Mapping) or not inner:
+        raise MaisiError(f"{path} holds no state dict; give a released .pt file.")
+    for name, value in inner.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise MaisiError(f"{path}: '{name}' is not a tensor of weights; give a released .pt file.")
+    return dict(inner)
+
+
+def _detect(state: Mapping[str, Tensor], path: Path) -> str:
+    for network, entry in key_table()["networks"].items():
+        if entry["marker"] in state:
+            return str(network)
+    raise MaisiError(f"{path} holds none of the networks {', '.join(NETWORKS)}; give a released .pt file.")
+
+
+def _checked_network(name: str) -> str:
+    if name not in NETWORKS:
+        raise MaisiError(f"There is no network '{name}'; choose one of {', '.join(NETWORKS)}.")
+    return name
+
+
+def _fill(network: str, state: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path) -> nn.Module:
+    """Build the network that the shapes describe, check it against them, and give it the tensors."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    try:
+        config = infer_config(network, shapes) | dict(settings)
+    except (KeyError, IndexError):
+        raise MaisiError(f"{path} lacks tensors of the network '{network}'; get a complete copy.") from None
+    module = build_network(network, config, str(path))
+    require_shapes(module, shapes, path)
+    module.load_state_dict(dict(state), strict=True, assign=True)
+    return module
+
+
+def _metadata(content: Mapping[str, Any], path: Path) -> dict[str, str]:
+    note = {"maisi.note": f"converted from {path.name}"}
+    if "scale_factor" not in content:
+        return note
+    try:
+        scale = float(content["scale_factor"])
+    except (TypeError, ValueError, RuntimeError):
+        scale = math.nan
+    if not (math.isfinite(scale) and scale > 0):
+        raise MaisiError(f"{path}: scale_factor is not a positive number; get a fresh copy.")
+    return {**note, "maisi.scale_factor": repr(scale)}
+
+
+def _stored_dtype(header: NetworkHeader) -> Any:
+    """The dtype of the file's tensors, so that an export does not change what was stored."""
+    import torch
+
+    words = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    return words.get(next(iter(header.tensors.values()))[0], torch.float32)
