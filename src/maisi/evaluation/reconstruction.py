@@ -1,0 +1,138 @@
+"""How close a reconstructed CT is to its original: PSNR, SSIM, mean absolute error. Knows no network.
+
+All three look at HU clipped to the window that the models know, [-1000, 1000]; PSNR and SSIM see it mapped to
+[0, 1], so their data range is 1. Sums run over slabs along X, so temporary arrays stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from maisi.data.preprocess import HU_MAX, HU_MIN, window_ct
+from maisi.errors import MaisiError
+
+Array = NDArray[Any]
+Window = Literal["uniform", "gaussian"]
+
+SSIM_RADIUS = {"uniform": 3, "gaussian": 5}
+"""Voxels that the window reaches to each side: 7^3 uniform, 11^3 Gaussian (sigma 1.5 cut at 3.5 sigma)."""
+
+SSIM_K1, SSIM_K2 = 0.01, 0.03
+SLAB = 16
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The three measures of one volume, or their means over several.
+
+    Attributes:
+        psnr_db: higher is closer; infinite for equal volumes.
+        ssim: 1 for equal volumes.
+        mae_hu: mean absolute difference in HU.
+    """
+
+    psnr_db: float
+    ssim: float
+    mae_hu: float
+
+
+def compare(original_hu: Array, made_hu: Array, window: Window = "uniform") -> Reconstruction:
+    """Compare two CTs in HU, of the same shape (X, Y, Z); see the module for what is clipped.
+
+    Raises:
+        MaisiError: shapes differ, or an axis is shorter than the SSIM window.
+    """
+    original, made = window_ct(original_hu), window_ct(made_hu)
+    return Reconstruction(
+        psnr(original, made),
+        ssim(original, made, window),
+        mean_absolute_error(original, made) * (HU_MAX - HU_MIN),
+    )
+
+
+def psnr(original: Array, made: Array, data_range: float = 1.0) -> float:
+    """Return the peak signal-to-noise ratio in dB: 10 log10(data_range^2 / mean squared error)."""
+    error = _mean(original, made, np.square)
+    return float("inf") if error == 0 else float(10 * np.log10(data_range**2 / error))
+
+
+def mean_absolute_error(original: Array, made: Array) -> float:
+    """Return the mean absolute difference, in the unit of the arrays."""
+    return _mean(original, made, np.abs)
+
+
+def ssim(original: Array, made: Array, window: Window = "uniform", data_range: float = 1.0) -> float:
+    """Return the mean structural similarity of two 3D arrays (Wang et al. 2004), K1 = 0.01, K2 = 0.03.
+
+    The mean is taken where the window lies inside the volume, so no padding rule matters.
+
+    Args:
+        original: (X, Y, Z), any real type.
+        made: the same shape.
+        window: 'uniform' weighs 7^3 voxels alike and divides (co)variances by N - 1; 'gaussian' weighs with
+            sigma 1.5 voxels out to 5 voxels and divides by N, as the 2004 paper does in 2D.
+        data_range: of the values.
+
+    Raises:
+        MaisiError: shapes differ, or an axis is shorter than the window.
+    """
+    _require_same_shape(original, made)
+    radius = SSIM_RADIUS[window]
+    if min(original.shape) < 2 * radius + 1:
+        raise MaisiError(
+            f"SSIM needs {2 * radius + 1} voxels along each axis, this volume has {original.shape}; "
+            "compare a larger one."
+        )
+    total = 0.0
+    for start in range(radius, original.shape[0] - radius, SLAB):
+        block = slice(start - radius, min(start + SLAB, original.shape[0] - radius) + radius)
+        total += float(_similarity(original[block], made[block], window, data_range).sum())
+    return total / float(np.prod([n - 2 * radius for n in original.shape]))
+
+
+def _similarity(a: Array, b: Array, window: Window, data_range: float) -> Array:
+    """SSIM at each voxel whose window lies inside the block."""
+    radius = SSIM_RADIUS[window]
+    smooth = _smoother(window)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    mean_x, mean_y = smooth(x), smooth(y)
+    count = (2 * radius + 1) ** 3
+    correction = count / (count - 1) if window == "uniform" else 1.0
+    var_x = correction * (smooth(x * x) - mean_x**2)
+    var_y = correction * (smooth(y * y) - mean_y**2)
+    covariance = correction * (smooth(x * y) - mean_x * mean_y)
+    c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    values: Array = structure * (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    inside = slice(radius, -radius)
+    return values[inside, inside, inside]
+
+
+def _smoother(window: Window) -> Callable[[Array], Array]:
+    if window == "uniform":
+        return partial(ndimage.uniform_filter, size=2 * SSIM_RADIUS[window] + 1)
+    return partial(ndimage.gaussian_filter, sigma=1.5, radius=SSIM_RADIUS[window])
+
+
+def _mean(a: Array, b: Array, of: Callable[[Array], Array]) -> float:
+    """Mean of a function of the difference, summed in float64."""
+    _require_same_shape(a, b)
+    return sum(float(of(difference).sum()) for difference in _differences(a, b)) / a.size
+
+
+def _differences(a: Array, b: Array) -> Iterator[Array]:
+    for start in range(0, a.shape[0], SLAB):
+        slab = slice(start, start + SLAB)
+        yield a[slab].astype(np.float64) - b[slab].astype(np.float64)
+
+
+def _require_same_shape(a: Array, b: Array) -> None:
+    if a.shape != b.shape or a.ndim != 3:
+        raise MaisiError(f"Volumes of shapes {a.shape} and {b.shape} can't be compared; bring them to one grid.")
