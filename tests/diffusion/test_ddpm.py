@@ -53,9 +53,7 @@ def test_the_whole_ancestral_walk_equals_monai(gaussian, normal: Callable[..., T
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(1000, 0.0), (1000, 0.5), (50, 0.0), (10, 0.0), (10, 1.0)])
-def test_the_whole_ddim_walk_equals_monai(
-    steps: int, eta: float, gaussian, normal: Callable[..., Tensor]
-) -> None:
+def test_the_whole_ddim_walk_equals_monai(steps: int, eta: float, gaussian, normal: Callable[..., Tensor]) -> None:
     process = Trailing()
     denoise = gaussian.denoiser(process)
     x = noise = normal(1, 4, 4, 3, 2, dtype=torch.float32)

@@ -23,9 +23,7 @@ seeds = st.integers(0, 2**31)
 
 @settings(deadline=None, max_examples=60)
 @given(process=processes, shape=shapes, seed=seeds)
-def test_estimate_inverts_perturb_given_the_true_target(
-    process: Process, shape: tuple[int, ...], seed: int
-) -> None:
+def test_estimate_inverts_perturb_given_the_true_target(process: Process, shape: tuple[int, ...], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x0, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     times = process.draw_times(3, 64, generator)

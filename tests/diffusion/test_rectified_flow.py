@@ -61,9 +61,7 @@ def test_the_scale_bends_times_further_and_can_be_switched_off() -> None:
     assert bent == pytest.approx(2.8 * 0.5 / (1 + 1.8 * 0.5))
 
 
-def reference_walk(
-    scheduler: RFlowScheduler, denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor
-) -> Tensor:
+def reference_walk(scheduler: RFlowScheduler, denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
     """Sample as the reference's inference does: each step is told the time of the next."""
     times = scheduler.timesteps
     for t, following in zip(times, torch.cat([times[1:], times.new_zeros(1)]), strict=True):
@@ -98,9 +96,7 @@ def test_without_rounding_the_walk_equals_monai_where_monai_has_whole_times(
 def test_reference_rounding_overshoots_and_exact_steps_do_not() -> None:
     """With velocity 1 everywhere the walk's length is the sum of its steps."""
     lengths = [
-        sample(process, lambda x, t: torch.ones_like(x), torch.zeros(1, 1, 64, 64, 64), steps=30)
-        .mean()
-        .item()
+        sample(process, lambda x, t: torch.ones_like(x), torch.zeros(1, 1, 64, 64, 64), steps=30).mean().item()
         for process in (RectifiedFlow(), RectifiedFlow(reference_rounding=True))
     ]
     assert lengths[0] == pytest.approx(1, abs=1e-5)

@@ -40,9 +40,7 @@ def test_deterministic_solvers_converge_to_the_known_solution(
 
 def test_euler_is_ddim_on_a_straight_path(gaussian, normal: Callable[..., Tensor]) -> None:
     process, noise = RectifiedFlow(), normal(2, 1, 3, 3, 3)
-    results = [
-        sample(process, gaussian.denoiser(process), noise, steps=9, solver=s) for s in (None, "euler", "ddim")
-    ]
+    results = [sample(process, gaussian.denoiser(process), noise, steps=9, solver=s) for s in (None, "euler", "ddim")]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -61,9 +59,7 @@ def two_peaks(process: Process) -> Denoiser:
 
 
 @pytest.mark.parametrize(("kind", "few"), [("ddpm", 20), ("rectified_flow", 30)])
-def test_few_second_order_steps_come_close_to_many(
-    kind: str, few: int, normal: Callable[..., Tensor]
-) -> None:
+def test_few_second_order_steps_come_close_to_many(kind: str, few: int, normal: Callable[..., Tensor]) -> None:
     process: Process = DDPM() if kind == "ddpm" else RectifiedFlow(timestep_transform=False)
     noise, denoise = normal(1, 1, 16, 16, 16), two_peaks(process)
     many = sample(process, denoise, noise, steps=1000, solver="ddim")
@@ -195,6 +191,7 @@ def test_the_result_is_float32_without_gradient_whatever_the_denoiser_returns(pr
         (DDPM(), {"solver": "plms"}, ["'plms'", "ddpm", "ancestral, ddim, dpm++, heun"]),
         (DDPM(), {"solver": "euler"}, ["'euler'", "ddpm"]),
         (RectifiedFlow(), {"solver": "dpm"}, ["rectified_flow", "euler, heun, dpm++, ddim, ancestral"]),
+        (RectifiedFlow(reference_rounding=True), {"solver": "dpm++"}, ["'dpm++'", "choose one of euler."]),
         (RectifiedFlow(), {"steps": 0}, ["0 steps", "at least 1"]),
         (DDPM(), {"steps": 2000, "solver": "dpm++"}, ["2000 steps", "1 to 1000"]),
         (RectifiedFlow(), {"eta": 0.5}, ["eta", "ddim", "euler"]),

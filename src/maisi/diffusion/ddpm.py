@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pydantic
 import torch
@@ -21,11 +21,14 @@ class DDPM(Process):
     step goes from there to the data. Estimates are not clipped: latents have no fixed range.
     """
 
-    solvers: ClassVar[tuple[str, ...]] = ("ancestral", "ddim", "dpm++", "heun")
-
     kind: Literal["ddpm"] = "ddpm"
     beta_start: float = pydantic.Field(default=0.0015, gt=0, lt=1)
     beta_end: float = pydantic.Field(default=0.0195, gt=0, lt=1)
+
+    @property
+    def solvers(self) -> tuple[str, ...]:
+        """ "ancestral", as published, "ddim", "dpm++" and "heun"."""
+        return ("ancestral", "ddim", "dpm++", "heun")
 
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of whole timesteps, float64 on the CPU; ValueError outside the schedule."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 import torch
@@ -25,10 +25,7 @@ class Process(Config, ABC):
     Attributes:
         kind: the word that names the process in a configuration.
         num_train_timesteps: timesteps given to the network lie in [0, this]; the released networks use 1000.
-        solvers: names of the solvers in `maisi.diffusion.sampler` that suit it; the first is the default.
     """
-
-    solvers: ClassVar[tuple[str, ...]]
 
     kind: str
     num_train_timesteps: int = pydantic.Field(default=1000, ge=1)
@@ -37,6 +34,11 @@ class Process(Config, ABC):
     def name(self) -> str:
         """The process's name, the same as `kind`."""
         return self.kind
+
+    @property
+    @abstractmethod
+    def solvers(self) -> tuple[str, ...]:
+        """Names of the solvers in `maisi.diffusion.sampler` that suit it; the first is the default."""
 
     def config(self) -> dict[str, Any]:
         """Every setting as JSON values, with "kind"; `process_from_config` takes it back."""
@@ -59,8 +61,8 @@ class Process(Config, ABC):
         """Timesteps at which a sampler asks the network: float32 (steps,), descending.
 
         The last step leads from the last of them to the data. They are spread evenly over the timesteps as in
-        the reference, or with `even_log_snr` evenly in log(alpha / sigma), without which multistep solvers are
-        inaccurate in few steps; a process where that is infinite at pure noise keeps its own.
+        the reference, or with `even_log_snr` evenly in log(alpha / sigma), which multistep solvers need to be
+        accurate in few steps; a process where that is infinite at pure noise keeps its own.
 
         Raises:
             MaisiError: the process cannot be sampled in that many steps.
@@ -121,9 +123,7 @@ def process_from_config(values: Mapping[str, Any], source: str = "process") -> P
     cls = _KINDS.get(str(values.get("kind")))
     if cls is None:
         known = ", ".join(sorted(_KINDS))
-        raise MaisiError(
-            f"{source}: kind {values.get('kind')!r} is no diffusion process; choose one of {known}."
-        )
+        raise MaisiError(f"{source}: kind {values.get('kind')!r} is no diffusion process; choose one of {known}.")
     return parse_config(cls, dict(values), source)
 
 

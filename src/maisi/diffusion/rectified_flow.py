@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pydantic
 import torch
@@ -28,13 +28,16 @@ class RectifiedFlow(Process):
             Off, every step ends where the next begins. On only to repeat the reference's numbers ("euler").
     """
 
-    solvers: ClassVar[tuple[str, ...]] = ("euler", "heun", "dpm++", "ddim", "ancestral")
-
     kind: Literal["rectified_flow"] = "rectified_flow"
     timestep_transform: bool = True
     transform_scale: float = pydantic.Field(default=1.0, gt=0, allow_inf_nan=False)
     base_voxels: int = pydantic.Field(default=32**3, ge=1)
     reference_rounding: bool = False
+
+    @property
+    def solvers(self) -> tuple[str, ...]:
+        """ "euler", as released, "heun", "dpm++", "ddim" and "ancestral"; rounded steps suit Euler's rule alone."""
+        return ("euler",) if self.reference_rounding else ("euler", "heun", "dpm++", "ddim", "ancestral")
 
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """(1 - t, t), float64 on the CPU."""
