@@ -27,7 +27,7 @@ class DDPM(Process):
 
     @property
     def solvers(self) -> tuple[str, ...]:
-        """ "ancestral", as published, "ddim", "dpm++" and "heun"."""
+        """The default is "ancestral", as published."""
         return ("ancestral", "ddim", "dpm++", "heun")
 
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:

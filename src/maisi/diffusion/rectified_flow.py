@@ -36,7 +36,7 @@ class RectifiedFlow(Process):
 
     @property
     def solvers(self) -> tuple[str, ...]:
-        """ "euler", as released, "heun", "dpm++", "ddim" and "ancestral"; rounded steps suit Euler's rule alone."""
+        """The default is "euler", as released; rounded steps suit no other."""
         return ("euler",) if self.reference_rounding else ("euler", "heun", "dpm++", "ddim", "ancestral")
 
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
