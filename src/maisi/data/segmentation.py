@@ -1,0 +1,341 @@
+"""Rule-based segmentation of CT: body envelope, lungs, airway, skeleton. Knows no network and no file.
+
+For scans that come without labels. The rules use HU, connectivity and anatomy in millimetres only, so they err
+where those do: consolidated lung is body, dense contrast beside bone may be bone, bowel gas is body.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from maisi.anatomy import BODY, LUNGS, UNNAMED_BONE, label_id
+from maisi.data.preprocess import resample, resample_to_grid
+from maisi.volume import Volume
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+Spacing = tuple[float, float, float]
+
+LEFT_LUNG = LUNGS[0]
+"""Id of the whole left lung: rules can't tell lobes apart, so it takes the id of its upper lobe."""
+
+RIGHT_LUNG = LUNGS[-1]
+"""Id of the whole right lung: that of its lower lobe."""
+
+AIRWAY = label_id("airway")
+"""Id of the air in nose, pharynx, trachea and main bronchi."""
+
+WORKING_SPACING_MM = 1.5
+"""Finer scans are segmented at this spacing: less noise, bounded memory and time."""
+
+AIR_HU = -500.0  # half-way between air and soft tissue: where a blurred surface lies
+LUNG_HU = -400.0  # below: air or parenchyma
+GAS_HU = -965.0  # a region with a lower median is pure gas: bowel, sinus, trachea
+TUBE_HU = -600.0
+BONE_HU = 170.0
+CORTEX_HU = 330.0  # every bone reaches it somewhere; enhanced organs don't
+TRABECULAR_HU = 110.0
+METAL_HU = 2900.0
+CONTRAST_HU = 700.0  # thick regions brighter than this are compact bone or metal, not blood
+
+NECK_AREA_MM2 = 25_000.0  # a smaller cross-section is a neck or a head
+TUBE_AREA_MM2 = 700.0  # in-plane area up to which a pocket of gas may be a trachea or a bronchus
+TUBE_LENGTH_MM = 25.0
+MARROW_AREA_MM2 = 1_000.0
+
+
+def segment(ct: Volume) -> Volume:
+    """Segment a CT by rules.
+
+    Args:
+        ct: HU, any orientation, size and spacing; head to pelvis.
+
+    Returns:
+        uint8 labels on the grid of `ct`: 200 body, `LEFT_LUNG`, `RIGHT_LUNG`, `AIRWAY`, `UNNAMED_BONE`, 0 air.
+        "Left" and "right" are the patient's, from the affine.
+    """
+    ras = ct.to_ras()
+    x, y, z = (max(s, WORKING_SPACING_MM) for s in ras.spacing_mm)
+    work = resample(ras, (x, y, z)) if (x, y, z) != ras.spacing_mm else ras
+    labels = work.with_array(_segment_ras(work.array, work.spacing_mm))
+    return resample_to_grid(labels, ct, order=0)
+
+
+def _segment_ras(hu: Array, spacing: Spacing) -> NDArray[np.uint8]:
+    labels = np.zeros(hu.shape, np.uint8)
+    body = body_envelope(hu, spacing)
+    if not body.any():
+        return labels
+    box = ndimage.find_objects(body.view(np.uint8))[0]
+    hu, body, inner = hu[box], body[box], labels[box]
+    inner[body] = BODY
+    inner[_skeleton(hu, body, spacing)] = UNNAMED_BONE
+    left, right, airway = _air_spaces(hu, body, spacing)
+    inner[left], inner[right], inner[airway] = LEFT_LUNG, RIGHT_LUNG, AIRWAY
+    return labels
+
+
+def body_envelope(hu: Array, spacing: Spacing) -> Mask:
+    """Find the body with all that it holds, air included; table, clothes and cables are left out.
+
+    Tissue is eroded, so that a table that touches the skin comes off, and the parts of at least 5 % of the
+    largest one (arms beside a head) grow back. Walls too thin for that, as over lung or trachea, come back
+    with the air that they enclose.
+
+    Args:
+        hu: RAS+ (X, Y, Z).
+        spacing: mm.
+    """
+    tissue = hu > AIR_HU
+    core = _parts(_erode(tissue, 6.0, spacing), share=0.05)
+    body = _dilate(core, 8.0, spacing) & tissue
+    pockets = _pockets(hu, tissue, body, spacing)
+    body |= pockets | (_dilate(pockets, 10.0, spacing) & tissue)
+    return _fill_slices(_parts(body, share=0.05))
+
+
+def _pockets(hu: Array, tissue: Mask, body: Mask, spacing: Spacing) -> Mask:
+    """Air that tissue encloses in axial slices and that belongs to the body, not to a hollow table.
+
+    It does where its HU are those of lung, or where most of its wall is body.
+    """
+    enclosed = _fill_slices(tissue) & ~tissue
+    parts, count = ndimage.label(enclosed)
+    sizes = _volumes_ml(parts, spacing)
+    keep = np.zeros(count + 1, np.bool_)
+    for i, box in enumerate(ndimage.find_objects(parts), 1):
+        if sizes[i] < 0.2:
+            continue
+        wide = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
+        pocket = parts[wide] == i
+        wall = ndimage.binary_dilation(pocket) & tissue[wide]
+        in_body = np.count_nonzero(wall & body[wide]) / max(1, np.count_nonzero(wall))
+        lung = sizes[i] > 50 and np.median(hu[wide][pocket]) > GAS_HU
+        keep[i] = in_body > (0.2 if lung else 0.65)
+    return keep[parts]
+
+
+def _air_spaces(hu: Array, body: Mask, spacing: Spacing) -> tuple[Mask, Mask, Mask]:
+    """Left lung, right lung and airway out of the air inside the body; bowel gas is none of them."""
+    air = body & (hu < LUNG_HU)
+    neck = _neck_slice(body, spacing)
+    tubes = _tubes(hu, air, spacing)
+    lungs = _lungs(hu, air & ~tubes, neck, spacing)
+    airway = _airway(air & ~lungs, tubes, lungs, neck, spacing)
+    room = body & ~airway
+    left, right = (_with_vessels(side, room, spacing) for side in _sides(lungs, body))
+    return left & ~right, right, airway
+
+
+def _neck_slice(body: Mask, spacing: Spacing) -> int | None:
+    """Index of the thinnest slice of a neck (or of the lowest one of a head); None where there is no neck."""
+    area = np.array([_largest_area(body[:, :, z]) for z in range(body.shape[2])]) * spacing[0] * spacing[1]
+    inside = np.flatnonzero(area > 0)
+    if not len(inside):
+        return None
+    reach = max(1, round(10 / spacing[2]))
+    area = ndimage.uniform_filter1d(area, 2 * reach + 1, mode="nearest")
+    # from the shoulders (or the bottom) upwards: the vertex of the skull is thin too
+    top = inside[0] + int(np.argmax(area[inside[0] : inside[-1] + 1] < NECK_AREA_MM2))
+    if area[top] >= NECK_AREA_MM2:
+        return None
+    stretch = area[top : top + round(100 / spacing[2])]
+    return top + int(np.argmin(stretch))
+
+
+def _tubes(hu: Array, air: Mask, spacing: Spacing) -> Mask:
+    """Gas that is small in every axial slice and long across slices: trachea, main bronchi, also bowel."""
+    core = _erode(air & (hu < TUBE_HU), 1.5, spacing)
+    small = np.zeros_like(air)
+    for z in range(air.shape[2]):
+        parts, _ = ndimage.label(core[:, :, z])
+        area = np.bincount(parts.ravel()) * spacing[0] * spacing[1]
+        area[0] = np.inf
+        small[:, :, z] = (area <= TUBE_AREA_MM2)[parts]
+    parts, count = ndimage.label(small)
+    lengths = np.array([0] + [box[2].stop - box[2].start for box in ndimage.find_objects(parts)])
+    lowest = np.concatenate([[0.0], ndimage.minimum(hu, parts, np.arange(1, count + 1))])
+    keep = (lengths * spacing[2] >= TUBE_LENGTH_MM) & (lowest < GAS_HU + 30)
+    return _dilate(keep[parts], 2.0, spacing) & air
+
+
+def _lungs(hu: Array, air: Mask, neck: int | None, spacing: Spacing) -> Mask:
+    """Large air spaces with the HU of parenchyma, below the neck."""
+    core = _erode(air, 1.5, spacing)
+    parts, count = ndimage.label(core)
+    if not count:
+        return core
+    sizes = _volumes_ml(parts, spacing)
+    keep = np.zeros(count + 1, np.bool_)
+    candidates = [i for i in np.flatnonzero(sizes > 8) if i]
+    boxes = ndimage.find_objects(parts)
+    for i in candidates:
+        box = boxes[i - 1]
+        low, high = box[2].start, box[2].stop
+        median = np.median(hu[box][parts[box] == i])
+        below = neck is None or (low + high) / 2 < neck
+        cut = high == air.shape[2] or (neck is not None and low <= _lowest(air) + 1)
+        keep[i] = median > GAS_HU and below and (cut or sizes[i] > 300)
+    return _dilate(keep[parts], 3.0, spacing) & air
+
+
+def _lowest(mask: Mask) -> int:
+    return int(np.argmax(mask.any(axis=(0, 1))))
+
+
+def _airway(air: Mask, tubes: Mask, lungs: Mask, neck: int | None, spacing: Spacing) -> Mask:
+    """Air of the head and neck, and the tubes between the lungs."""
+    heights = np.flatnonzero(lungs.any(axis=(0, 1)))
+    above = np.zeros_like(air)
+    if neck is not None:
+        above[:, :, int(heights[-1]) + 1 if len(heights) else 0 :] = True
+    parts, count = ndimage.label(air)
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    share_above = np.bincount(parts[above].ravel(), minlength=count + 1) / np.maximum(sizes, 1)
+    head = (share_above > 0.5) & (sizes * np.prod(spacing) > 300)
+    head[0] = False
+    return head[parts] | _between_lungs(tubes, lungs, spacing)
+
+
+def _between_lungs(tubes: Mask, lungs: Mask, spacing: Spacing) -> Mask:
+    """Tubes that somewhere have lung to the left and to the right, at most 70 mm away, in the same row."""
+    reach = round(70 / spacing[0])
+    parts, count = ndimage.label(tubes)
+    keep = np.zeros(count + 1, np.bool_)
+    for i, (x, y, z) in enumerate(ndimage.find_objects(parts), 1):
+        left = lungs[max(0, x.start - reach) : x.start, y, z].any(axis=0)
+        right = lungs[x.stop : x.stop + reach, y, z].any(axis=0)
+        both = (left & right).any(axis=0)
+        keep[i] = np.count_nonzero(both) * spacing[2] >= 20
+    return keep[parts]
+
+
+def _with_vessels(lung: Mask, room: Mask, spacing: Spacing) -> Mask:
+    """Close vessels and fissures inside one lung, slice by slice, within `room`."""
+    return _fill_slices(_close(lung, 5.0, spacing), framed=False) & room
+
+
+def _sides(lungs: Mask, body: Mask) -> tuple[Mask, Mask]:
+    """Divide lungs into the patient's left and right (RAS+: x grows to the right)."""
+    middle = float(np.mean(np.flatnonzero(body.any(axis=(1, 2)))))
+    right = np.zeros_like(lungs)
+    right[int(middle) :] = lungs[int(middle) :]
+    return lungs & ~right, right
+
+
+def _skeleton(hu: Array, body: Mask, spacing: Spacing) -> Mask:
+    """Bone by HU and connectivity, without thick regions of contrast medium and without metal."""
+    smooth = ndimage.gaussian_filter(np.clip(hu, -300, 1500).astype(np.float32), [0.8 / s for s in spacing])
+    contrast = _contrast(smooth, body, spacing)
+    bright = body & (smooth > BONE_HU) & ~contrast
+    parts, count = ndimage.label(bright)
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    dense = np.bincount(parts[smooth > CORTEX_HU].ravel(), minlength=count + 1) / np.maximum(sizes, 1)
+    beside = np.bincount(parts[_dilate(contrast, 3.0, spacing)].ravel(), minlength=count + 1)
+    ml = sizes * np.prod(spacing) / 1000
+    vessel = (beside > 0.15 * sizes) & (ml < 60)
+    bone = ((dense > 0.1) & (ml > 0.2) & ~vessel)[parts] & bright
+    return (bone | _marrow(smooth, bone, spacing)) & body & (hu < METAL_HU) & ~contrast
+
+
+def _contrast(smooth: Array, body: Mask, spacing: Spacing) -> Mask:
+    """Heart and large vessels filled with contrast medium.
+
+    They are thick, large, and brighter than what surrounds them; the inside of a thick bone has a brighter shell.
+    """
+    result = np.zeros_like(body)
+    parts, _ = ndimage.label(_erode(body & (smooth > BONE_HU + 30), 4.0, spacing))
+    sizes = _volumes_ml(parts, spacing)
+    for i, box in enumerate(ndimage.find_objects(parts), 1):
+        if sizes[i] < 8:
+            continue
+        box = tuple(slice(max(0, b.start - 8), b.stop + 8) for b in box)
+        core = parts[box] == i
+        mean = float(smooth[box][core].mean())
+        shell = _dilate(core, 5.0, spacing) & ~_dilate(core, 2.0, spacing)
+        if mean < CONTRAST_HU and np.mean(smooth[box][shell] > 1.3 * mean) < 0.15:
+            result[box] |= _dilate(core, 7.0, spacing) & (smooth[box] < 1.6 * mean)
+    return result
+
+
+def _marrow(smooth: Array, bone: Mask, spacing: Spacing) -> Mask:
+    """Inside of bones: trabecular bone between cortex, and holes of a slice that hold trabeculae or fat.
+
+    Spinal canal and brain lie between in HU.
+    """
+    result = _close(bone, 8.0, spacing) & (smooth > TRABECULAR_HU)
+    shell = bone | result
+    for z in range(bone.shape[2]):
+        parts, count = ndimage.label(ndimage.binary_fill_holes(shell[:, :, z]) & ~shell[:, :, z])
+        if not count:
+            continue
+        mean = ndimage.mean(smooth[:, :, z], parts, np.arange(1, count + 1))
+        area = np.bincount(parts.ravel())[1:] * spacing[0] * spacing[1]
+        fits = (mean > 80) | ((mean > -150) & (mean < 0)) | (area < 40)
+        result[:, :, z] |= np.concatenate([[False], fits & (area < MARROW_AREA_MM2)])[parts]
+    return result
+
+
+def _volumes_ml(parts: Array, spacing: Spacing) -> NDArray[np.float64]:
+    """Volume of each part of a labelled array, index 0 (background) included."""
+    return np.bincount(parts.ravel()) * (spacing[0] * spacing[1] * spacing[2] / 1000)
+
+
+def _parts(mask: Mask, share: float) -> Mask:
+    """Connected parts of at least `share` of the size of the largest one."""
+    parts, count = ndimage.label(mask)
+    if not count:
+        return mask
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return (sizes >= max(1, share * sizes.max()))[parts]
+
+
+def _largest_area(plane: Mask) -> int:
+    parts, count = ndimage.label(plane)
+    return int(np.bincount(parts.ravel())[1:].max()) if count else 0
+
+
+def _fill_slices(mask: Mask, framed: bool = True) -> Mask:
+    """Fill holes in each axial slice.
+
+    Args:
+        mask: (X, Y, Z).
+        framed: count the edge of the field of view as a wall between the points where the mask touches it:
+            a lung whose chest wall is cut off is a hole then.
+    """
+    filled = np.empty_like(mask)
+    for z in range(mask.shape[2]):
+        plane = np.pad(mask[:, :, z], 1)
+        for edge, frame in (
+            (plane[1], plane[0]),
+            (plane[-2], plane[-1]),
+            (plane[:, 1], plane[:, 0]),
+            (plane[:, -2], plane[:, -1]),
+        ):
+            touching = np.flatnonzero(edge)
+            if framed and len(touching):
+                frame[touching[0] : touching[-1] + 1] = True
+        filled[:, :, z] = ndimage.binary_fill_holes(plane)[1:-1, 1:-1]
+    return filled
+
+
+def _erode(mask: Mask, mm: float, spacing: Spacing) -> Mask:
+    return ~_dilate(~mask, mm, spacing)
+
+
+def _dilate(mask: Mask, mm: float, spacing: Spacing) -> Mask:
+    result = mask.view(np.uint8)
+    for axis in range(3):
+        reach = round(mm / spacing[axis])
+        if reach:
+            result = ndimage.maximum_filter1d(result, 2 * reach + 1, axis, mode="nearest")
+    return result.view(np.bool_)
+
+
+def _close(mask: Mask, mm: float, spacing: Spacing) -> Mask:
+    return mask | _erode(_dilate(mask, mm, spacing), mm, spacing)
