@@ -1,0 +1,82 @@
+"""Where networks run, in which number format, and how much memory is free there. Torch is imported when asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+
+from maisi.errors import MaisiError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Turn a member of `DEVICES` into a device that is there; `auto` takes CUDA, then Apple's GPU, then the CPU.
+
+    Raises:
+        MaisiError: the device is unknown or not there.
+    """
+    import torch
+
+    if name not in DEVICES:
+        raise MaisiError(f"Unknown device '{name}'; choose from {', '.join(DEVICES)}.")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, found in there.items() if found)
+    if not there[name]:
+        raise MaisiError(f"PyTorch finds no device '{name}' here; choose auto or cpu.")
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn a member of `PRECISIONS` into the type of weights and feature maps.
+
+    `auto` is bfloat16 only where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AMX):
+    elsewhere it is emulated, slower and less exact than float32.
+
+    Raises:
+        MaisiError: the precision is unknown.
+    """
+    import torch
+
+    if name not in PRECISIONS:
+        raise MaisiError(f"Unknown precision '{name}'; choose from {', '.join(PRECISIONS)}.")
+    if name == "auto":
+        name = "bf16" if _multiplies_bf16(device) else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on the device (for Apple's GPU and the CPU: in the machine)."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the largest memory this process has had in use so far, in bytes: on a CUDA device there, else in all."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and tiles is not None and bool(tiles())

@@ -1,0 +1,176 @@
+"""From a request to a job: everything decided and checked, nothing computed. Imports no torch.
+
+Any size will do: the networks need axes that are multiples of `size_multiple`, so a volume is generated on a padded
+grid, the same number of voxels added at both ends of an axis (one more at the far end where that is odd), and cropped
+to what was asked for. Without a mask the volume's centre is the world's origin; with one it lies where the mask does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maisi.anatomy import BODY, TUMORS, regions_present
+from maisi.conditions import Conditions
+from maisi.data.preprocess import resample_to_grid
+from maisi.errors import MaisiError
+from maisi.generation.fov import Adviser
+from maisi.generation.masks import checked_mask, ids_of, without_tumors
+from maisi.request import Request
+from maisi.volume import Array, Volume
+from maisi.weights.registry import ModelConfig, ModelFolder, Part
+
+Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+Labels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A complete order for one or more volumes that differ only in their noise.
+
+    Attributes:
+        request: what was asked for.
+        conditions: what the networks are told.
+        size: voxels along X, Y, Z of the volume, RAS+.
+        padded: voxels of the grid that the networks work on.
+        labels: the mask as it was given (uint8, own orientation), or None.
+        steps: denoising steps.
+        solver: name of the solver.
+        notes: sentences for the user: what was filled in, what the model does not know.
+    """
+
+    request: Request
+    conditions: Conditions
+    size: Triple
+    padded: Triple
+    labels: Volume | None
+    steps: int
+    solver: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def margins(self) -> tuple[tuple[int, int], ...]:
+        """Voxels added before and after each axis."""
+        added = [p - n for p, n in zip(self.padded, self.size, strict=True)]
+        return tuple((n // 2, n - n // 2) for n in added)
+
+    def padded_labels(self) -> Labels | None:
+        """The mask on the padded grid, RAS+ (X, Y, Z) uint8; the edge goes on beyond itself, so no body ends there."""
+        if self.labels is None:
+            return None
+        return np.pad(self.labels.to_ras().array, self.margins, mode="edge")
+
+    def padded_labels_without_tumors(self) -> Labels | None:
+        """As `padded_labels`, tumours replaced by their hosts; None too where there is no tumour."""
+        labels = self.padded_labels()
+        if labels is None or not TUMORS.keys() & ids_of(labels):
+            return None
+        return without_tumors(labels, self.conditions.spacing_mm)
+
+    def place(self, padded: Array) -> Volume:
+        """Crop an array on the padded grid and give it its place in the world, and the mask's orientation."""
+        inside = tuple(slice(low, low + n) for (low, _), n in zip(self.margins, self.size, strict=True))
+        array = np.ascontiguousarray(padded[inside])
+        if self.labels is None:
+            return Volume.from_spacing(array, self.conditions.spacing_mm)
+        return resample_to_grid(Volume(array, self.labels.to_ras().affine), self.labels, order=0)
+
+
+def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -> Job:
+    """Decide what a request leaves open, and check all that can be checked without the networks.
+
+    Args:
+        request: the order.
+        model: content of the model's `model.json`.
+        mask: a label map in memory, in place of `request.mask`.
+
+    Raises:
+        MaisiError: the mask cannot be used, differs from the size or spacing asked for, or the model has no ControlNet;
+            size or spacing are open and nothing says what they should be.
+    """
+    given = request.mask if mask is None else mask
+    if given is not None and model.controlnet is None:
+        raise MaisiError(f"The model '{model.name}' follows no masks; leave the mask out or choose another model.")
+    labels = None if given is None else checked_mask(given)
+    adviser = Adviser.of(model)
+    if labels is None:
+        regions, notes = request.region, list[str]()
+        size, spacing = _grid(request, adviser)
+    else:
+        regions, notes = _regions(request, labels)
+        size, spacing = _mask_grid(request, labels)
+    if None in (request.size, request.spacing) or request.fov == "auto":
+        notes.append(f"Size {_show(size)} at {_show(spacing)} mm.")
+    notes += adviser.warnings(regions, size, spacing)
+    return Job(
+        request=request,
+        conditions=Conditions(spacing, regions, request.modality),
+        size=size,
+        padded=padded_size(size, model.size_multiple),
+        labels=labels,
+        steps=request.steps or model.default_steps,
+        solver=request.solver or model.solver,
+        notes=tuple(notes),
+    )
+
+
+def padded_size(size: Triple, multiple: int) -> Triple:
+    """Round each axis up to a multiple."""
+    x, y, z = (-(-n // multiple) * multiple for n in size)
+    return (x, y, z)
+
+
+def weights_used(folder: ModelFolder, job: Job) -> dict[str, str]:
+    """File name -> hash of the networks that a job needs."""
+    parts: tuple[Part, ...] = ("autoencoder", "unet", *(() if job.labels is None else ("controlnet",)))
+    return {folder.config.files[part]: folder.config.sha256[folder.config.files[part]] for part in parts}
+
+
+def _grid(request: Request, adviser: Adviser) -> tuple[Triple, Spacing]:
+    """Size and spacing without a mask; `fov` 'auto' replaces those of the request."""
+    given = (None, None) if request.fov == "auto" else (request.size, request.spacing)
+    size, spacing = adviser.complete(request.region, *given)
+    # What was filled in obeys the same bounds as what is given.
+    Request.parse(size=size, spacing=spacing)
+    return size, spacing
+
+
+def _mask_grid(request: Request, labels: Volume) -> tuple[Triple, Spacing]:
+    """Size and spacing of the mask in RAS+ order.
+
+    Raises:
+        MaisiError: they are out of bounds or not what the request says.
+    """
+    ras = labels.to_ras()
+    Request.parse(size=ras.shape, spacing=ras.spacing_mm)
+    if request.size is not None and request.size != ras.shape:
+        raise MaisiError(
+            f"The mask has {_show(ras.shape)} voxels, not {_show(request.size)}; leave the size out or resample it."
+        )
+    if request.spacing is not None and not np.allclose(request.spacing, ras.spacing_mm, rtol=0.01):
+        raise MaisiError(
+            f"The mask has a spacing of {_show(ras.spacing_mm)} mm, not {_show(request.spacing)}; "
+            "leave the spacing out or resample the mask."
+        )
+    return ras.shape, ras.spacing_mm
+
+
+def _regions(request: Request, labels: Volume) -> tuple[tuple[str, ...], list[str]]:
+    """The regions asked for, or else those that the mask's structures show; and what to tell the user."""
+    ids = ids_of(labels.array)
+    notes = []
+    if BODY not in ids:
+        notes.append(f"The mask has no body ({BODY}) around its structures; the models expect one.")
+    regions = request.region or regions_present(ids)
+    if not regions:
+        notes.append("No structure of the mask tells its region; name the region.")
+    if request.guidance > 0 and not TUMORS.keys() & ids:
+        notes.append("Guidance strengthens tumours; this mask has none, so it does nothing.")
+    return regions, notes
+
+
+def _show(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{number:.4g}" for number in numbers)

@@ -1,0 +1,144 @@
+"""The folder of a generation: `request.json`, and a folder for each item, whole or not there. Imports no torch.
+
+A folder that was made for the same request is gone on with: items that are there are kept, the others are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maisi.errors import MaisiError
+from maisi.io.files import new_folder, write_json
+from maisi.io.nifti import write_volume
+from maisi.io.record import write_record
+from maisi.request import Request
+from maisi.volume import Volume
+
+REQUEST_FILE = "request.json"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One generated volume.
+
+    Attributes:
+        image: int16; CT in HU.
+        labels: the mask it follows, on the same grid, or None.
+        request: what was asked for.
+        number: which item of the request it is, from 0.
+        seed: seed of its noise, made of the request's seed and `number`.
+        timings_s: stage -> seconds.
+        weights_sha256: file name of each network used -> hash.
+        peak_memory_bytes: the most memory the process has used.
+        details: what was decided for it: size, spacing, regions, steps, solver, device.
+    """
+
+    image: Volume
+    labels: Volume | None
+    request: Request
+    number: int
+    seed: int
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    weights_sha256: Mapping[str, str] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the item to a new folder (see `save_item`) and return it."""
+        return save_item(Path(folder), self)
+
+
+def save_item(folder: Path, item: Item) -> Path:
+    """Make `folder` with image.nii.gz, labels.nii.gz (with a mask), preview.png and record.json, all or nothing.
+
+    Raises:
+        MaisiError: the folder exists or cannot be written to.
+    """
+    from maisi.io.preview import preview
+
+    with new_folder(folder) as part:
+        write_volume(part / "image.nii.gz", item.image)
+        if item.labels is not None:
+            write_volume(part / "labels.nii.gz", item.labels)
+        preview(part / "preview.png", item.image, item.labels, title=_title(item))
+        write_record(
+            part / "record.json",
+            item.request,
+            item=item.number,
+            seed=item.seed,
+            weights_sha256=item.weights_sha256,
+            timings_s=item.timings_s,
+            peak_memory_bytes=item.peak_memory_bytes,
+            details=item.details,
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a request's items go.
+
+    Attributes:
+        folder: the output folder.
+        order: what `request.json` holds.
+        missing: numbers of the items that are not there yet.
+    """
+
+    folder: Path
+    order: Mapping[str, Any]
+    missing: tuple[int, ...]
+
+    def item_folder(self, number: int) -> Path:
+        """Folder of one item."""
+        return self.folder / f"{number:04d}"
+
+    def begin(self) -> None:
+        """Make the folder with its `request.json`, or clear what a killed process left half-written in it."""
+        if not self.folder.exists():
+            with new_folder(self.folder) as part:
+                write_json(part / REQUEST_FILE, dict(self.order))
+        for leftover in self.folder.glob("*.part-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def destination(folder: Path, order: Mapping[str, Any], numbers: range) -> Destination:
+    """Look at an output folder, and write nothing.
+
+    Args:
+        folder: new, or made for the same order before.
+        order: JSON values that decide every byte of the items.
+        numbers: the items wanted.
+
+    Raises:
+        MaisiError: the folder holds something else, or cannot be made.
+    """
+    if os.path.lexists(folder):
+        if _read_order(folder) != dict(order):
+            raise MaisiError(f"{folder} exists and was not made by this request; choose another folder or remove it.")
+    elif not folder.parent.is_dir():
+        raise MaisiError(f"The folder {folder.parent} does not exist; make it first or choose another place.")
+    place = folder if folder.is_dir() else folder.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise MaisiError(f"The folder {place} is not writable; choose a place you may write to.")
+    whole = Destination(folder, order, tuple(numbers))
+    return Destination(folder, order, tuple(n for n in numbers if not whole.item_folder(n).exists()))
+
+
+def _read_order(folder: Path) -> Any:
+    try:
+        return json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _title(item: Item) -> str:
+    regions = ", ".join(item.details.get("regions", ())) or "region not given"
+    size = " x ".join(str(n) for n in item.image.shape)
+    spacing = " x ".join(f"{s:.3g}" for s in item.image.spacing_mm)
+    return f"Synthetic: {regions}; {size} voxels of {spacing} mm; seed {item.request.seed}, item {item.number}"
