@@ -93,15 +93,11 @@ def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
         raise MaisiError(f"{path} holds fractions, so it is no label map; give one with whole numbers.")
     low, high = int(array.min()), int(array.max())
     if low < np.iinfo(np.int32).min or high > np.iinfo(np.int32).max:
-        raise MaisiError(
-            f"{path} holds values from {low} to {high}, which are no label ids; give a label map."
-        )
+        raise MaisiError(f"{path} holds values from {low} to {high}, which are no label ids; give a label map.")
     return volume.with_array(array.astype(np.uint8 if low >= 0 and high <= 255 else np.int32))
 
 
-def write_volume(
-    path: Path, volume: Volume, *, description: str | None = None, synthetic: bool = True
-) -> None:
+def write_volume(path: Path, volume: Volume, *, description: str | None = None, synthetic: bool = True) -> None:
     """Write a volume to .nii, .nii.gz or .nrrd, atomically; the same volume gives the same bytes.
 
     Args:
@@ -181,6 +177,8 @@ def _read_nifti_header(path: Path) -> StoredHeader:
         return _checked_header(path, fields, size)
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise MaisiError(f"{path} has a damaged NIfTI header ({error}); export it again.") from error
+    except KeyError as error:  # a code that the specification doesn't have
+        raise MaisiError(f"{path} has a damaged NIfTI header (code {error}); export it again.") from error
 
 
 def _checked_header(path: Path, fields: Any, size: int) -> StoredHeader:
@@ -231,9 +229,7 @@ def _storable(array: NDArray[Any]) -> NDArray[Any]:
     limits = np.iinfo(np.int16)
     low, high = float(array.min()), float(array.max())
     if low < limits.min or high > limits.max:
-        raise MaisiError(
-            f"The volume holds values from {low:g} to {high:g}; bring them into the range of int16."
-        )
+        raise MaisiError(f"The volume holds values from {low:g} to {high:g}; bring them into the range of int16.")
     return (np.rint(array) if array.dtype.kind == "f" else array).astype(np.int16, copy=False)
 
 

@@ -158,9 +158,7 @@ def _affine(path: Path, fields: Mapping[str, Any]) -> NDArray[np.float64]:
     directions = np.asarray(fields["space directions"], dtype=np.float64)
     origin = np.asarray(fields.get("space origin", np.zeros(3)), dtype=np.float64)
     if directions.shape != (3, 3) or origin.shape != (3,):
-        raise MaisiError(
-            f"{path}: its space directions or origin are not those of a 3D volume; export it again."
-        )
+        raise MaisiError(f"{path}: its space directions or origin are not those of a 3D volume; export it again.")
     affine = np.eye(4)
     affine[:3, :3] = directions.T
     affine[:3, 3] = origin

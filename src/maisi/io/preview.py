@@ -229,9 +229,7 @@ class _Canvas:
             place = (_GAP_PX + column * column_px, self.top + line * _LEGEND_LINE_PX)
             self.text(*place, f"\u25a0 {label} {name}", size=8, color=label_color(label))
 
-    def _panel(
-        self, left: int, top: int, size: tuple[int, int], grey: Picture, overlay: Picture | None
-    ) -> None:
+    def _panel(self, left: int, top: int, size: tuple[int, int], grey: Picture, overlay: Picture | None) -> None:
         width, height = size
         box = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(box, xticks=[], yticks=[])

@@ -1,0 +1,163 @@
+import errno
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from maisi.errors import MaisiError
+from maisi.io import files
+from maisi.io.files import atomic_path, new_folder, write_json
+
+FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk(*args, **kwargs):
+    raise FULL_DISK
+
+
+def test_atomic_path_writes_and_replaces(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("one", "two"):
+        with atomic_path(path) as part:
+            assert part.parent == tmp_path
+            part.write_text(text)
+        assert path.read_text() == text
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def write_half(path, error):
+    """Write some of a file, and fail."""
+    with atomic_path(path) as part:
+        part.write_text("half")
+        raise error
+
+
+def fill_half(path, error):
+    """Write some of a folder, and fail."""
+    with new_folder(path) as part:
+        (part / "a.txt").write_text("half")
+        raise error
+
+
+def enter(manager):
+    """Enter a context that should have refused."""
+    with manager:
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_an_interrupted_file_leaves_the_old_one(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(type(error)):
+        write_half(path, error)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_interrupted_file_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half(tmp_path / "a.txt", RuntimeError("stop"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_while_writing(tmp_path):
+    with pytest.raises(MaisiError, match=r"Cannot write .*a.txt: No space left on device; free some space"):
+        write_half(tmp_path / "a.txt", FULL_DISK)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_while_syncing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(MaisiError, match="No space left"):
+        write_json(path, {})
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_half(tmp_path / "a.txt", FileNotFoundError("another file"))
+
+
+@pytest.mark.parametrize("make", [atomic_path, new_folder])
+def test_missing_parent(tmp_path, make):
+    with pytest.raises(MaisiError, match=r"folder .*none does not exist; make it first"):
+        enter(make(tmp_path / "none" / "a"))
+
+
+@pytest.mark.parametrize("make", [atomic_path, new_folder])
+def test_unwritable_parent(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    with pytest.raises(MaisiError, match="is not writable; choose a place"):
+        enter(make(tmp_path / "a"))
+
+
+def test_read_only_disk(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(MaisiError, match=r"Cannot write .*Read-only file system; choose a place"):
+        enter(new_folder(tmp_path / "a"))
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(MaisiError, match="is a folder; give the name of a file"):
+        enter(atomic_path(tmp_path))
+
+
+def test_new_folder_appears_at_the_end(tmp_path):
+    out = tmp_path / "out"
+    with new_folder(out) as part:
+        (part / "0000").mkdir()
+        (part / "0000" / "a.txt").write_text("one")
+        assert not out.exists()
+    assert (out / "0000" / "a.txt").read_text() == "one"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_new_folder_refuses_what_exists(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MaisiError, match=r"out exists; choose another folder or remove it\."):
+        enter(new_folder(out))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_an_interrupted_folder_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)):
+        fill_half(tmp_path / "out", error)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path):
+    with pytest.raises(MaisiError, match=r"Cannot write .*out: No space left"):
+        fill_half(tmp_path / "out", FULL_DISK)
+    assert os.listdir(tmp_path) == []
+
+
+def test_json_there_and_back(tmp_path):
+    value = {"b": [1, 2.5, None], "a": {"ä": True}}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert text.endswith("}\n")
+    assert "ä" in text
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"a": math.nan})
+    assert os.listdir(tmp_path) == []

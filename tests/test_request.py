@@ -1,0 +1,113 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maisi.errors import MaisiError
+from maisi.request import MAX_VOXELS, Request, item_seed
+
+
+def test_defaults():
+    request = Request.parse()
+    assert request.model_dump(mode="json") == {
+        "region": [],
+        "size": None,
+        "spacing": None,
+        "seed": 0,
+        "count": 1,
+        "mask": None,
+        "model": "tiny",
+        "steps": None,
+        "modality": "ct",
+        "guidance": 0.0,
+        "fov": "given",
+        "solver": None,
+    }
+
+
+@pytest.mark.parametrize("size", ["128,96,64", "128x96x64", "128 96 64", (128, 96, 64), [128.0, 96, "64"]])
+def test_sizes_of_every_door(size):
+    assert Request.parse(size=size).size == (128, 96, 64)
+
+
+@pytest.mark.parametrize("region", ["thorax,abdomen", ["abdomen", "chest"], ("chest+abdomen",), "abdomen;chest"])
+def test_regions_of_every_door(region):
+    assert Request.parse(region=region).region == ("chest", "abdomen")
+
+
+def test_numpy_values_are_accepted():
+    request = Request.parse(size=np.array([8, 8, 8]), spacing=np.array([1.5, 1.5, 2.0], dtype=np.float32))
+    assert request.size == (8, 8, 8)
+    assert request.spacing == (1.5, 1.5, 2.0)
+
+
+def test_json_there_and_back():
+    request = Request.parse(region="head", size="8,8,8", spacing="1,1,1", seed=5, mask="labels.nii.gz")
+    assert request.mask == Path("labels.nii.gz")
+    assert Request.model_validate_json(request.model_dump_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": "0,8,8"}, "size: 0,8,8 is not a size in voxels; give X, Y, Z as three whole numbers"),
+        ({"size": (-8, 8, 8)}, "is not a size in voxels"),
+        ({"size": (8, 8)}, "is not a size in voxels"),
+        ({"size": 8}, "is not a size in voxels"),
+        ({"size": "8,8,a"}, "'8,8,a' is not a size in voxels"),
+        ({"size": (8.5, 8, 8)}, "is not a size in voxels"),
+        ({"size": (8, 8, 1025)}, "from 1 to 1024"),
+        ({"size": (1024, 1024, 1024)}, "1074 million voxels; stay within 403 million"),
+        ({"spacing": (0.29, 1, 1)}, "0.29,1,1 is not a usable spacing; give X, Y, Z in mm, each from 0.3 to 10"),
+        ({"spacing": (1, 1, 10.1)}, "not a usable spacing"),
+        ({"spacing": "nan,1,1"}, "is not a spacing"),
+        ({"spacing": (1, math.inf, 1)}, "is not a spacing"),
+        ({"region": "chst"}, r"Unknown region 'chst' \(did you mean 'chest'\?\); choose from head-neck"),
+        ({"region": [3]}, "Unknown region '3'"),
+        ({"seed": -1}, "'seed' is -1"),
+        ({"seed": 2**63}, "'seed' is 9223372036854775808"),
+        ({"count": 0}, "'count' is 0"),
+        ({"steps": 0}, "'steps' is 0"),
+        ({"guidance": -1}, "'guidance' is -1"),
+        ({"guidance": math.nan}, "'guidance' is nan"),
+        ({"modality": "pet"}, "Unknown modality 'pet'"),
+        ({"fov": "auto"}, "name at least one region"),
+        ({"fov": "wide"}, "should be 'given' or 'auto'"),
+        ({"sedd": 1}, r"unknown key 'sedd' \(did you mean 'seed'\?\)"),
+    ],
+)
+def test_bad_values_get_one_sentence(values, message):
+    with pytest.raises(MaisiError, match=message) as caught:
+        Request.parse(**values)
+    assert str(caught.value).startswith("The request: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_fault_is_named_at_once():
+    with pytest.raises(MaisiError, match=r"region: .*size: .*'count'"):
+        Request.parse(region="x", size="1", count=-1)
+
+
+def test_largest_size():
+    assert math.prod(Request.parse(size=(1024, 512, 768)).size or ()) == MAX_VOXELS
+
+
+def test_a_request_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Request.parse().seed = 3
+
+
+def test_item_seeds_are_fixed_for_ever():
+    assert item_seed(0, 0) == 7896617691693857887
+    assert item_seed(0, 1) == 2918264622725855778
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+def test_item_seeds_are_seeds(seed, item):
+    value = item_seed(seed, item)
+    assert 0 <= value < 2**63
+    assert value == item_seed(seed, item)
+    assert value not in (item_seed(seed, item + 1), item_seed((seed + 1) % 2**63, item))
