@@ -7,19 +7,21 @@ Latents are those of the volume in RAS+ orientation, padded at the far end of ea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from maisi.data.preprocess import pad_to_multiple, unwindow_ct, window_ct, window_mr
-from maisi.device import free_memory
+from maisi.device import free_memory, resolve_device, resolve_precision
 from maisi.errors import MaisiError
 from maisi.generation.memory import decoding_bytes, encoding_bytes, require_memory
 from maisi.networks.autoencoder import Autoencoder
 from maisi.volume import Volume
+from maisi.weights.load import load_network
 
 MR_UNIT = 1000.0
 """MR has no physical unit: the models' 1 (the 99.5 percentile of a training image) becomes this stored value."""
@@ -44,6 +46,23 @@ class Encoded:
     affine: NDArray[np.float64]
     size: Triple
     modality: str = "ct"
+
+
+def load_autoencoder(path: Path, device: str = "auto", precision: str = "auto") -> Autoencoder:
+    """Load an autoencoder's file to run it: device and precision as in `maisi.load`.
+
+    Raises:
+        MaisiError: the file holds something else or is damaged; the device is not there.
+    """
+    place = resolve_device(device)
+    network = load_network(path, place, resolve_precision(precision, place), network="autoencoder")
+    return cast(Autoencoder, fast_layout(network))
+
+
+def fast_layout(network: nn.Module) -> nn.Module:
+    """Put a network's weights into the layout in which 3D convolutions run fastest, and freeze them."""
+    network = cast(Any, network).to(memory_format=torch.channels_last_3d)
+    return cast(nn.Module, network.requires_grad_(False))
 
 
 @torch.inference_mode()

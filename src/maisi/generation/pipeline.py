@@ -272,9 +272,7 @@ class Model:
         return _channels_last(bits)
 
     def _network(self, part: Part) -> nn.Module:
-        network = self.folder.load(part, self.device, self.dtype)
-        network = cast(Any, network).to(memory_format=torch.channels_last_3d)
-        return cast(nn.Module, network.requires_grad_(False))
+        return codec.fast_layout(self.folder.load(part, self.device, self.dtype))
 
     def _require_memory(self, job: Job) -> None:
         path = self.folder.path("autoencoder")

@@ -1,0 +1,434 @@
+"""The command `maisi`. Each command turns its options into checked values and calls one function.
+
+Imports stand inside the commands: `maisi --help` and every refused request answer without loading torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import maisi
+from maisi.errors import MaisiError
+
+if TYPE_CHECKING:
+    from maisi.generation.job import Job
+    from maisi.generation.output import Destination
+    from maisi.networks.autoencoder import Autoencoder
+    from maisi.weights.registry import ModelFolder
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+FILE = click.Path(path_type=Path)
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def main() -> None:
+    """Entry point: run the command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input (one sentence on stderr), 130 when interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(cli.main(list(arguments), prog_name="maisi", standalone_mode=False) or 0)
+    except MaisiError as error:
+        return _refuse(str(error))
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted; nothing is left half-written.", err=True)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _refuse(f"The disk is full ({error.filename or 'writing'}); free some space or choose another disk.")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A polite kill ends a run as Ctrl-C does: what is half-written gets removed."""
+    raise KeyboardInterrupt
+
+
+def _refuse(sentence: str) -> int:
+    click.echo(f"maisi: {sentence}", err=True)
+    return BAD_INPUT
+
+
+def _output(help: str) -> Decorator:
+    return click.option("-o", "--output", "output", type=FILE, required=True, help=help)
+
+
+def _running(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say where networks run."""
+    command = click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16.")(command)
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")(command)
+
+
+def _grid_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say what a volume shows and how it is sampled."""
+    command = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same volume.")(command)
+    command = click.option("--spacing", metavar="X,Y,Z", help="Distance between voxels in mm.")(command)
+    command = click.option("--size", metavar="X,Y,Z", help="Voxels; any number from 1 to 1024.")(command)
+    help = "Body region: head-neck, chest, abdomen or lower-body. May be repeated."
+    return click.option("--region", multiple=True, metavar="NAME", help=help)(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(maisi.__version__, prog_name="maisi")
+def cli() -> None:
+    """Synthetic 3D CT with labels: generate volumes, train the networks that do it, and judge the result."""
+
+
+@cli.command()
+@_grid_options
+@click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")
+@click.option("--first", type=int, default=0, show_default=True, help="Number of the first item.")
+@click.option("--mask", type=FILE, help="Label map (NIfTI, NRRD) to follow; the image has its grid.")
+@click.option("--model", default="tiny", show_default=True, help="A carried model's name, or a model folder.")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
+@click.option("--solver", help="Solver of the denoising.  [default: the model's]")
+@click.option("--guidance", type=float, default=0.0, show_default=True, help="Strength of guidance; 0 is off.")
+@click.option("--fov", default="given", show_default=True, help="given, or auto: size and spacing from the regions.")
+@click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR the model knows.")
+@_running
+@_output("Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.")
+def generate(output: Path, device: str, precision: str, first: int, **wishes: Any) -> None:
+    """Make synthetic volumes.
+
+    \b
+    maisi generate --region chest --size 128,128,128 --spacing 3,3,3 -o out/
+    maisi generate --mask labels.nii.gz -o out/
+    """
+    from maisi.generation.job import make_job
+    from maisi.request import Request
+    from maisi.weights.registry import find_model
+
+    request = Request.parse(**wishes)
+    if first < 0:
+        raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
+    folder = find_model(request.model)
+    job = make_job(request, folder.config)
+    place = _destination(output, job, folder, first)
+    for note in job.notes:
+        click.echo(f"Note: {note}", err=True)
+    if place.missing:
+        _make_items(job, place, folder, device, precision)
+    click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
+
+
+def _destination(output: Path, job: Job, folder: ModelFolder, first: int) -> Destination:
+    from maisi.generation.job import weights_used
+    from maisi.generation.output import destination
+    from maisi.weights.load import sha256
+
+    request = job.request
+    order = {
+        "request": request.model_dump(mode="json"),
+        "first": first,
+        "mask_sha256": None if request.mask is None else sha256(request.mask),
+        "weights_sha256": weights_used(folder, job),
+    }
+    return destination(output, order, range(first, first + request.count))
+
+
+def _make_items(job: Job, place: Destination, folder: ModelFolder, device: str, precision: str) -> None:
+    from maisi.generation.pipeline import Model
+
+    model = Model(folder, device, precision)
+    model.prepare(job)
+    place.begin()
+    with _progress() as report:
+        for number in place.missing:
+            name = f"{number:04d}"
+            item = next(
+                model.run(job, [number], lambda stage, done, of, name=name: report(f"{name} {stage}", done, of))
+            )
+            item.save(place.item_folder(number))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield `report(what, done, total)`: bars on a terminal, a line for each finished `what` elsewhere."""
+    if not sys.stderr.isatty():
+        yield _plain_report()
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report
+
+
+def _plain_report() -> Callable[[str, int, int], None]:
+    started = time.monotonic()
+
+    def report(what: str, done: int, total: int) -> None:
+        if done == total:
+            click.echo(f"{time.monotonic() - started:7.1f} s  {what}", err=True)
+
+    return report
+
+
+@cli.command()
+@click.argument("query", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with tumours, their hosts and the regions' markers.")
+def labels(query: Sequence[str], as_json: bool) -> None:
+    """List the ids and names of the anatomy, all or those that QUERY (words or an id) is in."""
+    from maisi.anatomy import EXTENSION, LABELS, REGION_MARKERS, TUMORS, label_id
+
+    wanted = " ".join(query).lower()
+    rows = [label for label in (*LABELS, *EXTENSION) if not label.free]
+    rows = sorted((r for r in rows if wanted in r.name or wanted == str(r.id)), key=lambda r: r.id)
+    if not rows:
+        label_id(wanted)  # other spellings; or the error that names the nearest label
+        rows = [label for label in (*LABELS, *EXTENSION) if label.id == label_id(wanted)]
+    if as_json:
+        hosts = {str(tumor): list(ids) for tumor, ids in TUMORS.items()}
+        markers = {region: list(ids) for region, ids in REGION_MARKERS.items()}
+        names = {str(row.id): row.name for row in rows}
+        click.echo(json.dumps({"labels": names, "tumor_hosts": hosts, "region_markers": markers}, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row.id:3d}  {row.name}")
+
+
+@cli.command()
+def models() -> None:
+    """List the models that the package carries."""
+    from maisi.weights.registry import carried_models, find_model
+
+    for name in carried_models():
+        model = find_model(name)
+        config = model.config
+        megabytes = sum(model.path(part).stat().st_size for part in config.files) / 1e6
+        regions = sorted({region for view in config.field_of_view for region in view.regions})
+        masks = "follows masks" if config.controlnet else "no masks"
+        click.echo(f"{name}: {', '.join(regions) or 'regions unknown'}; {masks}; {config.process['kind']}, ", nl=False)
+        click.echo(f"{config.default_steps} steps; {megabytes:.0f} MB; {model.folder / config.card}")
+
+
+def _autoencoder_options(command: Callable[..., None]) -> Callable[..., None]:
+    help = "A converted autoencoder, which says its own configuration; in place of --model."
+    command = click.option("--autoencoder", type=FILE, help=help)(command)
+    return click.option("--model", help="A carried model's name, or a model folder.  [default: tiny]")(command)
+
+
+def _autoencoder_file(model: str | None, autoencoder: Path | None) -> Path:
+    """Find the file, checked as far as its header goes.
+
+    Raises:
+        MaisiError: both are given, or there is no such autoencoder.
+    """
+    from maisi.weights.load import read_header
+    from maisi.weights.registry import find_model
+
+    if autoencoder is None:
+        return find_model(model or "tiny").path("autoencoder")
+    if model is not None:
+        raise MaisiError("Both --model and --autoencoder are given; leave one of them out.")
+    held = read_header(autoencoder).network
+    if held != "autoencoder":
+        raise MaisiError(f"{autoencoder} holds the network '{held}'; give a file with an autoencoder.")
+    return autoencoder
+
+
+def _load_autoencoder(path: Path, device: str, precision: str) -> Autoencoder:
+    from maisi.generation.codec import load_autoencoder
+
+    return load_autoencoder(path, device, precision)
+
+
+def _require_new(path: Path, *endings: str) -> None:
+    """Refuse, before any work, an output file that exists or cannot be made.
+
+    Raises:
+        MaisiError: so.
+    """
+    if not path.name.lower().endswith(endings):
+        raise MaisiError(f"{path}: this command writes {' or '.join(endings)}; give a name that ends so.")
+    if path.exists():
+        raise MaisiError(f"{path} exists; choose another name or remove it.")
+    if not path.parent.is_dir():
+        raise MaisiError(f"The folder {path.parent} does not exist; make it first or choose another place.")
+
+
+_VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
+
+
+@cli.command()
+@click.argument("image", type=FILE)
+@_output("Latent to make (.safetensors).")
+@_autoencoder_options
+@click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR (mri, mri_t1, ...).")
+@_running
+def encode(
+    image: Path, output: Path, model: str | None, autoencoder: Path | None, modality: str, device: str, precision: str
+) -> None:
+    """Turn IMAGE into latents: mean and log_variance, float32, 4 x X/4 x Y/4 x Z/4."""
+    from maisi.anatomy import parse_modality
+    from maisi.io.nifti import read_volume
+
+    _require_new(output, ".safetensors")
+    modality = parse_modality(modality)
+    path = _autoencoder_file(model, autoencoder)
+    volume = read_volume(image)
+    from maisi.generation import codec
+
+    encoded = codec.encode(_load_autoencoder(path, device, precision), volume, modality)
+    codec.save_encoded(output, encoded)
+    click.echo(f"{output}: {' x '.join(map(str, encoded.mean.shape))}")
+
+
+@cli.command()
+@click.argument("latent", type=FILE)
+@_output("Image to make (.nii.gz, .nii or .nrrd).")
+@_autoencoder_options
+@_running
+def decode(
+    latent: Path, output: Path, model: str | None, autoencoder: Path | None, device: str, precision: str
+) -> None:
+    """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place."""
+    from maisi.io.nifti import write_volume
+
+    _require_new(output, *_VOLUME_ENDINGS)
+    path = _autoencoder_file(model, autoencoder)
+    from maisi.generation import codec
+
+    encoded = codec.load_encoded(latent)
+    volume = codec.decode(_load_autoencoder(path, device, precision), encoded)
+    write_volume(output, volume, description="decoded by maisi from latents", synthetic=False)
+    click.echo(f"{output}: {' x '.join(map(str, volume.shape))}")
+
+
+@cli.command()
+@_grid_options
+@_output("Folder to make, with image.nii.gz, labels.nii.gz and preview.png.")
+def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: int, output: Path) -> None:
+    """Draw a body of simple shapes as CT with its label map: data for trying things out anywhere."""
+    from maisi.data.phantom import phantom as draw
+    from maisi.io.files import new_folder
+    from maisi.io.nifti import write_volume
+    from maisi.io.preview import preview
+    from maisi.request import Request
+
+    request = Request.parse(
+        region=region or ("chest",), size=size or (96, 80, 64), spacing=spacing or (4, 4, 5), seed=seed
+    )
+    if request.size is None or request.spacing is None:
+        raise ValueError("a phantom needs both size and spacing")
+    with new_folder(output) as part:
+        image, mask = draw(request.size, request.spacing, request.region, request.seed)
+        write_volume(part / "image.nii.gz", image, description="phantom made by maisi")
+        write_volume(part / "labels.nii.gz", mask, description="phantom made by maisi")
+        preview(part / "preview.png", image, mask, title=f"Phantom: {', '.join(request.region)}; seed {seed}")
+    click.echo(str(output))
+
+
+@cli.command()
+@click.argument("ct", type=FILE)
+@_output("Label map to make (.nii.gz, .nii or .nrrd).")
+def segment(ct: Path, output: Path) -> None:
+    """Segment a CT by rules: body, lungs, airway, bone."""
+    from maisi.io.nifti import read_volume, write_volume
+
+    _require_new(output, *_VOLUME_ENDINGS)
+    volume = read_volume(ct)
+    from maisi.data.segmentation import segment as segment_volume
+
+    write_volume(output, segment_volume(volume), description="labels made by maisi", synthetic=False)
+    click.echo(str(output))
+
+
+@cli.group()
+def weights() -> None:
+    """Look into files of weights, and convert them from and to the released layout."""
+
+
+@weights.command()
+@click.argument("official", type=FILE)
+@click.option("--network", help="autoencoder, unet or controlnet.  [default: as the tensors' names tell]")
+@_output("File to make (.safetensors).")
+def convert(official: Path, network: str | None, output: Path) -> None:
+    """Convert OFFICIAL, a released .pt file, to safetensors; nothing in it is run."""
+    from maisi.weights.convert import convert as convert_file
+
+    _require_new(output, ".safetensors")
+    header = convert_file(official, output, as_network=network)
+    click.echo(f"{output}: {header.network}, {_millions(header.tensors)} M parameters")
+
+
+@weights.command()
+@click.argument("file", type=FILE)
+@_output("File to make (.pt).")
+def export(file: Path, output: Path) -> None:
+    """Write FILE in the layout of the released .pt files."""
+    from maisi.weights.convert import export_official
+
+    _require_new(output, ".pt")
+    export_official(file, output)
+    click.echo(str(output))
+
+
+@weights.command()
+@click.argument("file", type=FILE)
+def show(file: Path) -> None:
+    """Tell what FILE holds: network, configuration, notes, hash."""
+    from maisi.weights.load import read_header, sha256
+
+    header = read_header(file)
+    notes = {k: v for k, v in header.metadata.items() if k not in ("maisi.network", "maisi.config")}
+    facts = {"network": header.network, "parameters": _parameters(header.tensors), "config": header.config}
+    click.echo(json.dumps(facts | notes | {"sha256": sha256(file)}, indent=2))
+
+
+def _parameters(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    import math
+
+    return sum(math.prod(shape) for _, shape in tensors.values())
+
+
+def _millions(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    return f"{_parameters(tensors) / 1e6:.1f}"
+
+
+@cli.command()
+@click.argument("stage", required=False)
+@click.argument("file", type=FILE, required=False, metavar="RUN.yaml")
+@click.option("-o", "--output", type=FILE, help="Folder of the run; one that exists is gone on with.")
+@click.option("--example", is_flag=True, help="Print a commented RUN.yaml for STAGE and stop.")
+def train(stage: str | None, file: Path | None, output: Path | None, example: bool) -> None:
+    """Train STAGE (autoencoder, diffusion or controlnet) as RUN.yaml says."""
+    from maisi.training import runs
+
+    stage = stage or ("autoencoder" if example else None)
+    if stage not in runs.STAGES:
+        raise MaisiError(f"There is no stage '{stage or ''}' to train; choose one of {', '.join(runs.STAGES)}.")
+    if example:
+        click.echo(runs.example_yaml(stage), nl=False)
+        return
+    if file is None:
+        raise MaisiError(
+            f"The run's settings are missing; `maisi train --example {stage}` prints a file to start from."
+        )
+    folder = output or Path("runs") / file.stem
+    click.echo(f"{folder}: reached step {runs.run_stage(stage, file, folder)}")
