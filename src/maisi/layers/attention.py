@@ -80,9 +80,7 @@ class GatedFeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward; each normed first and added to its input."""
 
-    def __init__(
-        self, channels: int, head_channels: int, context_channels: int, *, out_projection: bool
-    ) -> None:
+    def __init__(self, channels: int, head_channels: int, context_channels: int, *, out_projection: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, head_channels, qkv_bias=False, out_projection=out_projection)

@@ -20,9 +20,7 @@ def timestep_embedding(times: Tensor, width: int, max_period: float = 10000.0) -
         (B, width) float32.
     """
     half = width // 2
-    rates = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=times.device) * (-math.log(max_period) / half)
-    )
+    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=times.device) * (-math.log(max_period) / half))
     angles = times.float()[:, None] * rates[None, :]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 

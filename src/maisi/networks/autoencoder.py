@@ -58,9 +58,7 @@ class LatentDistribution:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw mean + std * noise."""
-        noise = torch.randn(
-            self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device
-        )
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> Tensor:
@@ -142,9 +140,7 @@ class Autoencoder(nn.Module):
         """Latents `B latent X/4 Y/4 Z/4` -> image in [0, 1] (or class scores), `B out X Y Z`; not clipped."""
         return cast(Tensor, self.decoder(self.post_quant_conv(z)))
 
-    def forward(
-        self, x: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, LatentDistribution]:
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, LatentDistribution]:
         """Reconstruct `x` through one latent sample; return the reconstruction and the distribution."""
         latent = self.encode(x)
         return self.decode(latent.sample(generator)), latent

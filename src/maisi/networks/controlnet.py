@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from maisi.layers.attention import zeroed
 from maisi.layers.blocks import conv3
-from maisi.networks.unet import ControlResiduals, Encoder, TrunkConfig, UNet
+from maisi.networks.unet import ControlResiduals, Trunk, TrunkConfig, UNet
 
 
 class ControlNetConfig(TrunkConfig):
@@ -54,7 +54,7 @@ class MaskEncoder(nn.Module):
         return out
 
 
-class ControlNet(Encoder):
+class ControlNet(Trunk):
     """A trainable copy of a U-Net's encoder half that is told the mask.
 
     Its outputs pass through convolutions that start at zero: a fresh one changes nothing, and training

@@ -53,14 +53,10 @@ class TrunkConfig(Config):
         if self.channels[0] % 2:
             raise ValueError("the first entry of channels must be even")
         if any(c % self.norm_groups for c in self.channels):
-            raise ValueError(
-                f"every entry of channels must be a multiple of norm_groups ({self.norm_groups})"
-            )
+            raise ValueError(f"every entry of channels must be a multiple of norm_groups ({self.norm_groups})")
         attending = [c for c, on in zip(self.channels, self.attention_levels, strict=True) if on]
         if any(c % self.head_channels for c in (*attending, self.channels[-1])):
-            raise ValueError(
-                f"channels with attention must be multiples of head_channels ({self.head_channels})"
-            )
+            raise ValueError(f"channels with attention must be multiples of head_channels ({self.head_channels})")
         return self
 
     @property
@@ -189,9 +185,7 @@ def attention(config: TrunkConfig, channels: int) -> SpatialAttention | SpatialT
 class Level(nn.Module):
     """Residual blocks of one level, each followed by attention where the level has it."""
 
-    def __init__(
-        self, config: TrunkConfig, level: int, in_channels: tuple[int, ...], embedding_width: int
-    ) -> None:
+    def __init__(self, config: TrunkConfig, level: int, in_channels: tuple[int, ...], embedding_width: int) -> None:
         """Build one block for each entry of `in_channels`, the channels that come into it."""
         super().__init__()
         width = config.channels[level]
@@ -211,9 +205,7 @@ class DownLevel(Level):
     def __init__(self, config: TrunkConfig, level: int, embedding_width: int) -> None:
         width = config.channels[level]
         first = config.channels[max(level - 1, 0)]
-        super().__init__(
-            config, level, (first, *[width] * (config.num_res_blocks[level] - 1)), embedding_width
-        )
+        super().__init__(config, level, (first, *[width] * (config.num_res_blocks[level] - 1)), embedding_width)
         self.downsampler: nn.Module | None = None
         if level < len(config.channels) - 1 and config.residual_resampling:
             self.downsampler = ConditionedBlock(width, width, embedding_width, config, resample="down")
@@ -234,9 +226,7 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder; each block also takes the encoder's latest output not yet used."""
 
-    def __init__(
-        self, config: TrunkConfig, level: int, in_channels: tuple[int, ...], embedding_width: int
-    ) -> None:
+    def __init__(self, config: TrunkConfig, level: int, in_channels: tuple[int, ...], embedding_width: int) -> None:
         super().__init__(config, level, in_channels, embedding_width)
         width = config.channels[level]
         self.upsampler: nn.Module | None = None
@@ -268,7 +258,7 @@ class Middle(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
+class Trunk(nn.Module):
     """What U-Net and ControlNet share: time and modality, first convolution, encoder levels, middle."""
 
     def __init__(self, config: TrunkConfig, embedding_width: int) -> None:
@@ -301,7 +291,7 @@ class Encoder(nn.Module):
         return skips
 
 
-class UNet(Encoder):
+class UNet(Trunk):
     """Predict, from a noisy latent and its time, what the diffusion process asks for."""
 
     def __init__(self, config: UNetConfig) -> None:

@@ -9,9 +9,7 @@ layout: the autoencoder is a plain state dict (or stands under `unet_state_dict`
 from __future__ import annotations
 
 import json
-import math
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +29,7 @@ from maisi.weights.load import (
     require_shapes,
     save_network,
 )
+from maisi.weights.released import read_released
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,13 +75,17 @@ def convert(
             `as_network` or `settings`; nothing is written then.
     """
     official = Path(official)
-    content = _read(official)
-    state = _state_dict(content, official)
+    containers = [entry["container"] for entry in key_table()["networks"].values() if entry["container"]]
+    released = read_released(official, containers)
+    state = released.state
     network = _detect(state, official) if as_network is None else _checked_network(as_network)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     names = rename(network, shapes, "to_ours", str(official))
     module = _fill(network, {names[name]: tensor for name, tensor in state.items()}, settings or {}, official)
-    save_network(out, module, metadata=_metadata(content, official))
+    metadata = {"maisi.note": f"converted from {official.name}"}
+    if released.scale_factor is not None:
+        metadata["maisi.scale_factor"] = repr(released.scale_factor)
+    save_network(out, module, metadata=metadata)
     return read_header(out)
 
 
@@ -123,23 +126,17 @@ def rename(network: str, shapes: Shapes, direction: Direction, source: str) -> d
     for name in shapes:
         found = [new for row in _rows(network, direction) if (new := row.apply(name, shapes)) is not None]
         if len(found) != 1:
-            raise MaisiError(
-                f"{source}: '{name}' is no tensor of the network '{network}'; give a released file."
-            )
+            raise MaisiError(f"{source}: '{name}' is no tensor of the network '{network}'; give a released file.")
         result[name] = found[0]
     if len(set(result.values())) != len(result):
-        raise MaisiError(
-            f"{source}: two tensors of the network '{network}' have one meaning; give a released file."
-        )
+        raise MaisiError(f"{source}: two tensors of the network '{network}' have one meaning; give a released file.")
     return result
 
 
 @cache
 def key_table() -> dict[str, Any]:
     """Return the content of `key_table.json`."""
-    table: dict[str, Any] = json.loads(
-        (files("maisi.weights") / "key_table.json").read_text(encoding="utf-8")
-    )
+    table: dict[str, Any] = json.loads((files("maisi.weights") / "key_table.json").read_text(encoding="utf-8"))
     return table
 
 
@@ -158,39 +155,6 @@ def _compile(template: str) -> re.Pattern[str]:
     literal = [re.escape(piece) for piece in pieces[0::2]]
     groups = [f"(?P<{word}>{patterns[word]})" for word in pieces[1::2]]
     return re.compile("".join(a + b for a, b in zip(literal, [*groups, ""], strict=True)))
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """Unpickle tensors and plain values only; zip archives, the usual kind, are mapped, not read at once."""
-    import torch
-
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a .pt file.") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception:  # the unpickler of a foreign file fails in any way it likes
-        raise MaisiError(
-            f"{path} is damaged or holds more than plain tensors, so it is not opened; get a fresh file."
-        ) from None
-    if not isinstance(content, Mapping):
-        raise MaisiError(f"{path} holds no state dict; give a released .pt file.")
-    return content
-
-
-def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    import torch
-
-    containers = [entry["container"] for entry in key_table()["networks"].values()]
-    inner = next((content[key] for key in containers if key is not None and key in content), content)
-    if not isinstance(inner, Mapping) or not inner:
-        raise MaisiError(f"{path} holds no state dict; give a released .pt file.")
-    for name, value in inner.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise MaisiError(f"{path}: '{name}' is not a tensor of weights; give a released .pt file.")
-    return dict(inner)
 
 
 def _detect(state: Mapping[str, Tensor], path: Path) -> str:
@@ -217,19 +181,6 @@ def _fill(network: str, state: Mapping[str, Tensor], settings: Mapping[str, Any]
     require_shapes(module, shapes, path)
     module.load_state_dict(dict(state), strict=True, assign=True)
     return module
-
-
-def _metadata(content: Mapping[str, Any], path: Path) -> dict[str, str]:
-    note = {"maisi.note": f"converted from {path.name}"}
-    if "scale_factor" not in content:
-        return note
-    try:
-        scale = float(content["scale_factor"])
-    except (TypeError, ValueError, RuntimeError):
-        scale = math.nan
-    if not (math.isfinite(scale) and scale > 0):
-        raise MaisiError(f"{path}: scale_factor is not a positive number; get a fresh copy.")
-    return {**note, "maisi.scale_factor": repr(scale)}
 
 
 def _stored_dtype(header: NetworkHeader) -> Any:

@@ -82,9 +82,7 @@ def read_header(path: Path) -> NetworkHeader:
     header = read_tensor_header(path)
     network = header.metadata.get("maisi.network", "")
     if network not in NETWORKS:
-        raise MaisiError(
-            f"{path} does not say which network it holds; give a file that maisi wrote or converted."
-        )
+        raise MaisiError(f"{path} does not say which network it holds; give a file that maisi wrote or converted.")
     try:
         config = json.loads(header.metadata["maisi.config"])
         scale = float(header.metadata.get("maisi.scale_factor", "1"))

@@ -119,13 +119,9 @@ class ModelFolder:
         """
         path = self.path(part)
         if sha256(path) != self.config.sha256[path.name]:
-            raise MaisiError(
-                f"{path} is not the file that model.json was written for; get a fresh copy of both."
-            )
+            raise MaisiError(f"{path} is not the file that model.json was written for; get a fresh copy of both.")
 
-    def load(
-        self, part: Part, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> nn.Module:
+    def load(self, part: Part, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """Load one network after its hash was checked; `device` and `dtype` as in `load_network`."""
         self.verify(part)
         return load_network(self.path(part), device, dtype, network=part)
@@ -148,18 +144,14 @@ def find_model(name_or_folder: str | Path) -> ModelFolder:
     try:
         values = json.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
-        raise MaisiError(
-            f"Cannot read {source}: {error.strerror}; give a folder with a model.json."
-        ) from None
+        raise MaisiError(f"Cannot read {source}: {error.strerror}; give a folder with a model.json.") from None
     except (ValueError, RecursionError):
         raise MaisiError(f"{source} is not JSON; get a fresh copy.") from None
     model = ModelFolder(folder, parse_config(ModelConfig, values, str(source)))
     for part in model.config.files:
         held = read_header(model.path(part)).network
         if held != part:
-            raise MaisiError(
-                f"{model.path(part)} holds the network '{held}' in place of '{part}'; correct {source}."
-            )
+            raise MaisiError(f"{model.path(part)} holds the network '{held}' in place of '{part}'; correct {source}.")
     return model
 
 

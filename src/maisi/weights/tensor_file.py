@@ -61,17 +61,14 @@ def read_tensor_header(path: Path) -> TensorHeader:
                 raise MaisiError(_foreign(path))
             raw = file.read(length)
     except OSError as error:
-        raise MaisiError(
-            f"Cannot read {path}: {error.strerror}; give the path of a .safetensors file."
-        ) from None
+        raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a .safetensors file.") from None
     try:
         header, end = _parse(raw)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MaisiError(_foreign(path)) from None
     if end != size - 8 - length:
         raise MaisiError(
-            f"{path} has {size - 8 - length} bytes of tensors where its header promises {end}; "
-            "get a complete copy."
+            f"{path} has {size - 8 - length} bytes of tensors where its header promises {end}; get a complete copy."
         )
     return header
 
@@ -130,6 +127,4 @@ def _parse(raw: bytes) -> tuple[TensorHeader, int]:
 
 
 def _foreign(path: Path) -> str:
-    return (
-        f"{path} is not a safetensors file; give one that maisi wrote, or convert a released .pt file first."
-    )
+    return f"{path} is not a safetensors file; give one that maisi wrote, or convert a released .pt file first."
