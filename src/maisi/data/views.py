@@ -121,9 +121,7 @@ class LatentFolder:
                 labels = file.get_tensor("labels") if with_labels else None
                 return StoredLatent(file.get_tensor("mean"), file.get_tensor("log_variance"), labels)
         except (SafetensorError, OSError):
-            raise MaisiError(
-                f"{self.folder / view.file} is missing or damaged; prepare the latents anew."
-            ) from None
+            raise MaisiError(f"{self.folder / view.file} is missing or damaged; prepare the latents anew.") from None
 
 
 def cache_latents(
@@ -168,9 +166,7 @@ def cache_latents(
         views.append(view)
         if progress:
             progress(done + 1, len(jobs))
-    index = LatentIndex(
-        scale_factor=1 / spread.deviation(), autoencoder_sha256=autoencoder_sha256, views=tuple(views)
-    )
+    index = LatentIndex(scale_factor=1 / spread.deviation(), autoencoder_sha256=autoencoder_sha256, views=tuple(views))
     write_json(out / INDEX, index.model_dump(mode="json"))
     return index
 
@@ -253,7 +249,11 @@ def region_extents(
 def regions_of_box(extents: Mapping[str, tuple[float, float]], bottom: float, top: float) -> tuple[str, ...]:
     """Regions that take at least 35 % (or 80 mm) of the part of a box that anything is known of, top to bottom."""
     shares = {r: max(0.0, min(top, high) - max(bottom, low)) for r, (low, high) in extents.items()}
-    height = min(top, max(h for _, h in extents.values())) - max(bottom, min(lo for lo, _ in extents.values())) if extents else 0
+    height = (
+        min(top, max(h for _, h in extents.values())) - max(bottom, min(lo for lo, _ in extents.values()))
+        if extents
+        else 0
+    )
     found = [r for r in REGIONS if shares.get(r, 0.0) >= min(80.0, 0.35 * max(height, 1.0))]
     if not found and any(shares.values()):
         found = [max(shares, key=lambda r: shares[r])]
@@ -269,6 +269,7 @@ def other_side() -> NDArray[np.uint8]:
         words = ["right" if w == "left" else "left" if w == "right" else w for w in name.split()]
         table[number] = ids.get(" ".join(words), number)
     # Whole lungs carry one lobe's id each (see `segmentation`); lobes proper never occur in mirrored cases.
+    table[list(LUNGS)] = LUNGS
     table[LUNGS[0]], table[LUNGS[-1]] = LUNGS[-1], LUNGS[0]
     return table
 

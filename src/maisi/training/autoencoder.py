@@ -18,8 +18,8 @@ from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
-from maisi.training.losses import adversarial, perceptual
 from maisi.training.loop import LoopConfig, resolve_device
+from maisi.training.losses import adversarial, perceptual
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.patches import PatchConfig, PatchSource
 from maisi.training.perceptual import FeatureName, Features, load_features

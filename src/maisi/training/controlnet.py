@@ -22,8 +22,8 @@ from maisi.networks.autoencoder import Autoencoder
 from maisi.networks.controlnet import ControlNet, ControlNetConfig
 from maisi.networks.unet import UNet
 from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource, mask_tensor
-from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.loop import LoopConfig, resolve_device
+from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.pictures import label_planes, three_planes
 from maisi.training.state import Checkpoint, step_generator
@@ -193,6 +193,7 @@ class ControlNetStage:
                 lambda x, t, c=conditions, m=labels: self._predict(control, x, t, c, m),  # type: ignore[misc]
                 noise,
                 steps=self.run.sample_steps,
+                solver="ddim",
             )
             image = decoder.decode(z / self.held_out.folder.scale_factor)[0, 0].clamp(0, 1)
             rows += [label_planes(labels[0]), three_planes(image)]

@@ -18,8 +18,8 @@ from maisi.diffusion.sampler import sample
 from maisi.networks.autoencoder import Autoencoder
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource
-from maisi.training.losses import weighted_l1
 from maisi.training.loop import LoopConfig, resolve_device
+from maisi.training.losses import weighted_l1
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.pictures import three_planes
 from maisi.training.state import Checkpoint, step_generator
@@ -130,6 +130,7 @@ class DiffusionStage:
                 lambda x, t, c=conditions: model(x, t, **c),  # type: ignore[misc]
                 noise,
                 steps=self.run.sample_steps,
+                solver="ddim",
             )
             rows.append(three_planes(decoder.decode(z / self.held_out.folder.scale_factor)[0, 0].clamp(0, 1)))
         return torch.cat(rows, 1)

@@ -114,6 +114,4 @@ class LatentSource:
             conditions.append(Conditions(view.spacing_mm, () if hide else view.regions, view.modality))
             if stored.labels is not None:
                 labels.append(stored.labels)
-        return LatentBatch(
-            torch.stack(latents), condition_tensors(conditions), torch.stack(labels) if labels else None
-        )
+        return LatentBatch(torch.stack(latents), condition_tensors(conditions), torch.stack(labels) if labels else None)

@@ -72,9 +72,7 @@ class PatchSource:
         image = self.folder.image(case)
         start = [int(rng.integers(min(0, n - s), max(0, n - s) + 1)) for n, s in zip(image.shape, size, strict=True)]
         inside = tuple(slice(max(0, a), min(n, a + s)) for a, s, n in zip(start, size, image.shape, strict=True))
-        margins = [
-            (max(0, -a), max(0, a + s - n)) for a, s, n in zip(start, size, image.shape, strict=True)
-        ]
+        margins = [(max(0, -a), max(0, a + s - n)) for a, s, n in zip(start, size, image.shape, strict=True)]
         values = image[inside]
         if case.modality == "ct":
             values = window_ct(values)

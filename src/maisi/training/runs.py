@@ -64,7 +64,7 @@ def _run_class(stage: str) -> type[Config]:
     raise MaisiError(f"There is no stage '{stage}'; choose one of {', '.join(STAGES)}.")
 
 
-def _stage_class(stage: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _stage_class(stage: str):  # type: ignore[no-untyped-def]
     from maisi.training import autoencoder, controlnet, diffusion
 
     return {

@@ -110,4 +110,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
             facts = json.loads((file.metadata() or {})["facts"])
             return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError):
-        raise MaisiError(f"{path} is not a checkpoint of maisi or is damaged; delete it to go on from the one before.") from None
+        raise MaisiError(
+            f"{path} is not a checkpoint of maisi or is damaged; delete it to go on from the one before."
+        ) from None

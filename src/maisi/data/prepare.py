@@ -1,0 +1,139 @@
+"""From a case list to a prepared folder: read, orient, label, crop to the body, store as arrays. Knows no network.
+
+Labels given in another vocabulary are translated; what they leave open is filled by the rule-based segmentation, so that
+every CT comes with at least body, lungs, airway and skeleton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maisi.anatomy import BODY
+from maisi.data.label_maps import apply_map, label_table, merge
+from maisi.data.manifest import Case, CaseList
+from maisi.data.prepared import INDEX, PreparedCase, PreparedIndex
+from maisi.data.preprocess import HU_MIN, window_mr
+from maisi.data.regions import regions_of
+from maisi.data.segmentation import segment
+from maisi.errors import MaisiError
+from maisi.io.files import atomic_path, write_json
+from maisi.io.nifti import read_labels, read_volume
+from maisi.volume import Array, Volume
+
+MARGIN_VOXELS = 6
+"""Air kept around the body."""
+
+STORED_HU = (-1024, 3071)
+"""Range of a CT's 12 bits; metal beyond it is clipped."""
+
+
+def prepare(
+    cases: CaseList,
+    out: Path,
+    validation_share: float = 0.15,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedIndex:
+    """Prepare every case into `out` and write the index last. Cases that are already there are not made anew.
+
+    Args:
+        cases: what to prepare.
+        out: folder of arrays; made if it does not exist.
+        validation_share: share of patients kept out of training, chosen by `seed` and patient.
+        seed: of that choice.
+        progress: called with (cases done, cases in all).
+
+    Raises:
+        MaisiError: a file cannot be read, or image and labels lie on different grids.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    splits = cases.split(validation_share, seed)
+    rows = []
+    for done, case in enumerate(cases.cases):
+        row_file = out / f"{case.id}.json"
+        if row_file.exists():
+            row = PreparedCase.model_validate_json(row_file.read_text(encoding="utf-8"))
+        else:
+            row = prepare_case(case, splits[case.id], out)
+            write_json(row_file, row.model_dump(mode="json"))
+        rows.append(row.model_copy(update={"split": splits[case.id]}))
+        if progress:
+            progress(done + 1, len(cases.cases))
+    index = PreparedIndex(cases=tuple(rows))
+    write_json(out / INDEX, index.model_dump(mode="json"))
+    return index
+
+
+def prepare_case(case: Case, split: str, out: Path) -> PreparedCase:
+    """Prepare one case: `ID.npy` (int16 HU for CT, float32 in [0, 1] for MR) and `ID-labels.npy` (uint8)."""
+    image = read_volume(case.image).to_ras()
+    is_ct = case.modality.startswith("ct")
+    labels = label_map(case, image) if is_ct else _given_labels(case, image)
+    if is_ct:
+        array: Array = np.clip(np.rint(image.array), *STORED_HU).astype(np.int16)
+        box = body_box(array > HU_MIN / 2)
+    else:
+        array = window_mr(image.array)
+        box = body_box(array > 0.05)
+    affine = image.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ np.array([s.start for s in box])
+    _store(out / f"{case.id}.npy", array[box])
+    if labels is not None:
+        _store(out / f"{case.id}-labels.npy", labels[box])
+    found = () if labels is None else regions_of(labels)
+    return PreparedCase.model_validate(
+        {
+            "id": case.id,
+            "patient": case.patient,
+            "split": split,
+            "image": f"{case.id}.npy",
+            "labels": None if labels is None else f"{case.id}-labels.npy",
+            "affine": affine.tolist(),
+            "spacing_mm": image.spacing_mm,
+            "shape": array[box].shape,
+            "regions": case.regions if case.regions else found,
+            "modality": case.modality,
+            "weight": case.weight,
+        }
+    )
+
+
+def label_map(case: Case, ct: Volume) -> NDArray[np.uint8]:
+    """Given labels in maisi's ids over rule-based ones over the body, on the grid of `ct`."""
+    rules = segment(ct).array
+    given = _given_labels(case, ct)
+    layers = [rules] if given is None else [given, rules]
+    return merge(layers, body=rules == BODY)
+
+
+def _given_labels(case: Case, image: Volume) -> NDArray[np.uint8] | None:
+    if case.labels is None:
+        return None
+    labels = read_labels(case.labels).to_ras()
+    if not labels.same_grid(image, tolerance_mm=0.5):
+        raise MaisiError(
+            f"Case {case.id}: labels {labels.shape} and image {image.shape} lie on different grids; "
+            "resample the labels to the image first."
+        )
+    return apply_map(labels.array, label_table(case.vocabulary))
+
+
+def body_box(inside: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+    """Bounding box of `inside` with a margin; the whole array where nothing is inside."""
+    if not inside.any():
+        return (slice(0, inside.shape[0]), slice(0, inside.shape[1]), slice(0, inside.shape[2]))
+    x, y, z = (
+        slice(max(0, int(places[0]) - MARGIN_VOXELS), int(places[-1]) + 1 + MARGIN_VOXELS)
+        for axis in range(3)
+        for places in [np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))]
+    )
+    return (x, y, z)
+
+
+def _store(path: Path, array: Array) -> None:
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.save(file, np.ascontiguousarray(array), allow_pickle=False)

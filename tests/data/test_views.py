@@ -1,0 +1,129 @@
+"""Views: regions of a box, sides, geometry, and caching that continues where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maisi.anatomy import label_id, label_name
+from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, PreparedIndex
+from maisi.data.views import (
+    LatentFolder,
+    ViewConfig,
+    cache_latents,
+    draw_view,
+    other_side,
+    region_extents,
+    regions_of_box,
+)
+from maisi.errors import MaisiError
+from maisi.io.files import write_json
+
+AFFINE = ((3.0, 0, 0, -60), (0, 3.0, 0, -60), (0, 0, 5.0, 100), (0, 0, 0, 1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> PreparedFolder:
+    """One case, 40 x 40 x 60 voxels; the image is 4 times the label, lungs lie from z = 20 to 40."""
+    labels = np.full((40, 40, 60), 200, np.uint8)
+    labels[5:18, 5:35, 20:40] = 32
+    labels[22:35, 5:35, 20:40] = 28
+    np.save(tmp_path / "a.npy", labels.astype(np.int16) * 4)
+    np.save(tmp_path / "a-labels.npy", labels)
+    case = PreparedCase(
+        id="a", patient="a", split="train", image="a.npy", labels="a-labels.npy", affine=AFFINE,
+        spacing_mm=(3, 3, 5), shape=(40, 40, 60), regions=("chest",),
+    )  # fmt: skip
+    write_json(tmp_path / INDEX, PreparedIndex(cases=(case,)).model_dump(mode="json"))
+    return PreparedFolder(tmp_path)
+
+
+def extents(folder: PreparedFolder) -> dict[str, tuple[float, float]]:
+    case = folder.index.cases[0]
+    return region_extents(folder.labels(case), np.array(case.affine), case.regions)
+
+
+def test_lungs_bound_their_neighbours(folder: PreparedFolder) -> None:
+    found = extents(folder)
+    assert found == {"chest": (200.0, 300.0), "head-neck": (300.0, 400.0), "abdomen": (100.0, 200.0)}
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((200, 300), ("chest",)),
+        ((310, 400), ("head-neck",)),
+        ((110, 290), ("chest", "abdomen")),
+        ((100, 400), ("head-neck", "chest", "abdomen")),
+        ((0, 800), ("head-neck", "chest", "abdomen")),
+        ((500, 600), ()),
+    ],
+)
+def test_regions_of_a_box(folder: PreparedFolder, box: tuple[float, float], expected: tuple[str, ...]) -> None:
+    assert regions_of_box(extents(folder), *box) == expected
+
+
+def test_other_side_is_an_involution_on_named_structures() -> None:
+    table = other_side()
+    assert np.array_equal(table[table], np.arange(256))
+    assert label_name(int(table[label_id("left kidney")])) == "right kidney"
+    assert table[label_id("liver")] == label_id("liver")
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), turn=st.floats(0, 20))
+def test_image_and_labels_of_a_view_lie_on_each_other(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, turn: float
+) -> None:
+    path = tmp_path_factory.mktemp("case")
+    labels = np.zeros((24, 24, 24), np.uint8)
+    labels[6:18, 6:18, 6:18] = 200
+    np.save(path / "a.npy", np.where(labels == 200, 1000, -1000).astype(np.int16))
+    np.save(path / "a-labels.npy", labels)
+    case = PreparedCase(
+        id="a", patient="a", split="train", image="a.npy", labels="a-labels.npy", affine=AFFINE,
+        spacing_mm=(3, 3, 5), shape=(24, 24, 24),
+    )  # fmt: skip
+    write_json(path / INDEX, PreparedIndex(cases=(case,)).model_dump(mode="json"))
+    kind = ViewConfig(size=(16, 16, 16), spacing_mm=(4, 6), rotate_degrees=turn)
+    view, image, mask = draw_view(PreparedFolder(path), case, kind, {}, np.random.default_rng(seed), "f")
+    assert image.shape == view.shape == mask.shape
+    agreement = ((image.array > 0) == (mask == 200)).mean()
+    assert agreement > 0.9
+    # What lies clear of the surface agrees everywhere; only half-filled voxels may differ.
+    sure = np.abs(image.array) > 900
+    assert ((image.array > 0) == (mask == 200))[sure].mean() > 0.99
+
+
+def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = torch.nn.functional.avg_pool3d(image, 4)[0].repeat(4, 1, 1, 1)
+    return mean, torch.zeros_like(mean)
+
+
+def test_interrupted_caching_continues_to_the_same_result(folder: PreparedFolder, tmp_path: Path) -> None:
+    kinds = [ViewConfig(size=(16, 16, 16), spacing_mm=(4, 8), views=3, mirror=True)]
+    whole = cache_latents(folder, kinds, encode, "0" * 64, tmp_path / "whole")
+    calls = 0
+
+    def failing(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("interrupted")
+        return encode(image)
+
+    with pytest.raises(RuntimeError):
+        cache_latents(folder, kinds, failing, "0" * 64, tmp_path / "parts")
+    with pytest.raises(MaisiError, match="maisi prepare"):
+        LatentFolder(tmp_path / "parts")
+    assert cache_latents(folder, kinds, encode, "0" * 64, tmp_path / "parts") == whole
+    one, two = LatentFolder(tmp_path / "whole"), LatentFolder(tmp_path / "parts")
+    for view in whole.views:
+        assert torch.equal(one.load(view, True).mean, two.load(view, True).mean)
+    means = torch.stack([one.load(view, False).mean for view in whole.views])
+    assert whole.scale_factor == pytest.approx(1 / float(means.double().std(correction=0)), rel=1e-6)

@@ -1,0 +1,125 @@
+"""Resumed = uninterrupted, to the bit, for every stage; what is refused; what an interrupt leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maisi.errors import MaisiError
+from maisi.training.autoencoder import AutoencoderRun, AutoencoderStage
+from maisi.training.controlnet import ControlNetRun, ControlNetStage
+from maisi.training.diffusion import DiffusionRun, DiffusionStage
+from maisi.training.loop import run
+from maisi.training.state import load_checkpoint, newest_checkpoint
+
+
+def train(stage_class: Any, config: Any, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    """Train up to `steps` of a schedule of 4 and return everything remembered."""
+    torch.manual_seed(int.from_bytes(os.urandom(4), "big"))  # the global generator must not matter
+    stopped = config.model_copy(update={"loop": config.loop.model_copy(update={"steps": 4})})
+    stage = stage_class(stopped)
+    if steps < 4:
+        plain = stage.update
+
+        def update(batch: Any, step: int) -> Any:
+            if step + 1 == steps:
+                os.kill(os.getpid(), signal.SIGINT)
+            return plain(batch, step)
+
+        stage.update = update
+    assert run(stage, stopped.loop, stopped, folder) == steps
+    path = newest_checkpoint(folder / "checkpoints")
+    assert path is not None
+    return dict(load_checkpoint(path).tensors)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "controlnet"])
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    classes = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage, "controlnet": ControlNetStage}
+    config = request.getfixturevalue(f"{name}_run")
+    whole = train(classes[name], config, tmp_path / "whole", 4)
+    part = train(classes[name], config, tmp_path / "parts", 3)
+    resumed = train(classes[name], config, tmp_path / "parts", 4)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert any(not torch.equal(whole[key], part[key]) for key in whole)
+    assert (tmp_path / "whole" / f"{'unet' if name == 'diffusion' else name}.safetensors").is_file()
+
+
+def test_resuming_with_other_settings_is_refused(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
+    run(DiffusionStage(diffusion_run), diffusion_run.loop, diffusion_run, tmp_path)
+    other = diffusion_run.model_copy(
+        update={"optimizer": diffusion_run.optimizer.model_copy(update={"learning_rate": 5e-3})}
+    )
+    with pytest.raises(MaisiError, match=r"other settings \(optimizer.learning_rate\)"):
+        run(DiffusionStage(other), other.loop, other, tmp_path)
+
+
+def test_run_folder_tells_the_run(autoencoder_run: AutoencoderRun, tmp_path: Path) -> None:
+    run(AutoencoderStage(autoencoder_run), autoencoder_run.loop, autoencoder_run, tmp_path)
+    assert AutoencoderRun.model_validate_json((tmp_path / "run.json").read_text()) == autoencoder_run
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["group"] == "train"] == [1, 2, 3, 4]
+    assert {"psnr", "mae_hu"} <= rows[-1].keys()
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 2
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_damaged_checkpoint_is_named(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
+    run(DiffusionStage(diffusion_run), diffusion_run.loop, diffusion_run, tmp_path)
+    path = newest_checkpoint(tmp_path / "checkpoints")
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(MaisiError, match="damaged"):
+        run(DiffusionStage(diffusion_run), diffusion_run.loop, diffusion_run, tmp_path)
+
+
+def test_time_limit_stops_with_a_checkpoint(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
+    short = diffusion_run.model_copy(update={"loop": diffusion_run.loop.model_copy(update={"minutes": 1e-6})})
+    assert run(DiffusionStage(short), short.loop, short, tmp_path) == 1
+    assert newest_checkpoint(tmp_path / "checkpoints") is not None
+
+
+def test_a_failing_step_leaves_the_last_checkpoint_whole(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
+    stage = DiffusionStage(diffusion_run)
+    plain = stage.update
+
+    def update(batch: Any, step: int) -> Any:
+        if step == 3:
+            raise RuntimeError("broken")
+        return plain(batch, step)
+
+    stage.update = update  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="broken"):
+        run(stage, diffusion_run.loop, diffusion_run, tmp_path)
+    path = newest_checkpoint(tmp_path / "checkpoints")
+    assert path is not None
+    assert load_checkpoint(path).facts["step"] == 2
+
+
+def test_training_lowers_the_loss(autoencoder_run: AutoencoderRun) -> None:
+    quick = autoencoder_run.model_copy(
+        update={
+            "losses": autoencoder_run.losses.model_copy(update={"adversarial": 0.0, "perceptual": 0.0}),
+            "optimizer": autoencoder_run.optimizer.model_copy(update={"learning_rate": 1e-2, "accumulate": 1}),
+        }
+    )
+    stage = AutoencoderStage(quick)
+    losses = [stage.update(stage.batch(step), step)["l1"] for step in range(40)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_controlnet_leaves_the_unet_alone(controlnet_run: ControlNetRun) -> None:
+    stage = ControlNetStage(controlnet_run)
+    before = {name: value.clone() for name, value in stage.unet.state_dict().items()}
+    for step in range(2):
+        metrics = stage.update(stage.batch(step), step)
+    assert "contrastive" in metrics
+    assert all(torch.equal(value, before[name]) for name, value in stage.unet.state_dict().items())
