@@ -96,6 +96,8 @@ def test_same_grid_measures_at_the_corners():
         (np.zeros((2, 2, 2)), np.eye(3), "not a finite 4 x 4 matrix"),
         (np.zeros((2, 2, 2)), np.full((4, 4), np.nan), "not a finite 4 x 4 matrix"),
         (np.zeros((2, 2, 2)), np.diag([1.0, 0, 1, 1]), "singular"),
+        (np.zeros((2, 2, 2)), np.diag([1.0, 1, 1, 2]), "last row"),
+        (np.zeros((2, 2, 2)), np.eye(4)[[0, 0, 2, 3]], "singular"),
     ],
 )
 def test_bad_volumes(array, affine, message):

@@ -36,12 +36,7 @@ class Volume:
             raise MaisiError(f"A volume has 3 axes, this one has {self.array.ndim}; give one 3D volume.")
         if 0 in self.array.shape:
             raise MaisiError(f"The volume is empty (shape {self.array.shape}); give one with voxels in it.")
-        affine = np.asarray(self.affine, dtype=np.float64)
-        if affine.shape != (4, 4) or not np.isfinite(affine).all():
-            raise MaisiError("The affine is not a finite 4 x 4 matrix; repair the file's header.")
-        if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-            raise MaisiError("The affine is singular (an axis has no extent); repair the file's header.")
-        object.__setattr__(self, "affine", affine)
+        object.__setattr__(self, "affine", checked_affine(self.affine))
 
     @classmethod
     def from_spacing(
@@ -96,6 +91,23 @@ class Volume:
                 affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
                 affine[:3, axis] *= -1
         return Volume(np.ascontiguousarray(array), affine)
+
+
+def checked_affine(affine: NDArray[Any]) -> NDArray[np.float64]:
+    """Return `affine` as float64 (4, 4).
+
+    Raises:
+        MaisiError: it is not finite, or not one that maps a grid to places in the world and back.
+    """
+    affine = np.asarray(affine, dtype=np.float64)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise MaisiError("The affine is not a finite 4 x 4 matrix; repair the file's header.")
+    if not np.array_equal(affine[3], (0, 0, 0, 1)):
+        raise MaisiError("The affine's last row is not 0 0 0 1; repair the file's header.")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.min() < 1e-6 or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
+        raise MaisiError("The affine is singular (axes without extent or apart); repair the file's header.")
+    return affine
 
 
 def _closest_axes(rotation: NDArray[np.float64]) -> list[int]:

@@ -3,6 +3,8 @@ import gzip
 import json
 import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import nibabel
@@ -187,8 +189,8 @@ def test_four_axes(tmp_path):
         (DATATYPE, "h", (1536,), "not single numbers"),  # float128
         (DATATYPE, "h", (1,), "not single numbers"),  # one bit a voxel
         (DATATYPE, "h", (12345,), "damaged NIfTI header"),
-        (SROW_X, "f", (np.nan,), "affine is not finite"),
-        (SROW_X + 12, "f", (np.inf,), "affine is not finite"),
+        (SROW_X, "f", (np.nan,), "affine is not a finite 4 x 4 matrix"),
+        (SROW_X + 12, "f", (np.inf,), "plain.nii: The affine is not a finite"),
         (SROW_X, "12f", (0.0,) * 12, "singular"),
         (VOX_OFFSET, "f", (np.nan,), "damaged NIfTI header"),
         (VOX_OFFSET, "f", (1e12,), "damaged NIfTI header"),
@@ -205,7 +207,7 @@ def test_damaged_headers(plain, position, form, values, message):
 
 def test_a_header_that_asks_for_too_much(plain):
     patch(plain, DIM + 2, "hhh", 30000, 30000, 30000)
-    with pytest.raises(MaisiError, match=r"asks for 30000 x 30000 x 30000 voxels of int16, 5.4e\+04 GB, over the"):
+    with pytest.raises(MaisiError, match=r"asks for 30000 x 30000 x 30000 voxels of int16, 54,000.0 GB, over the"):
         read_volume(plain)
 
 
@@ -353,6 +355,28 @@ def test_a_full_disk_leaves_nothing(tmp_path, oblique, monkeypatch):
     monkeypatch.setattr(nifti, "_write_nifti", full)
     with pytest.raises(MaisiError, match=r"Cannot write .*a.nii.gz: No space left on device"):
         write_volume(tmp_path / "a.nii.gz", oblique)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """The system itself refuses to let the file grow, in a process of its own."""
+    code = (
+        "import resource, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from maisi.errors import MaisiError\n"
+        "from maisi.io.nifti import write_volume\n"
+        "from maisi.volume import Volume\n"
+        "noise = np.random.default_rng(0).integers(-1000, 1000, (64, 64, 64)).astype(np.int16)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    write_volume(Path(sys.argv[1]), Volume(noise, np.eye(4)))\n"
+        "except MaisiError as error:\n"
+        "    print(error)\n"
+    )
+    for name in ("a.nii", "a.nii.gz", "a.nrrd"):
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(f"Cannot write {tmp_path / name}: File too large; choose a disk")
     assert os.listdir(tmp_path) == []
 
 

@@ -24,7 +24,7 @@ import maisi
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
 from maisi.io.nrrd import read_nrrd, read_nrrd_header, write_nrrd
-from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader, read_some, read_voxels, skip
+from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader, read_some, read_voxels, skip, stored_bytes
 from maisi.volume import Volume
 
 SYNTHETIC = "synthetic CT made by maisi"
@@ -247,8 +247,6 @@ def _nifti_header(volume: Volume, description: str, comment: str) -> Nifti1Heade
 
 
 def _write_nifti(file: Any, header: Nifti1Header, array: NDArray[Any]) -> None:
-    """Write header and voxels slice by slice, so that no second copy of a large volume is made."""
     header.write_to(file)
-    little = array.dtype.newbyteorder("<")
-    for z in range(array.shape[2]):
-        file.write(array[:, :, z].astype(little, copy=False).tobytes(order="F"))
+    for data in stored_bytes(array):
+        file.write(data)

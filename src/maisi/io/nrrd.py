@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
-from maisi.io.stored import GZIP_LEVEL, StoredHeader, read_voxels
+from maisi.io.stored import GZIP_LEVEL, StoredHeader, read_voxels, stored_bytes
 from maisi.volume import Volume
 
 _HEADER_LIMIT = 1 << 20
@@ -107,12 +107,11 @@ def write_nrrd(path: Path, volume: Volume, comment: str, fields: Mapping[str, st
         "space origin: " + _vector(affine[:3, 3]),
         *(f"{key}:={value}" for key, value in fields.items()),
     ]
-    little = volume.array.astype(volume.array.dtype.newbyteorder("<"), copy=False)
     with atomic_path(path) as part, part.open("wb") as file:
         file.write(("\n".join(lines) + "\n\n").encode("ascii", "replace"))
         packer = zlib.compressobj(level=GZIP_LEVEL, wbits=31)
-        for z in range(volume.shape[2]):
-            file.write(packer.compress(little[:, :, z].tobytes(order="F")))
+        for data in stored_bytes(volume.array):
+            file.write(packer.compress(data))
         file.write(packer.flush())
 
 

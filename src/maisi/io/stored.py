@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import psutil
 from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
+from maisi.volume import checked_affine
 
 DEFLATE_LIMIT = 1032
 """No deflate stream grows by more than this factor, so a header that asks for more is lying."""
@@ -21,6 +23,7 @@ GZIP_LEVEL = 3
 """The noise of CT hardly compresses: higher levels take twice as long and save a few per cent."""
 
 _CHUNK = 1 << 22
+_SLAB = 32
 
 
 class ByteStream(Protocol):
@@ -59,7 +62,7 @@ class StoredHeader:
         """Check what every format has in common.
 
         Raises:
-            MaisiError: empty axes, voxels that are not single numbers, an affine that is not finite.
+            MaisiError: empty axes, voxels that are not single numbers, an affine that is not finite or singular.
         """
         if min(self.shape) < 1:
             raise MaisiError(f"{self.path}: an axis has no voxels (shape {self.shape}); the file is damaged.")
@@ -68,8 +71,10 @@ class StoredHeader:
                 f"{self.path}: its voxels are {self.dtype}, not single numbers (colours or complex?); "
                 "save it as integers or reals."
             )
-        if not np.isfinite(self.affine).all():
-            raise MaisiError(f"{self.path}: its affine is not finite; repair the file's header.")
+        try:
+            checked_affine(self.affine)
+        except MaisiError as error:
+            raise MaisiError(f"{self.path}: {error}") from None
 
     @property
     def stored_bytes(self) -> int:
@@ -146,6 +151,17 @@ def read_voxels(stream: ByteStream, header: StoredHeader) -> NDArray[Any]:
     return array
 
 
+def stored_bytes(array: NDArray[Any]) -> Iterator[bytes]:
+    """Yield the voxels as files hold them: little-endian, first axis fastest; some slices at a time.
+
+    So no second copy of a large volume is made, and an array whose last axis is the fastest is not read voxel by
+    voxel from all over the memory.
+    """
+    little = array.dtype.newbyteorder("<")
+    for z in range(0, array.shape[2], _SLAB):
+        yield array[:, :, z : z + _SLAB].astype(little, copy=False).tobytes(order="F")
+
+
 def skip(stream: ByteStream, count: int, path: Path) -> None:
     """Read `count` bytes and forget them.
 
@@ -190,4 +206,4 @@ def _require_finite(array: NDArray[Any], path: Path) -> None:
 
 
 def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
