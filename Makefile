@@ -1,0 +1,34 @@
+# Two commands do everything: `make demo` and `make test`. Needed before: Python 3.11 or newer and a network for pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: demo test clean
+
+# A CT of the chest and one of the head and neck from the model that the package carries. Twice gives the same bytes.
+demo: $(VENV)/.installed
+	rm -rf out/demo-chest out/demo-head-neck
+	mkdir -p out
+	$(BIN)/maisi generate --region chest --fov auto --seed 0 -o out/demo-chest
+	$(BIN)/maisi generate --region head-neck --fov auto --seed 0 -o out/demo-head-neck
+	@echo "Look at out/demo-chest/0000/preview.png and out/demo-head-neck/0000/preview.png"
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamps are newer than what was installed from, so a second `make` installs nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	touch $@
