@@ -77,9 +77,7 @@ SKELETON: tuple[int, ...] = (*range(33, 57), *range(63, 98), 120, 122, 127)
 ANY_BONE: tuple[int, ...] = (*SKELETON, UNNAMED_BONE, MANDIBLE)
 """`SKELETON` and the bones of the extension."""
 
-TUMORS: Mapping[int, tuple[int, ...]] = MappingProxyType(
-    {23: LUNGS, 24: (4,), 26: (1,), 27: (62,), 128: ANY_BONE}
-)
+TUMORS: Mapping[int, tuple[int, ...]] = MappingProxyType({23: LUNGS, 24: (4,), 26: (1,), 27: (62,), 128: ANY_BONE})
 """Tumour id -> ids of the organs it grows in."""
 
 REGION_MARKERS: Mapping[str, tuple[int, ...]] = MappingProxyType(

@@ -46,9 +46,7 @@ class Conditions:
         """
         spacing = tuple(float(value) for value in self.spacing_mm)
         if len(spacing) != 3 or not all(np.isfinite(value) and value > 0 for value in spacing):
-            raise MaisiError(
-                f"The spacing {spacing} is not usable; give three positive numbers of millimetres."
-            )
+            raise MaisiError(f"The spacing {spacing} is not usable; give three positive numbers of millimetres.")
         object.__setattr__(self, "spacing_mm", spacing)
         object.__setattr__(self, "regions", sort_regions(self.regions))
         object.__setattr__(self, "modality", parse_modality(self.modality))
