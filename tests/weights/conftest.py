@@ -192,9 +192,7 @@ def diffusion_ddpm(g: torch.Generator) -> Reference:
 
 
 def diffusion_rflow(g: torch.Generator) -> Reference:
-    net = DiffusionModelUNetMaisi(
-        **TRUNK, **FLOW, out_channels=4, num_channels=WIDTHS, include_spacing_input=True
-    )
+    net = DiffusionModelUNetMaisi(**TRUNK, **FLOW, out_channels=4, num_channels=WIDTHS, include_spacing_input=True)
     return unet(g, {"spacing": "spacing_tensor", "modality": "class_labels"}, net, 1.1)
 
 

@@ -8,6 +8,7 @@ from; both are stood in for by classes that do nothing, and MONAI is not needed.
 from __future__ import annotations
 
 import math
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ def _load(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a .pt file.") from None
     try:
-        with torch.serialization.safe_globals(_stand_ins()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins()):
+            warnings.simplefilter("ignore")  # on pickle protocols; the error below says what matters
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # the unpickler fails on foreign bytes in any way it likes
         raise MaisiError(
