@@ -37,8 +37,8 @@ LUNG_HU = -400.0  # below: air or parenchyma
 GAS_HU = -965.0  # a region with a lower median is pure gas: bowel, sinus, trachea
 TUBE_HU = -600.0
 BONE_HU = 170.0
+ENHANCED_BONE_HU = 230.0  # where contrast medium is about: above spleen and kidneys
 CORTEX_HU = 330.0  # every bone reaches it somewhere; enhanced organs don't
-TRABECULAR_HU = 110.0
 METAL_HU = 2900.0
 CONTRAST_HU = 700.0  # thick regions brighter than this are compact bone or metal, not blood
 
@@ -99,24 +99,50 @@ def body_envelope(hu: Array, spacing: Spacing) -> Mask:
 
 
 def _pockets(hu: Array, tissue: Mask, body: Mask, spacing: Spacing) -> Mask:
-    """Air that tissue encloses in axial slices and that belongs to the body, not to a hollow table.
+    """Air that belongs to the body, since body is what mostly surrounds it.
 
-    It does where its HU are those of lung, or where most of its wall is body.
+    Either tissue encloses it in axial slices, or it has the HU of lung (the field of view may cut the chest wall).
     """
-    enclosed = _fill_slices(tissue) & ~tissue
-    parts, count = ndimage.label(enclosed)
+    parts, count = ndimage.label(_fill_slices(tissue) & ~tissue | _parenchyma(hu, tissue, spacing))
     sizes = _volumes_ml(parts, spacing)
+    gas = _gas_level(hu)
     keep = np.zeros(count + 1, np.bool_)
     for i, box in enumerate(ndimage.find_objects(parts), 1):
         if sizes[i] < 0.2:
             continue
-        wide = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
-        pocket = parts[wide] == i
-        wall = ndimage.binary_dilation(pocket) & tissue[wide]
-        in_body = np.count_nonzero(wall & body[wide]) / max(1, np.count_nonzero(wall))
-        lung = sizes[i] > 50 and np.median(hu[wide][pocket]) > GAS_HU
-        keep[i] = in_body > (0.2 if lung else 0.65)
+        wide = _wider(box, 1)
+        inside = _surrounded(parts[wide] == i, body[wide])
+        if sizes[i] < 50:
+            keep[i] = inside > 0.65
+        else:
+            level = float(np.median(hu[box][parts[box] == i]))
+            keep[i] = inside > (0.4 if level > gas + 60 else 0.5 if level > GAS_HU else 0.65)
     return keep[parts]
+
+
+def _surrounded(pocket: Mask, body: Mask) -> float:
+    """Share of body in the layer of voxels around a pocket; the edges of the field of view count as not body."""
+    padding = ((1, 1), (1, 1), (0, 0))
+    wide = np.pad(pocket, padding)
+    layer = ndimage.binary_dilation(wide) & ~wide
+    size = int(np.count_nonzero(layer))
+    return int(np.count_nonzero(layer & np.pad(body, padding))) / size if size else 0.0
+
+
+def _gas_level(hu: Array) -> float:
+    """HU of pure gas in this scan (scatter moves it by some 50 HU), padding left out."""
+    gas = hu[(hu < -800) & (hu > max(-1020, hu.min() + 2))]
+    return float(np.percentile(gas, 10)) if gas.size else -1000.0
+
+
+def _parenchyma(hu: Array, tissue: Mask, spacing: Spacing) -> Mask:
+    """Large spaces with the HU of lung, whatever encloses them."""
+    smooth = ndimage.gaussian_filter(hu.astype(np.float32), [2.0 / s for s in spacing])
+    core = _erode(~tissue & (smooth > GAS_HU + 20) & (smooth < TUBE_HU), 4.0, spacing)
+    parts, _ = ndimage.label(core)
+    large = _volumes_ml(parts, spacing) > 50
+    large[0] = False
+    return _dilate(large[parts], 6.0, spacing) & ~tissue
 
 
 def _air_spaces(hu: Array, body: Mask, spacing: Spacing) -> tuple[Mask, Mask, Mask]:
@@ -144,7 +170,7 @@ def _neck_slice(body: Mask, spacing: Spacing) -> int | None:
     if area[top] >= NECK_AREA_MM2:
         return None
     stretch = area[top : top + round(100 / spacing[2])]
-    return top + int(np.argmin(stretch))
+    return int(top + np.argmin(stretch))
 
 
 def _tubes(hu: Array, air: Mask, spacing: Spacing) -> Mask:
@@ -216,7 +242,7 @@ def _between_lungs(tubes: Mask, lungs: Mask, spacing: Spacing) -> Mask:
 
 def _with_vessels(lung: Mask, room: Mask, spacing: Spacing) -> Mask:
     """Close vessels and fissures inside one lung, slice by slice, within `room`."""
-    return _fill_slices(_close(lung, 5.0, spacing), framed=False) & room
+    return _fill_slices(_close(lung, 5.0, spacing)) & room
 
 
 def _sides(lungs: Mask, body: Mask) -> tuple[Mask, Mask]:
@@ -231,15 +257,16 @@ def _skeleton(hu: Array, body: Mask, spacing: Spacing) -> Mask:
     """Bone by HU and connectivity, without thick regions of contrast medium and without metal."""
     smooth = ndimage.gaussian_filter(np.clip(hu, -300, 1500).astype(np.float32), [0.8 / s for s in spacing])
     contrast = _contrast(smooth, body, spacing)
-    bright = body & (smooth > BONE_HU) & ~contrast
+    level = ENHANCED_BONE_HU if contrast.any() else BONE_HU
+    bright = body & (smooth > level) & ~contrast
     parts, count = ndimage.label(bright)
-    sizes = np.bincount(parts.ravel(), minlength=count + 1)
-    dense = np.bincount(parts[smooth > CORTEX_HU].ravel(), minlength=count + 1) / np.maximum(sizes, 1)
-    beside = np.bincount(parts[_dilate(contrast, 3.0, spacing)].ravel(), minlength=count + 1)
-    ml = sizes * np.prod(spacing) / 1000
-    vessel = (beside > 0.15 * sizes) & (ml < 60)
-    bone = ((dense > 0.1) & (ml > 0.2) & ~vessel)[parts] & bright
-    return (bone | _marrow(smooth, bone, spacing)) & body & (hu < METAL_HU) & ~contrast
+    sizes = np.bincount(parts.ravel())
+    dense = np.bincount(parts[smooth > CORTEX_HU].ravel(), minlength=count + 1) / sizes
+    beside = np.bincount(parts[_dilate(contrast, 3.0, spacing)].ravel(), minlength=count + 1) / sizes
+    ml = _volumes_ml(parts, spacing)
+    bone = ((dense > 0.1) & (ml > 0.2) & ((beside < 0.15) | (ml > 60)))[parts] & bright
+    marrow = _marrow(smooth, bone, level, spacing) & ~contrast
+    return (bone | marrow) & body & (hu < METAL_HU)
 
 
 def _contrast(smooth: Array, body: Mask, spacing: Spacing) -> Mask:
@@ -253,7 +280,7 @@ def _contrast(smooth: Array, body: Mask, spacing: Spacing) -> Mask:
     for i, box in enumerate(ndimage.find_objects(parts), 1):
         if sizes[i] < 8:
             continue
-        box = tuple(slice(max(0, b.start - 8), b.stop + 8) for b in box)
+        box = _wider(box, 8)
         core = parts[box] == i
         mean = float(smooth[box][core].mean())
         shell = _dilate(core, 5.0, spacing) & ~_dilate(core, 2.0, spacing)
@@ -262,12 +289,12 @@ def _contrast(smooth: Array, body: Mask, spacing: Spacing) -> Mask:
     return result
 
 
-def _marrow(smooth: Array, bone: Mask, spacing: Spacing) -> Mask:
+def _marrow(smooth: Array, bone: Mask, level: float, spacing: Spacing) -> Mask:
     """Inside of bones: trabecular bone between cortex, and holes of a slice that hold trabeculae or fat.
 
     Spinal canal and brain lie between in HU.
     """
-    result = _close(bone, 8.0, spacing) & (smooth > TRABECULAR_HU)
+    result = _close(bone, 8.0, spacing) & (smooth > level - 60)
     shell = bone | result
     for z in range(bone.shape[2]):
         parts, count = ndimage.label(ndimage.binary_fill_holes(shell[:, :, z]) & ~shell[:, :, z])
@@ -280,7 +307,12 @@ def _marrow(smooth: Array, bone: Mask, spacing: Spacing) -> Mask:
     return result
 
 
-def _volumes_ml(parts: Array, spacing: Spacing) -> NDArray[np.float64]:
+def _wider(box: tuple[slice, ...], by: int) -> tuple[slice, ...]:
+    """Box with `by` more voxels on each side."""
+    return tuple(slice(max(0, side.start - by), side.stop + by) for side in box)
+
+
+def _volumes_ml(parts: Array, spacing: Spacing) -> Array:
     """Volume of each part of a labelled array, index 0 (background) included."""
     return np.bincount(parts.ravel()) * (spacing[0] * spacing[1] * spacing[2] / 1000)
 
@@ -292,7 +324,8 @@ def _parts(mask: Mask, share: float) -> Mask:
         return mask
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    return (sizes >= max(1, share * sizes.max()))[parts]
+    keep: Mask = sizes >= max(1.0, share * float(sizes.max()))
+    return keep[parts]
 
 
 def _largest_area(plane: Mask) -> int:
@@ -300,27 +333,11 @@ def _largest_area(plane: Mask) -> int:
     return int(np.bincount(parts.ravel())[1:].max()) if count else 0
 
 
-def _fill_slices(mask: Mask, framed: bool = True) -> Mask:
-    """Fill holes in each axial slice.
-
-    Args:
-        mask: (X, Y, Z).
-        framed: count the edge of the field of view as a wall between the points where the mask touches it:
-            a lung whose chest wall is cut off is a hole then.
-    """
+def _fill_slices(mask: Mask) -> Mask:
+    """Fill holes in each axial slice."""
     filled = np.empty_like(mask)
     for z in range(mask.shape[2]):
-        plane = np.pad(mask[:, :, z], 1)
-        for edge, frame in (
-            (plane[1], plane[0]),
-            (plane[-2], plane[-1]),
-            (plane[:, 1], plane[:, 0]),
-            (plane[:, -2], plane[:, -1]),
-        ):
-            touching = np.flatnonzero(edge)
-            if framed and len(touching):
-                frame[touching[0] : touching[-1] + 1] = True
-        filled[:, :, z] = ndimage.binary_fill_holes(plane)[1:-1, 1:-1]
+        filled[:, :, z] = ndimage.binary_fill_holes(mask[:, :, z])
     return filled
 
 
