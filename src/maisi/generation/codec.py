@@ -62,7 +62,8 @@ def load_autoencoder(path: Path, device: str = "auto", precision: str = "auto") 
 def fast_layout(network: nn.Module) -> nn.Module:
     """Put a network's weights into the layout in which 3D convolutions run fastest, and freeze them."""
     network = cast(Any, network).to(memory_format=torch.channels_last_3d)
-    return cast(nn.Module, network.requires_grad_(False))
+    frozen: nn.Module = network.requires_grad_(False)
+    return frozen
 
 
 @torch.inference_mode()

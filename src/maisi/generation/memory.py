@@ -46,10 +46,10 @@ def require_memory(needed: int, free: int, size: Triple, multiple: int, what: st
     if needed <= free:
         return
     shrink = (free / needed) ** (1 / 3)
-    x, y, z = (max(1, int(n * shrink) // multiple) * multiple for n in size)
+    x, y, z = (int(n * shrink) // multiple * multiple for n in size)
+    mend = f"a size of {_show((x, y, z))} would fit" if min(x, y, z) > 0 else "free some memory"
     raise MaisiError(
-        f"{what} {_show(size)} voxels takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-        f"a size of {_show((x, y, z))} would fit."
+        f"{what} {_show(size)} voxels takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {mend}."
     )
 
 

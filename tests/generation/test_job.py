@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from maisi.errors import MaisiError
+from maisi.generation.job import make_job, padded_size
+from maisi.request import Request
+from maisi.volume import Volume
+from maisi.weights.registry import find_model
+
+
+@pytest.fixture(scope="module")
+def config(model_folder):
+    return find_model(model_folder).config
+
+
+def test_a_request_is_completed_from_the_model(config) -> None:
+    job = make_job(Request.parse(region="chest"), config)
+    assert (job.size, job.conditions.spacing_mm) == ((48, 32, 32), (8, 8, 8))
+    assert (job.steps, job.solver) == (2, "euler")
+    assert job.notes == ("Size 48,32,32 at 8,8,8 mm.",)
+
+
+def test_auto_overrules_what_is_given(config) -> None:
+    wishes = {"region": "head", "size": (9, 9, 9), "spacing": (1, 1, 1)}
+    job = make_job(Request.parse(fov="auto", **wishes), config)
+    assert (job.size, job.conditions.spacing_mm) == ((32, 32, 32), (8, 8, 8))
+    given = make_job(Request.parse(**wishes), config)
+    assert given.size == (9, 9, 9)
+    assert len(given.notes) == 6
+
+
+def test_the_padded_grid_holds_the_volume_in_its_middle(config) -> None:
+    job = make_job(Request.parse(region="chest", size=(30, 16, 17), spacing=(1, 2, 3)), config)
+    assert job.padded == padded_size((30, 16, 17), 16) == (32, 16, 32)
+    assert job.margins == ((1, 1), (0, 0), (7, 8))
+    padded = np.zeros(job.padded, np.int16)
+    padded[1, 0, 7] = 5
+    placed = job.place(padded)
+    assert placed.shape == (30, 16, 17)
+    assert placed.array[0, 0, 0] == 5
+    centre = placed.affine @ [14.5, 7.5, 8, 1]
+    assert np.allclose(centre, [0, 0, 0, 1])
+
+
+def test_a_mask_decides_grid_and_regions(config, chest_labels) -> None:
+    job = make_job(Request.parse(), config, chest_labels)
+    assert job.size == chest_labels.shape
+    assert job.conditions.spacing_mm == (8, 9, 10)
+    assert job.conditions.regions == ("chest",)
+    assert make_job(Request.parse(region="abdomen"), config, chest_labels).conditions.regions == ("abdomen",)
+
+
+def test_what_comes_out_lies_where_the_mask_does(config, chest_labels) -> None:
+    """Padded, turned to RAS+, cropped and turned back, the mask itself must come out voxel for voxel."""
+    swapped = Volume(chest_labels.array.transpose(2, 0, 1), chest_labels.affine[:, [2, 0, 1, 3]])
+    for labels in (chest_labels, swapped, chest_labels.to_ras()):
+        job = make_job(Request.parse(), config, labels)
+        padded = job.padded_labels()
+        assert padded is not None
+        assert padded.shape == job.padded
+        placed = job.place(padded)
+        assert placed.same_grid(labels)
+        assert np.array_equal(placed.array, labels.array)
+
+
+def test_the_mask_goes_on_beyond_its_edge(config, chest_labels) -> None:
+    padded = make_job(Request.parse(), config, chest_labels).padded_labels()
+    assert padded is not None
+    (low, high) = (6, 6)  # 20 slices in 32
+    assert np.array_equal(padded[:, :, 0], padded[:, :, low])
+    assert np.array_equal(padded[:, :, -1], padded[:, :, -1 - high])
+    assert padded[:, :, 0].any()
+
+
+def test_tumors_can_be_taken_out(config, chest_labels) -> None:
+    job = make_job(Request.parse(), config, chest_labels)
+    healthy = job.padded_labels_without_tumors()
+    assert healthy is not None
+    changed = healthy != job.padded_labels()
+    assert np.array_equal(changed, job.padded_labels() == 23)
+    assert set(healthy[changed]) == {28}
+    without = chest_labels.with_array(np.where(chest_labels.array == 23, 28, chest_labels.array))
+    assert make_job(Request.parse(), config, without).padded_labels_without_tumors() is None
+
+
+@pytest.mark.parametrize(
+    ("wishes", "word"),
+    [({"size": (20, 20, 20)}, "has 34,26,20 voxels, not 20,20,20"), ({"spacing": (3, 3, 3)}, "spacing of 8,9,10 mm")],
+)
+def test_a_mask_of_another_geometry_is_refused(config, chest_labels, wishes, word) -> None:
+    with pytest.raises(MaisiError, match=word):
+        make_job(Request.parse(**wishes), config, chest_labels)
+    make_job(Request.parse(size=(34, 26, 20), spacing=(8, 9, 10)), config, chest_labels)
+
+
+def test_a_mask_with_an_extreme_spacing_is_refused(config, chest_labels) -> None:
+    far = Volume(chest_labels.array, np.diag([40.0, 40, 40, 1]))
+    with pytest.raises(MaisiError, match="spacing"):
+        make_job(Request.parse(), config, far)
+
+
+def test_a_model_without_controlnet_follows_no_mask(config, chest_labels) -> None:
+    with pytest.raises(MaisiError, match="follows no masks"):
+        make_job(Request.parse(), config.model_copy(update={"controlnet": None}), chest_labels)
+
+
+def test_odd_masks_are_pointed_out(config) -> None:
+    lonely = Volume.from_spacing(np.full((48, 32, 32), 6, np.uint8), (8, 8, 8))
+    notes = " ".join(make_job(Request.parse(guidance=2), config, lonely).notes)
+    assert "no body (200)" in notes
+    assert "name the region" in notes
+    assert "Guidance" in notes

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from maisi.errors import MaisiError
+from maisi.generation import output
+from maisi.generation.output import Item, destination
+from maisi.io.nifti import read_labels, read_volume
+from maisi.request import Request
+from maisi.volume import Volume
+
+ORDER = {"request": {"seed": 1}}
+
+
+@pytest.fixture
+def item(chest_labels) -> Item:
+    image = chest_labels.with_array(chest_labels.array.astype(np.int16) - 100)
+    request = Request.parse(region="chest", seed=4)
+    return Item(image, chest_labels, request, number=2, seed=9, details={"regions": ["chest"], "steps": 2})
+
+
+def test_an_item_is_four_files(item, tmp_path) -> None:
+    folder = item.save(tmp_path / "0002")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["image.nii.gz", "labels.nii.gz", "preview.png", "record.json"]
+    image = read_volume(folder / "image.nii.gz")
+    assert image.array.dtype == np.int16
+    assert np.array_equal(image.array, item.image.array)
+    assert image.same_grid(item.image)
+    assert np.array_equal(read_labels(folder / "labels.nii.gz").array, item.labels.array)
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["synthetic"], record["item"], record["seed"], record["steps"]) == (True, 2, 9, 2)
+    assert record["request"]["region"] == ["chest"]
+
+
+def test_an_item_without_a_mask_has_no_labels(item, tmp_path) -> None:
+    bare = Item(item.image, None, item.request, number=0, seed=1)
+    assert not (bare.save(tmp_path / "x") / "labels.nii.gz").exists()
+
+
+def test_a_failure_leaves_nothing(item, tmp_path, monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "write_record", broken)
+    with pytest.raises(KeyboardInterrupt):
+        item.save(tmp_path / "0002")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_at_a_destination_writes_nothing(tmp_path) -> None:
+    place = destination(tmp_path / "out", ORDER, range(3, 5))
+    assert place.missing == (3, 4)
+    assert place.item_folder(3).name == "0003"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_order_is_gone_on_with(tmp_path) -> None:
+    folder = tmp_path / "out"
+    destination(folder, ORDER, range(3)).begin()
+    (folder / "0001").mkdir()
+    (folder / "0002.part-abcd").mkdir()
+    again = destination(folder, ORDER, range(3))
+    assert again.missing == (0, 2)
+    again.begin()
+    assert sorted(path.name for path in folder.iterdir()) == ["0001", "request.json"]
+
+
+@pytest.mark.parametrize("held", ["nothing", "another order", "rubbish", "a file"])
+def test_anything_else_is_refused_and_kept(tmp_path, held) -> None:
+    folder = tmp_path / "out"
+    if held == "a file":
+        folder.write_text("mine")
+    else:
+        folder.mkdir()
+    if held == "another order":
+        (folder / "request.json").write_text('{"request": {"seed": 2}}')
+    if held == "rubbish":
+        (folder / "request.json").write_text("{")
+    with pytest.raises(MaisiError, match="exists and was not made by this request"):
+        destination(folder, ORDER, range(1))
+    assert folder.exists()
+
+
+def test_a_missing_parent_is_refused(tmp_path) -> None:
+    with pytest.raises(MaisiError, match="does not exist"):
+        destination(tmp_path / "a" / "out", ORDER, range(1))
+
+
+def test_a_title_tells_what_the_picture_shows(item, tmp_path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr("maisi.io.preview.preview", lambda *args, title, **kw: seen.append(title))
+    item.save(tmp_path / "x")
+    assert seen == ["Synthetic: chest; 34 x 26 x 20 voxels of 8 x 9 x 10 mm; seed 4, item 2"]
+    assert isinstance(item.image, Volume)
