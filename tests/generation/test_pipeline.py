@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import maisi
+from maisi.errors import MaisiError
+from maisi.generation import pipeline
+from maisi.generation.job import Job
+from maisi.generation.pipeline import Model, RememberingEncoder
+from maisi.request import item_seed
+from maisi.weights.registry import ModelFolder
+
+CHEST = {"region": ("chest",), "size": (32, 32, 16), "spacing": (8.0, 8.0, 8.0)}
+
+
+def test_one_call_makes_a_ct(model) -> None:
+    item = model.generate(**CHEST, seed=3)
+    assert item.image.array.dtype == np.int16
+    assert item.image.shape == (32, 32, 16)
+    assert item.image.spacing_mm == (8, 8, 8)
+    assert np.allclose(item.image.affine @ [15.5, 15.5, 7.5, 1], [0, 0, 0, 1])
+    assert -1000 <= item.image.array.min() < item.image.array.max() <= 1000
+    assert item.labels is None
+    assert item.seed == item_seed(3, 0)
+    assert set(item.weights_sha256) == {"autoencoder.safetensors", "unet.safetensors"}
+    assert item.details["regions"] == ["chest"]
+
+
+def test_the_front_door(model_folder) -> None:
+    assert isinstance(maisi.load(model_folder), Model)
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(model, model_folder) -> None:
+    alone = maisi.load(model_folder, device="cpu", precision="fp32").generate(**CHEST, seed=7, item=3)
+    among = list(model.generate_many(5, **CHEST, seed=7))
+    assert [item.number for item in among] == [0, 1, 2, 3, 4]
+    assert np.array_equal(among[3].image.array, alone.image.array)
+    assert len({item.image.array.tobytes() for item in among}) == 5
+    later = next(model.generate_many(2, first=3, **CHEST, seed=7))
+    assert np.array_equal(later.image.array, alone.image.array)
+    other = model.generate(**CHEST, seed=8, item=3)
+    assert not np.array_equal(other.image.array, alone.image.array)
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "heun"])
+def test_solvers_that_draw_noise_repeat_too(model, solver) -> None:
+    first, second = (model.generate(**CHEST, steps=3, solver=solver, item=1) for _ in range(2))
+    assert np.array_equal(first.image.array, second.image.array)
+    assert not np.array_equal(first.image.array, model.generate(**CHEST, steps=3, item=1).image.array)
+
+
+def test_any_size_is_the_middle_of_the_padded_one(model) -> None:
+    wishes = {"region": ("chest",), "spacing": (8.0, 8.0, 8.0)}
+    whole = model.generate(size=(32, 32, 32), **wishes).image
+    part = model.generate(size=(31, 32, 17), **wishes).image
+    assert np.array_equal(part.array, whole.array[0:31, :, 7:24])
+    assert np.allclose(part.affine @ [15, 15.5, 8, 1], [0, 0, 0, 1])
+
+
+def test_conditions_reach_the_network_times_100(model, monkeypatch) -> None:
+    told = []
+    forward = type(model.unet).forward
+
+    def spy(self, x, times, **kwargs):
+        told.append({"times": times, **kwargs})
+        return forward(self, x, times, **kwargs)
+
+    monkeypatch.setattr(type(model.unet), "forward", spy)
+    model.generate(region=("chest", "abdomen"), size=(16, 16, 16), spacing=(1.5, 2, 3), modality="ct_contrast")
+    assert told[0]["spacing"].tolist() == [[150, 200, 300]]
+    assert told[0]["top_region"].tolist() == [[0, 100, 0, 0]]
+    assert told[0]["bottom_region"].tolist() == [[0, 0, 100, 0]]
+    assert told[0]["modality"].tolist() == [3]
+    assert told[0]["residuals"] is None
+    assert [float(step["times"]) for step in told] == sorted((float(step["times"]) for step in told), reverse=True)
+
+
+def test_the_latent_is_divided_by_the_scale_factor(model, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(pipeline, "sample", lambda *args, **kwargs: torch.full((1, 4, 4, 4, 4), 1.6))
+    monkeypatch.setattr(
+        pipeline.codec, "decode_tensor", lambda net, z: seen.append(z) or np.zeros((16, 16, 16), np.float32)
+    )
+    item = model.generate(region=("chest",), size=(16, 16, 16), spacing=(8, 8, 8))
+    assert torch.allclose(seen[0], torch.full((1, 4, 4, 4, 4), 2.0))
+    assert (item.image.array == -1000).all()
+
+
+def test_a_mask_is_followed_on_its_own_grid(model, chest_labels) -> None:
+    item = model.generate(mask=chest_labels)
+    assert item.image.same_grid(chest_labels)
+    assert np.array_equal(item.labels.array, chest_labels.array)
+    assert "controlnet.safetensors" in item.weights_sha256
+    other = chest_labels.with_array(np.where(chest_labels.array == 23, 28, chest_labels.array))
+    assert not np.array_equal(model.generate(mask=other).image.array, item.image.array)
+    turned = model.generate(mask=chest_labels.to_ras()).image
+    assert np.array_equal(turned.array, item.image.to_ras().array)
+
+
+def test_guidance_goes_away_from_the_mask_without_tumors(model, chest_labels) -> None:
+    """Against the formula, with the healthy mask as a mask of its own."""
+    x = torch.randn(1, 4, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([500.0])
+    healthy = chest_labels.with_array(np.where(chest_labels.array == 23, 28, chest_labels.array))
+
+    def predict(mask, guidance: float):
+        with torch.no_grad():
+            return model.denoiser(model.job(mask, guidance=guidance))(x, times)
+
+    with_tumor, without = predict(chest_labels, 0), predict(healthy, 0)
+    assert not torch.equal(with_tumor, without)
+    assert torch.allclose(predict(chest_labels, 2.5), with_tumor + 2.5 * (with_tumor - without), atol=1e-5)
+    assert torch.equal(predict(healthy, 2.5), without)
+
+
+def test_guidance_without_a_mask_goes_away_from_no_region(model) -> None:
+    x = torch.randn(1, 4, 8, 8, 4, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([500.0])
+
+    def predict(**wishes):
+        with torch.no_grad():
+            return model.denoiser(model.job(**{**CHEST, **wishes}))(x, times)
+
+    chest, nowhere = predict(), predict(region=())
+    assert torch.allclose(predict(guidance=3.0), chest + 3 * (chest - nowhere), atol=1e-5)
+    mr, unknown = predict(region=(), modality="mri_t1"), predict(region=(), modality="unknown")
+    assert torch.allclose(predict(region=(), modality="mri_t1", guidance=3.0), mr + 3 * (mr - unknown), atol=1e-5)
+
+
+def test_guidance_with_nothing_to_act_on_is_refused(model) -> None:
+    with pytest.raises(MaisiError, match="nothing to strengthen"):
+        model.generate(size=(16, 16, 16), spacing=(8, 8, 8), guidance=2)
+
+
+def test_a_mask_is_encoded_once() -> None:
+    calls = []
+
+    class Encoder(torch.nn.Module):
+        def forward(self, bits):
+            calls.append(bits)
+            return bits + 1
+
+    remembering = RememberingEncoder(Encoder())
+    first, second = torch.zeros(2), torch.ones(2)
+    for _ in range(3):
+        assert torch.equal(remembering(first), first + 1)
+        assert torch.equal(remembering(second), second + 1)
+    assert len(calls) == 2
+    del first
+    calls.clear()
+    remembering(second)
+    assert (len(calls), len(remembering._answers)) == (0, 1)
+
+
+def test_progress_is_told(model) -> None:
+    told = []
+    model.generate(**CHEST, progress=lambda *args: told.append(args))
+    assert told == [("denoise", 1, 2), ("denoise", 2, 2), ("decode", 0, 1), ("decode", 1, 1)]
+
+
+def test_bf16_makes_nearly_the_same(model, model_folder) -> None:
+    half = maisi.load(model_folder, device="cpu", precision="bf16").generate(**CHEST)
+    assert half.details["precision"] == "bfloat16"
+    difference = np.abs(half.image.array.astype(float) - model.generate(**CHEST).image.array)
+    assert 0 < difference.mean() < 30
+
+
+@pytest.mark.parametrize(
+    ("wishes", "word"),
+    [
+        ({"solver": "magic"}, "'magic' is no solver"),
+        ({"steps": 0}, "steps"),
+        ({"size": (768, 768, 512)}, "would fit"),
+        ({"region": ("chst",)}, "did you mean 'chest'"),
+        ({"spacing": (0.1, 1, 1)}, "spacing"),
+        ({"size": (0, 1, 1)}, "size"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"modality": "ultrasound"}, "modality"),
+    ],
+)
+def test_faults_are_told_before_any_network_is_loaded(model_folder, monkeypatch, wishes, word) -> None:
+    def never(*args, **kwargs):
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(ModelFolder, "load", never)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 8_000_000_000)
+    with pytest.raises(MaisiError, match=word):
+        maisi.load(model_folder).generate(**{**CHEST, **wishes})
+
+
+def test_a_damaged_network_is_refused(model_folder, tmp_path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder, folder)
+    file = folder / "unet.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(MaisiError, match=r"model\.json"):
+        maisi.load(folder).generate(**CHEST)
+
+
+def test_a_wrong_size_multiple_is_refused(model_folder, tmp_path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder, folder)
+    values = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(values | {"size_multiple": 4}))
+    with pytest.raises(MaisiError, match="its networks need 16"):
+        maisi.load(folder).generate(**{**CHEST, "size": (20, 20, 20)})
+
+
+def test_a_job_is_checked_once_for_all_items(model, monkeypatch) -> None:
+    job = model.job(**CHEST, count=2)
+    assert isinstance(job, Job)
+    items = model.run(job, [0, 5])
+    assert [item.number for item in items] == [0, 5]
