@@ -1,7 +1,7 @@
 """From a case list to a prepared folder: read, orient, label, crop to the body, store as arrays. Knows no network.
 
-Labels given in another vocabulary are translated; what they leave open is filled by the rule-based segmentation, so that
-every CT comes with at least body, lungs, airway and skeleton.
+Labels given in another vocabulary are translated; what they leave open is filled by the rule-based segmentation, so
+that every CT comes with at least body, lungs, airway and skeleton.
 """
 
 from __future__ import annotations

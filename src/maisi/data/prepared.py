@@ -84,7 +84,5 @@ class PreparedFolder:
             try:
                 self._open[name] = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError):
-                raise MaisiError(
-                    f"{self.folder / name} is missing or damaged; prepare the data anew."
-                ) from None
+                raise MaisiError(f"{self.folder / name} is missing or damaged; prepare the data anew.") from None
         return self._open[name]

@@ -215,8 +215,8 @@ def region_extents(
 ) -> dict[str, tuple[float, float]]:
     """Where along the body each region lies, in mm of world z, as far as the labels of a whole case tell.
 
-    A region with markers spans them. Lungs bound their neighbours: a case that goes on for 40 mm and more above or below
-    them shows head and neck, or abdomen, there. A case without any of this is all `known`.
+    A region with markers spans them. Lungs bound their neighbours: a case that goes on for 40 mm and more above or
+    below them shows head and neck, or abdomen, there. A case without any of this is all `known`.
     """
     step, origin = float(affine[2, 2]), float(affine[2, 3])
     volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000

@@ -147,14 +147,14 @@ class AutoencoderStage:
                 scores = self.judge.module(output)
             terms["adversarial"] = adversarial_weight * adversarial(scores.float(), real=True)
             self.judge.module.requires_grad_(True)
-        (torch.stack(list(terms.values())).sum() / self.run.optimizer.accumulate).backward()
+        (torch.stack(list(terms.values())).sum() / self.run.optimizer.accumulate).backward()  # type: ignore[no-untyped-call]
         return output, {name: float(value.detach()) for name, value in terms.items()}
 
     def _discriminator_loss(self, real: Tensor, made: Tensor, parts: int) -> float:
         with self._autocast():
             on_real, on_made = self.judge.module(real), self.judge.module(made)
         loss = 0.5 * (adversarial(on_real.float(), True) + adversarial(on_made.float(), False))
-        (loss / parts).backward()
+        (loss / parts).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def _autocast(self) -> torch.autocast:

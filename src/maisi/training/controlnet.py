@@ -107,7 +107,7 @@ class ControlNetStage:
         for part, item in enumerate(batch):
             generator = step_generator(self.run.loop.seed, step * len(batch) + part, stream=2)
             terms = self._losses(self.control, item.to(self.device), generator)
-            (torch.stack(list(terms.values())).sum() / len(batch)).backward()
+            (torch.stack(list(terms.values())).sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batch)
         return {**sums, "gradient": self.trainee.apply(step)}

@@ -90,7 +90,7 @@ class DiffusionStage:
         for part, item in enumerate(batch):
             generator = step_generator(self.run.loop.seed, step * len(batch) + part, stream=2)
             loss = self._loss(self.model, item.to(self.device), generator) / len(batch)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return {"loss": total, "gradient": self.trainee.apply(step)}
 

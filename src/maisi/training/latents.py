@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -90,9 +91,10 @@ class LatentSource:
     def _weight(self, view: LatentView) -> float:
         return self.config.weights.get(view.regions[0] if view.regions else "", 1.0)
 
-    def _chances_of(self, views: list[LatentView]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        weights = np.array([self._weight(view) for view in views])
-        return weights / weights.sum()
+    def _chances_of(self, views: list[LatentView]) -> NDArray[np.float64]:
+        weights = np.array([self._weight(view) for view in views], dtype=np.float64)
+        chances: NDArray[np.float64] = weights / weights.sum()
+        return chances
 
     def batch(self, step: int) -> LatentBatch:
         """The batch of one step."""

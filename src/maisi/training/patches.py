@@ -60,7 +60,7 @@ class PatchSource:
         mirrored = [axis for axis in range(3) if config.flip and rng.random() < 0.5]
         wanted = np.array(config.size)[np.argsort(order)]
         block = self._block(case, np.ceil(wanted * zoom).astype(int), rng)
-        patch = np.flip(block.transpose(*order), mirrored)
+        patch = np.flip(block.transpose(*order), tuple(mirrored))
         tensor = torch.from_numpy(np.ascontiguousarray(patch))[None, None]
         if tensor.shape[2:] != config.size:
             mode = "area" if zoom > 1 else "trilinear"

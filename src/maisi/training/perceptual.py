@@ -28,6 +28,9 @@ EFFICIENTNET_DEPTHS = (0, 2, 4, 10)
 class EfficientNetFeatures(nn.Module):
     """Feature maps of an ImageNet efficientnet-lite0, frozen."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         try:
