@@ -1,0 +1,457 @@
+"""Measure a model for its card: numbers as result.json and table.md, pictures of generated volumes as PNG.
+
+    python recipes/tiny/evaluate.py --model tiny --data PREPARED_FOLDER -o OUT [--count 32]
+    python recipes/tiny/evaluate.py --autoencoder FILE.safetensors --data PREPARED_FOLDER -o OUT
+
+What is measured, on cases kept out of training unless said otherwise:
+
+- autoencoder: PSNR, SSIM, MAE of decode(encode(CT)); head and neck at native spacing, the torso's centre crop;
+- generated head-neck volumes against real ones on the same grid (all splits: 32 patients are not enough for a
+  distribution): 2.5D FID, HU histogram distance and air around the body, each beside the same distance between two
+  halves of the real volumes with disjoint patients, averaged over several ways to halve them;
+- volumes generated from the label maps of real cases: Dice of rule-based lungs, skeleton and body with the label map
+  asked for, beside that of the real CT, which says how far the rules themselves can be trusted.
+
+Everything slow is cached in OUT/cache under a hash of model and data, so an interrupted run goes on where it stopped.
+Only generated volumes are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+import maisi
+from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
+from maisi.data.preprocess import HU_MAX, HU_MIN, crop_or_pad, resample
+from maisi.data.segmentation import segment
+from maisi.errors import MaisiError
+from maisi.evaluation.agreement import dice_by_group, joint_counts
+from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, fid, pooled
+from maisi.evaluation.intensity import HuHistogram, stray_share, total_variation, wasserstein_hu
+from maisi.evaluation.pictures import Tile, contact_sheet
+from maisi.evaluation.reconstruction import compare
+from maisi.generation import codec
+from maisi.generation.pipeline import Model, load
+from maisi.io.files import atomic_path, write_json
+from maisi.io.preview import BONE, SOFT_TISSUE, Window
+from maisi.networks.autoencoder import Autoencoder
+from maisi.training.perceptual import FeatureName
+from maisi.volume import Volume
+from maisi.weights.load import load_network, sha256
+
+HEAD_NECK_ID = "pt_"
+"""Ids of head-neck cases (OpenKBP) begin so; all other cases are of the torso."""
+
+SIZE, SPACING_MM = (112, 80, 80), (4.5, 4.5, 4.5)
+"""The grid of generated and real head-neck volumes."""
+
+TORSO_CROP = (160, 160, 160)
+TORSO_MASK_SPACING_MM, TORSO_MASK_SIZE = (3.0, 3.0, 3.0), (128, 128, 128)
+WAYS_TO_HALVE = 5
+PICTURED = 12
+COLUMNS = 6
+
+
+def main() -> None:
+    """Read the command line and measure; a fault of the input ends with code 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="carried model or model folder")
+    parser.add_argument("--autoencoder", type=Path, help="measure this autoencoder alone")
+    parser.add_argument("--data", type=Path, required=True, help="prepared folder")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=32, help="head-neck volumes to generate")
+    parser.add_argument("--masks", type=int, default=12, help="head-neck label maps to generate from")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--coverage", type=float, default=0.75, help="share of the grid that a real case must fill")
+    parser.add_argument(
+        "--features",
+        default="efficientnet-lite0",
+        choices=get_args(FeatureName),
+        help="of the FID; 'gradients' is quick",
+    )
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    arguments = parser.parse_args()
+    if (arguments.model is None) == (arguments.autoencoder is None):
+        parser.error("give either --model or --autoencoder")
+    try:
+        Evaluation(arguments).run()
+    except MaisiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def say(text: str) -> None:
+    """Print a line of progress with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the comparison of two sets needs to know of one volume."""
+
+    features: Mapping[str, NDArray[np.float32]]
+    histogram: HuHistogram
+    stray: float
+
+    @classmethod
+    def of(cls, ct: Volume, judge: SliceFid) -> Description:
+        """Describe a CT in HU."""
+        body = segment(ct).array > 0
+        return cls(judge.describe(ct), HuHistogram.of(ct.array, body), stray_share(ct, body))
+
+    def save(self, path: Path) -> None:
+        """Write as npz."""
+        with atomic_path(path) as part, part.open("wb") as file:
+            np.savez(file, counts=self.histogram.counts, stray=self.stray, **cast(Any, self.features))
+
+    @classmethod
+    def load(cls, path: Path) -> Description:
+        """Inverse of `save`."""
+        with np.load(path, allow_pickle=False) as stored:
+            features = {plane: stored[plane] for plane in PLANES}
+            return cls(features, HuHistogram(stored["counts"]), float(stored["stray"]))
+
+
+class Evaluation:
+    """One run of the script; each section returns JSON values and keeps them in the cache."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out: Path = arguments.out
+        self.folder = PreparedFolder(arguments.data)
+        self.index_hash = sha256(arguments.data / INDEX)
+        self.judge_config = FidConfig(features=arguments.features)
+
+    def run(self) -> None:
+        """Measure everything and write result.json, table.md and the pictures."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        result: dict[str, Any] = {"versions": versions(), "prepared_index_sha256": self.index_hash}
+        weights = self.weights()
+        own = self.cache(*weights.values(), self.arguments.precision)
+        result |= {"model": self.arguments.model or str(self.arguments.autoencoder.name), "weights_sha256": weights}
+        result["autoencoder"] = cached(own / "autoencoder.json", self.measure_autoencoder)
+        if self.arguments.model:
+            result["generation"] = self.measure_generation(own)
+            key = f"masks-{self.arguments.masks}-{self.arguments.seed}-{self.arguments.coverage}.json"
+            result["masks"] = cached(own / key, self.measure_masks)
+        write_json(self.out / "result.json", result)
+        with atomic_path(self.out / "table.md") as part:
+            part.write_text(table(result), encoding="utf-8")
+        say(f"done: {self.out / 'result.json'}, {self.out / 'table.md'}")
+
+    @cached_property
+    def model(self) -> Model:
+        """The model that is measured."""
+        return load(self.arguments.model, precision=self.arguments.precision)
+
+    @cached_property
+    def judge(self) -> SliceFid:
+        """The feature extractor; loaded when first needed."""
+        return SliceFid(self.judge_config)
+
+    def weights(self) -> dict[str, str]:
+        """Hash of every file that decides what is measured."""
+        if self.arguments.autoencoder:
+            return {self.arguments.autoencoder.name: sha256(self.arguments.autoencoder)}
+        folder = self.model.folder
+        return {"model.json": sha256(folder.folder / "model.json"), **folder.config.sha256}
+
+    def cache(self, *parts: str) -> Path:
+        """A folder for what depends on the data and on `parts`."""
+        key = hashlib.sha256("\n".join((self.index_hash, *parts)).encode()).hexdigest()[:12]
+        path = self.out / "cache" / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def measure_autoencoder(self) -> dict[str, Any]:
+        """PSNR, SSIM and MAE of each validation case, and their means by part of the body."""
+        autoencoder = self.autoencoder()
+        rows = []
+        for case in ct_cases(self.folder, "validation"):
+            ct = volume_of(self.folder, case)
+            limit = ct.shape if is_head_neck(case) else TORSO_CROP
+            x, y, z = (min(n, most) for n, most in zip(ct.shape, limit, strict=True))
+            ct = crop_or_pad(ct, (x, y, z))
+            made = codec.decode(autoencoder, codec.encode(autoencoder, ct))
+            row = {"case": case.id, "part": part_of(case), "spacing_mm": ct.spacing_mm, "size": ct.shape}
+            rows.append(row | asdict(compare(ct.array, made.array)))
+            say(f"autoencoder: {case.id} {ct.shape} PSNR {rows[-1]['psnr_db']:.2f} SSIM {rows[-1]['ssim']:.4f}")
+        parts = sorted({row["part"] for row in rows})
+        return {"cases": rows, "means": {part: means([r for r in rows if r["part"] == part]) for part in parts}}
+
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder on its own, or the model's."""
+        if self.arguments.autoencoder:
+            return cast(Autoencoder, load_network(self.arguments.autoencoder, network="autoencoder"))
+        return self.model.autoencoder
+
+    def measure_generation(self, own: Path) -> dict[str, Any]:
+        """Generated against real head-neck volumes; draws the generated ones."""
+        folder = own / f"head-neck-{self.arguments.seed}"
+        folder.mkdir(exist_ok=True)
+        volumes = list(self.generated(folder))
+        self.draw(volumes[:PICTURED])
+        made = [
+            self.described(folder / f"{number:04d}.npz", partial(lambda ct: ct, ct))
+            for number, ct in enumerate(volumes)
+        ]
+        cases = self.real_cases()
+        say(f"{len(cases)} real head-neck volumes fill {self.arguments.coverage:.0%} of the grid")
+        store = self.cache("real", self.judge_config.model_dump_json(), str((SIZE, SPACING_MM)))
+        real = [self.described(store / f"{c.id}.npz", partial(self.on_grid, c)) for c in cases]
+        return compare_sets(made, real, [case.patient for case in cases])
+
+    def generated(self, folder: Path) -> Iterator[Volume]:
+        """Items 0 to count - 1 of the seed; those in `folder` are not made again."""
+        wishes: dict[str, Any] = {"region": "head-neck", "size": SIZE, "spacing": SPACING_MM}
+        for number in range(self.arguments.count):
+            path = folder / f"{number:04d}.npy"
+            if not path.exists():
+                started = time.monotonic()
+                item = self.model.generate(**wishes, seed=self.arguments.seed, item=number)
+                store(path, item.image.array)
+                say(f"generated {number + 1}/{self.arguments.count} in {time.monotonic() - started:.1f} s")
+            yield Volume.from_spacing(np.load(path, allow_pickle=False), SPACING_MM)
+
+    def described(self, path: Path, ct: Callable[[], Volume]) -> Description:
+        """The description kept at `path`, made of `ct()` if it is not there yet."""
+        if not path.exists():
+            Description.of(ct(), self.judge).save(path)
+            say(f"described {path.stem}")
+        return Description.load(path)
+
+    def real_cases(self) -> list[PreparedCase]:
+        """Head-neck cases of both splits whose extent fills enough of the grid along each axis."""
+        cases = [c for split in ("train", "validation") for c in ct_cases(self.folder, split)]
+        return [c for c in cases if is_head_neck(c) and self.fills_grid(c)]
+
+    def fills_grid(self, case: PreparedCase) -> bool:
+        """Whether a case is a full view of head, neck and shoulders, not a slab."""
+        have, wanted = np.multiply(case.shape, case.spacing_mm), np.multiply(SIZE, SPACING_MM)
+        return bool((have >= self.arguments.coverage * wanted).all())
+
+    def on_grid(self, case: PreparedCase) -> Volume:
+        """A real head-neck CT as the generated ones are: same grid, same window."""
+        ct = crop_or_pad(resample(volume_of(self.folder, case), SPACING_MM), SIZE, value=HU_MIN)
+        return ct.with_array(np.clip(ct.array, HU_MIN, HU_MAX).astype(np.int16))
+
+    def draw(self, volumes: Sequence[Volume]) -> None:
+        """Two sheets of generated volumes: soft-tissue and bone window."""
+        for name, window in {"soft-tissue": SOFT_TISSUE, "bone": BONE}.items():
+            title = f"Synthetic, not selected: head and neck, seed {self.arguments.seed}; {window}"
+            path = self.out / f"generated-{name}.png"
+            contact_sheet(path, sheet_rows(volumes, window), title=title, px_per_mm=0.5)
+            say(f"drew {path}")
+
+    def measure_masks(self) -> dict[str, Any] | None:
+        """Dice of what the rules find in volumes generated from validation label maps, by part of the body."""
+        cases = [case for case in ct_cases(self.folder, "validation") if case.labels]
+        if not cases or self.model.folder.config.controlnet is None:
+            say("masks: the model has no ControlNet or the data no labels; left out")
+            return None
+        head_neck = [c for c in cases if is_head_neck(c) and self.fills_grid(c)][: self.arguments.masks]
+        torso = [c for c in cases if not is_head_neck(c)]
+        groups = {"head-neck": head_neck, "torso": torso}
+        return {part: self.mask_fidelity(chosen) for part, chosen in groups.items() if chosen}
+
+    def mask_fidelity(self, cases: Sequence[PreparedCase]) -> dict[str, Any]:
+        """Dice of generated and of real volumes with the label maps of some cases."""
+        made, real = [], []
+        for case in cases:
+            ct, labels = self.mask_pair(case)
+            region = "head-neck" if is_head_neck(case) else ()
+            image = self.model.generate(mask=labels, region=region, seed=self.arguments.seed).image
+            made.append(joint_counts(labels.array, segment(image).array))
+            real.append(joint_counts(labels.array, segment(ct).array))
+            say(f"mask of {case.id} {labels.shape}: {dice_by_group(made[-1])}")
+        return {"cases": len(cases), "generated": dice_summary(made), "real": dice_summary(real)}
+
+    def mask_pair(self, case: PreparedCase) -> tuple[Volume, Volume]:
+        """The CT and the label map of a case on the grid that is generated on."""
+        ct = volume_of(self.folder, case)
+        labels = Volume(np.asarray(self.folder.labels(case)), ct.affine)
+        spacing = SPACING_MM if is_head_neck(case) else TORSO_MASK_SPACING_MM
+        ct, labels = resample(ct, spacing), resample(labels, spacing, order=0)
+        size = SIZE
+        if not is_head_neck(case):
+            x, y, z = (min(n, most) for n, most in zip(ct.shape, TORSO_MASK_SIZE, strict=True))
+            size = (x, y, z)
+        return crop_or_pad(ct, size, value=HU_MIN), crop_or_pad(labels, size, value=0)
+
+
+def compare_sets(made: Sequence[Description], real: Sequence[Description], patients: Sequence[str]) -> dict[str, Any]:
+    """Distances of generated to real volumes, beside those between halves of the real ones.
+
+    All sets of a way to halve have the same number of volumes, since FID depends on it.
+    """
+    rows: list[dict[str, Any]] = []
+    for way in range(WAYS_TO_HALVE):
+        first, second = halves(patients, np.random.default_rng(way))
+        count = min(len(made), len(first), len(second))
+        a, b = ([real[i] for i in half[:count]] for half in (first, second))
+        between = distances(a, b)
+        to_real = [distances(made[:count], half) for half in (a, b)]
+        apart = {name: float(np.mean([d[name] for d in to_real])) for name in between}
+        rows.append({"count": count, "generated_to_real": apart, "real_to_real": between})
+        say(f"way {way + 1} to halve: FID {apart['fid']:.2f} generated, {between['fid']:.2f} real")
+    mean = {
+        kind: {name: float(np.mean([row[kind][name] for row in rows])) for name in rows[0][kind]}
+        for kind in ("generated_to_real", "real_to_real")
+    }
+    ratios = [row["generated_to_real"]["fid"] / row["real_to_real"]["fid"] for row in rows]
+    return {
+        "generated": len(made),
+        "real": len(real),
+        "count": rows[0]["count"],
+        **mean,
+        "fid_ratio": mean["generated_to_real"]["fid"] / mean["real_to_real"]["fid"],
+        "fid_ratio_range": [min(ratios), max(ratios)],
+        "stray_share": {"generated": stray(made), "real": stray(real)},
+        "ways_to_halve": rows,
+    }
+
+
+def halves(patients: Sequence[str], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Indices of two sets without a patient in common, each in random order of patients."""
+    names = list(rng.permutation(sorted(set(patients))))
+    places = [[i for name in part for i, p in enumerate(patients) if p == name] for part in (names[::2], names[1::2])]
+    return places[0], places[1]
+
+
+def distances(a: Sequence[Description], b: Sequence[Description]) -> dict[str, float]:
+    """2.5D FID (average and planes) and the distances of the pooled HU histograms inside the body."""
+    score = fid(pooled(d.features for d in a), pooled(d.features for d in b))
+    one, other = (HuHistogram(np.sum([d.histogram.counts for d in descriptions], axis=0)) for descriptions in (a, b))
+    return {
+        "fid": score.average,
+        **{f"fid_{plane}": float(getattr(score, plane)) for plane in PLANES},
+        "wasserstein_hu": wasserstein_hu(one, other),
+        "total_variation": total_variation(one, other),
+    }
+
+
+def stray(descriptions: Sequence[Description]) -> float:
+    """Mean share of non-air voxels outside the body."""
+    return float(np.mean([d.stray for d in descriptions]))
+
+
+def dice_summary(counts: Sequence[NDArray[np.int64]]) -> dict[str, Any]:
+    """Mean Dice of the cases that have a structure, how many those are, and Dice of all voxels together."""
+    cases = [dice_by_group(c) for c in counts]
+    together = dice_by_group(np.sum(counts, axis=0))
+    summary = {}
+    for name in together:
+        values = [case[name] for case in cases if case[name] is not None]
+        mean = float(np.mean(cast(Any, values))) if values else None
+        summary[name] = {"mean": mean, "cases": len(values), "all_voxels": together[name]}
+    return summary
+
+
+def sheet_rows(volumes: Sequence[Volume], window: Window) -> list[list[Tile]]:
+    """Three rows (axial, coronal, sagittal) for each `COLUMNS` volumes."""
+    rows = []
+    for start in range(0, len(volumes), COLUMNS):
+        block = list(enumerate(volumes))[start : start + COLUMNS]
+        for plane in ("axial", "coronal", "sagittal"):
+            rows.append([Tile(ct, plane, f"item {number}, {plane}", window) for number, ct in block])
+    return rows
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The numbers as Markdown."""
+    lines = ["| measure | data | value |", "|---|---|---|"]
+    for part, mean in result["autoencoder"]["means"].items():
+        where = f"{part}, {mean['cases']} cases kept out"
+        for name, unit in (("psnr_db", "PSNR (dB)"), ("ssim", "SSIM"), ("mae_hu", "MAE (HU)")):
+            lines.append(f"| autoencoder {unit} | {where} | {mean[name]:.4g} |")
+    if "generation" in result:
+        lines += generation_lines(result["generation"])
+    for part, found in (result.get("masks") or {}).items():
+        for name, made in found["generated"].items():
+            if made["mean"] is not None:
+                real = found["real"][name]["mean"]
+                where = f"{part}, {made['cases']} label maps kept out"
+                lines.append(
+                    f"| Dice of {name} with the mask asked for | {where} | {made['mean']:.3f} (real CT {real:.3f}) |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def generation_lines(found: Mapping[str, Any]) -> list[str]:
+    """Rows of the table for generated volumes."""
+    made, real, low_high = found["generated_to_real"], found["real_to_real"], found["fid_ratio_range"]
+    where = f"head-neck, {found['count']} volumes a side"
+    ratio = f"{found['fid_ratio']:.2f} ({low_high[0]:.2f} to {low_high[1]:.2f})"
+    lines = [
+        f"| 2.5D FID, generated to real / half of real to other half | {where} | {ratio} |",
+        f"| 2.5D FID | {where} | {made['fid']:.2f} (real to real {real['fid']:.2f}) |",
+    ]
+    for name, what in (("wasserstein_hu", "Wasserstein-1 (HU)"), ("total_variation", "total variation")):
+        value = f"{made[name]:.3g} (real to real {real[name]:.3g})"
+        lines.append(f"| HU histogram in the body, {what} | {where} | {value} |")
+    stray_shares = found["stray_share"]
+    value = f"{stray_shares['generated']:.2%} (real {stray_shares['real']:.2%})"
+    everything = f"head-neck, {found['generated']} generated, {found['real']} real"
+    return [*lines, f"| voxels outside the body that are not air | {everything} | {value} |"]
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of each measure."""
+    names = ("psnr_db", "ssim", "mae_hu")
+    return {"cases": len(rows), **{name: float(np.mean([row[name] for row in rows])) for name in names}}
+
+
+def ct_cases(folder: PreparedFolder, split: Any) -> list[PreparedCase]:
+    """The CT cases of a split."""
+    return [case for case in folder.cases(split) if case.modality.startswith("ct")]
+
+
+def is_head_neck(case: PreparedCase) -> bool:
+    """Whether a case shows the head and neck alone."""
+    return case.id.startswith(HEAD_NECK_ID)
+
+
+def part_of(case: PreparedCase) -> str:
+    """'head-neck' or 'torso'."""
+    return "head-neck" if is_head_neck(case) else "torso"
+
+
+def volume_of(folder: PreparedFolder, case: PreparedCase) -> Volume:
+    """The image of a case with its affine."""
+    return Volume(np.asarray(folder.image(case)), np.array(case.affine))
+
+
+def store(path: Path, array: NDArray[Any]) -> None:
+    """Write an array, whole or not at all."""
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def cached(path: Path, compute: Callable[[], Any]) -> Any:
+    """JSON values kept at `path`, computed if they are not there yet."""
+    if not path.exists():
+        write_json(path, compute())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def versions() -> dict[str, str]:
+    """What computed the numbers."""
+    import torch
+
+    return {"maisi": maisi.__version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The scripts that make the model card's numbers and pictures, run on a small random model and made-up cases."""
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE, SPACING_MM = (40, 32, 32), (8.0, 8.0, 8.0)
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    module = script("recipes/tiny/evaluate.py")
+    module.SIZE, module.SPACING_MM = (32, 32, 32), (8.0, 8.0, 8.0)
+    module.WAYS_TO_HALVE = 2
+    module.FidConfig = partial(module.FidConfig, side=32)
+    return module
+
+
+def body(seed):
+    """An ellipsoid of tissue with two lungs and a spine, HU and labels."""
+    rng = np.random.default_rng(seed)
+    x, y, z = (np.linspace(-1, 1, n).reshape([-1 if a == b else 1 for b in range(3)]) for a, n in enumerate(SHAPE))
+    width = rng.uniform(0.8, 0.9)
+    inside = (x / width) ** 2 + (y / 0.7) ** 2 + 0 * z < 1
+    labels = np.where(inside, 200, 0).astype(np.uint8)
+    for middle, id in ((-0.4, 28), (0.4, 32)):
+        labels[((x - middle) / 0.25) ** 2 + (y / 0.4) ** 2 + (z / 0.7) ** 2 < 1] = id
+    labels[(x**2 + (y + 0.5) ** 2 < 0.02) & (z < 2)] = 133
+    hu = np.choose(np.searchsorted([0, 28, 32, 133, 200], labels), [-1000, -800, -800, 600, 40])
+    return (hu + rng.normal(0, 15, SHAPE)).astype(np.int16), labels
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    affine = np.diag([*SPACING_MM, 1.0]).tolist()
+    cases = []
+    for number, id in enumerate(["pt_1", "pt_2", "pt_3", "pt_4", "pt_5", "chest_1"]):
+        hu, labels = body(number)
+        np.save(folder / f"{id}.npy", hu)
+        np.save(folder / f"{id}-labels.npy", labels)
+        split = "train" if number < 3 else "validation"
+        row = {"id": id, "patient": id, "split": split, "image": f"{id}.npy", "labels": f"{id}-labels.npy"}
+        cases.append(row | {"affine": affine, "spacing_mm": SPACING_MM, "shape": SHAPE})
+    (folder / "index.json").write_text(json.dumps({"version": 1, "cases": cases}))
+    return folder
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def measured(evaluate, prepared, model_folder, tmp_path_factory):
+    """Arguments and output folder of a finished run, and the tiles that it drew."""
+    out = tmp_path_factory.mktemp("card") / "out"
+    drawn = []
+    sheet = evaluate.contact_sheet
+    evaluate.contact_sheet = lambda path, rows, **look: (
+        drawn.extend(t for r in rows for t in r),
+        sheet(path, rows, **look),
+    )
+    arguments = ("--model", model_folder, "--data", prepared, "-o", out, "--count", 3, "--features", "gradients")
+    with pytest.MonkeyPatch.context() as patch:
+        run(evaluate, patch, *arguments, "--precision", "fp32")
+    evaluate.contact_sheet = sheet
+    return (*arguments, "--precision", "fp32"), out, drawn
+
+
+def test_everything_is_measured(measured):
+    result = json.loads((measured[1] / "result.json").read_text())
+    assert set(result["autoencoder"]["means"]) == {"head-neck", "torso"}
+    assert result["autoencoder"]["means"]["head-neck"]["cases"] == 2
+    found = result["generation"]
+    assert (found["generated"], found["real"], found["count"]) == (3, 5, 2)
+    assert found["fid_ratio"] > 1  # an untrained model is not real
+    assert found["generated_to_real"]["wasserstein_hu"] > 10 * found["real_to_real"]["wasserstein_hu"]
+    assert result["masks"]["head-neck"]["cases"] == 2
+    assert result["masks"]["torso"]["real"]["body"]["mean"] > 0.9
+    assert set(result["weights_sha256"]) == {
+        "model.json",
+        *(f"{n}.safetensors" for n in ("autoencoder", "unet", "controlnet")),
+    }
+
+
+def test_the_table_tells_the_numbers(measured):
+    result = json.loads((measured[1] / "result.json").read_text())
+    lines = (measured[1] / "table.md").read_text().splitlines()
+    assert all(line.count("|") == 4 for line in lines)
+    ratio = next(line for line in lines if "half of real to other half" in line)
+    assert f"{result['generation']['fid_ratio']:.2f}" in ratio
+    assert sum("Dice" in line for line in lines) >= 4
+
+
+def test_only_generated_volumes_are_drawn(measured, evaluate):
+    _, out, drawn = measured
+    made = [np.load(path) for path in sorted(out.glob("cache/*/head-neck-0/*.npy"))]
+    assert len(made) == 3
+    assert len(drawn) == 2 * 3 * 3
+    assert all(any(np.array_equal(tile.ct.array, array) for array in made) for tile in drawn)
+    assert {p.name for p in out.glob("**/*.png")} == {"generated-soft-tissue.png", "generated-bone.png"}
+
+
+def test_a_second_run_computes_nothing_and_gives_the_same(measured, evaluate, monkeypatch):
+    arguments, out, _ = measured
+    before = (out / "result.json").read_bytes()
+    for name in ("segment", "compare"):
+        monkeypatch.setattr(evaluate, name, None)
+    monkeypatch.setattr(evaluate.Model, "generate", None)
+    run(evaluate, monkeypatch, *arguments)
+    assert (out / "result.json").read_bytes() == before
+
+
+def test_a_lost_volume_alone_is_made_again_with_the_same_bytes(measured, evaluate, monkeypatch):
+    arguments, out, _ = measured
+    path = next(out.glob("cache/*/head-neck-0/0001.npy"))
+    before = path.read_bytes()
+    path.unlink()
+    items = []
+    generate = evaluate.Model.generate
+    monkeypatch.setattr(evaluate.Model, "generate", lambda self, **w: (items.append(w["item"]), generate(self, **w))[1])
+    run(evaluate, monkeypatch, *arguments)
+    assert items == [1]
+    assert path.read_bytes() == before
+
+
+def test_halves_have_no_patient_in_common(evaluate):
+    patients = ["a", "b", "a", "c", "d", "d", "e"]
+    for seed in range(5):
+        first, second = evaluate.halves(patients, np.random.default_rng(seed))
+        assert sorted(first + second) == list(range(7))
+        assert not {patients[i] for i in first} & {patients[i] for i in second}
+
+
+def test_an_autoencoder_can_be_measured_alone(evaluate, prepared, model_folder, tmp_path, monkeypatch):
+    file = model_folder / "autoencoder.safetensors"
+    run(evaluate, monkeypatch, "--autoencoder", file, "--data", prepared, "-o", tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert "generation" not in result
+    assert len(result["autoencoder"]["cases"]) == 3
+
+
+def test_faults_end_with_code_2(evaluate, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(evaluate, monkeypatch, "--model", "tiny", "--data", tmp_path, "-o", tmp_path / "out")
+    assert stopped.value.code == 2
+    assert "index.json" in capsys.readouterr().err
+
+
+def test_the_conditions_figure_shows_every_panel(model_folder, tmp_path, monkeypatch):
+    figure = script("examples/conditions_figure.py")
+    small = [(8, 16, 8), (16, 16, 16)]
+    panels = tuple(figure.Panel(("chest",), size, (8.0, 8.0, 8.0), ("axial",)) for size in small)
+    monkeypatch.setattr(figure, "REGIONS", panels)
+    monkeypatch.setattr(figure, "SPACINGS", panels[:1])
+    drawn = []
+    monkeypatch.setattr(
+        figure, "contact_sheet", lambda path, rows, **_: drawn.extend([t.size_mm for t in r] for r in rows)
+    )
+    run(figure, monkeypatch, "-o", tmp_path / "f.png", "--model", model_folder)
+    assert drawn == [[(64.0, 128.0), (128.0, 128.0)], [(64.0, 128.0)]]
