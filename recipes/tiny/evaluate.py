@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import maisi
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
 from maisi.data.preprocess import HU_MAX, HU_MIN, crop_or_pad, resample
 from maisi.data.segmentation import segment
+from maisi.device import resolve_device, resolve_precision
 from maisi.errors import MaisiError
 from maisi.evaluation.agreement import dice_by_group, joint_counts
 from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, fid, pooled
@@ -194,7 +196,10 @@ class Evaluation:
     def autoencoder(self) -> Autoencoder:
         """The autoencoder on its own, or the model's."""
         if self.arguments.autoencoder:
-            return cast(Autoencoder, load_network(self.arguments.autoencoder, network="autoencoder"))
+            device = resolve_device()
+            dtype = resolve_precision(self.arguments.precision, device)
+            network = load_network(self.arguments.autoencoder, device, dtype, network="autoencoder")
+            return cast(Autoencoder, cast(Any, network).to(memory_format=torch.channels_last_3d))
         return self.model.autoencoder
 
     def measure_generation(self, own: Path) -> dict[str, Any]:
@@ -448,8 +453,6 @@ def cached(path: Path, compute: Callable[[], Any]) -> Any:
 
 def versions() -> dict[str, str]:
     """What computed the numbers."""
-    import torch
-
     return {"maisi": maisi.__version__, "torch": torch.__version__, "numpy": np.__version__}
 
 

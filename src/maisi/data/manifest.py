@@ -40,6 +40,7 @@ class Case(Config):
         regions: body regions it covers; None lets the labels tell.
         modality: a key of `anatomy.MODALITIES`.
         weight: how often the case is seen in training, relative to others.
+        split: fixes the side of a split; None leaves it to the hash. One patient's cases must agree.
     """
 
     id: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
@@ -50,6 +51,7 @@ class Case(Config):
     regions: tuple[str, ...] | None = None
     modality: str = "ct"
     weight: float = Field(default=1.0, gt=0)
+    split: Split | None = None
 
     @field_validator("vocabulary")
     @classmethod
@@ -90,6 +92,10 @@ class CaseList(Config):
         double = [id for id, count in Counter(case.id for case in self.cases).items() if count > 1]
         if double:
             raise ValueError(f"the id '{double[0]}' stands there twice; give each case its own")
+        fixed = {(case.patient, case.split) for case in self.cases if case.split is not None}
+        torn = [patient for patient, count in Counter(patient for patient, _ in fixed).items() if count > 1]
+        if torn:
+            raise ValueError(f"patient '{torn[0]}' is fixed to both sides of the split; choose one")
         return self
 
     def split(self, validation_share: float = 0.15, seed: int = 0) -> dict[str, Split]:
@@ -99,16 +105,19 @@ class CaseList(Config):
         matter, and cases that are added later move nobody. With two patients or more and a share above 0 at least
         one is kept out, and at least one is not.
 
+        Patients whose side a case fixes stand there.
+
         Raises:
             MaisiError: a share outside [0, 1).
         """
         if not 0 <= validation_share < 1:
             raise MaisiError(f"The validation share is {validation_share}; give a number from 0 to below 1.")
-        patients = sorted({case.patient for case in self.cases}, key=lambda name: _hash_fraction(name, seed))
+        fixed = {case.patient: case.split for case in self.cases if case.split is not None}
+        patients = sorted({case.patient for case in self.cases} - fixed.keys(), key=lambda name: _hash_fraction(name, seed))
         count = sum(_hash_fraction(name, seed) < validation_share for name in patients)
         if validation_share > 0 and len(patients) > 1:
             count = min(max(count, 1), len(patients) - 1)
-        kept_out = set(patients[:count])
+        kept_out = {*patients[:count], *(patient for patient, side in fixed.items() if side == "validation")}
         return {case.id: "validation" if case.patient in kept_out else "train" for case in self.cases}
 
 

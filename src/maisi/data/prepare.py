@@ -84,7 +84,7 @@ def prepare_case(case: Case, split: str, out: Path) -> PreparedCase:
     _store(out / f"{case.id}.npy", array[box])
     if labels is not None:
         _store(out / f"{case.id}-labels.npy", labels[box])
-    found = () if labels is None else regions_of(labels)
+    found = () if labels is None else regions_of(labels, image.spacing_mm)
     return PreparedCase.model_validate(
         {
             "id": case.id,
@@ -95,7 +95,7 @@ def prepare_case(case: Case, split: str, out: Path) -> PreparedCase:
             "affine": affine.tolist(),
             "spacing_mm": image.spacing_mm,
             "shape": array[box].shape,
-            "regions": case.regions if case.regions else found,
+            "regions": found if case.regions is None else case.regions,
             "modality": case.modality,
             "weight": case.weight,
         }
