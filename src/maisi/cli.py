@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from maisi.errors import MaisiError
 if TYPE_CHECKING:
     from maisi.generation.job import Job
     from maisi.generation.output import Destination
-    from maisi.networks.autoencoder import Autoencoder
     from maisi.weights.registry import ModelFolder
 
 BAD_INPUT = 2
@@ -112,13 +112,14 @@ def generate(output: Path, device: str, precision: str, first: int, **wishes: An
     maisi generate --region chest --size 128,128,128 --spacing 3,3,3 -o out/
     maisi generate --mask labels.nii.gz -o out/
     """
-    from maisi.generation.job import make_job
     from maisi.request import Request
-    from maisi.weights.registry import find_model
 
     request = Request.parse(**wishes)
     if first < 0:
         raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
+    from maisi.generation.job import make_job
+    from maisi.weights.registry import find_model
+
     folder = find_model(request.model)
     job = make_job(request, folder.config)
     place = _destination(output, job, folder, first)
@@ -152,16 +153,13 @@ def _make_items(job: Job, place: Destination, folder: ModelFolder, device: str, 
     place.begin()
     with _progress() as report:
         for number in place.missing:
-            name = f"{number:04d}"
-            item = next(
-                model.run(job, [number], lambda stage, done, of, name=name: report(f"{name} {stage}", done, of))
-            )
+            item = next(model.run(job, [number], partial(report, f"{number:04d}")))
             item.save(place.item_folder(number))
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield `report(what, done, total)`: bars on a terminal, a line for each finished `what` elsewhere."""
+def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Yield `report(what, stage, done, total)`: bars on a terminal, a line for each finished stage elsewhere."""
     if not sys.stderr.isatty():
         yield _plain_report()
         return
@@ -169,22 +167,22 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import Progress, TaskID
 
     with Progress(console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
+        tasks: dict[tuple[str, str], TaskID] = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
+        def report(what: str, stage: str, done: int, total: int) -> None:
+            if (what, stage) not in tasks:
+                tasks[what, stage] = bars.add_task(f"{what} {stage}", total=total)
+            bars.update(tasks[what, stage], completed=done)
 
         yield report
 
 
-def _plain_report() -> Callable[[str, int, int], None]:
+def _plain_report() -> Callable[[str, str, int, int], None]:
     started = time.monotonic()
 
-    def report(what: str, done: int, total: int) -> None:
+    def report(what: str, stage: str, done: int, total: int) -> None:
         if done == total:
-            click.echo(f"{time.monotonic() - started:7.1f} s  {what}", err=True)
+            click.echo(f"{time.monotonic() - started:7.1f} s  {what} {stage}", err=True)
 
     return report
 
@@ -252,12 +250,6 @@ def _autoencoder_file(model: str | None, autoencoder: Path | None) -> Path:
     return autoencoder
 
 
-def _load_autoencoder(path: Path, device: str, precision: str) -> Autoencoder:
-    from maisi.generation.codec import load_autoencoder
-
-    return load_autoencoder(path, device, precision)
-
-
 def _require_new(path: Path, *endings: str) -> None:
     """Refuse, before any work, an output file that exists or cannot be made.
 
@@ -273,6 +265,7 @@ def _require_new(path: Path, *endings: str) -> None:
 
 
 _VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
+_MADE_BY = "autoencoder_sha256"
 
 
 @cli.command()
@@ -292,11 +285,14 @@ def encode(
     modality = parse_modality(modality)
     path = _autoencoder_file(model, autoencoder)
     volume = read_volume(image)
+    from maisi.data.latents import save_latent
     from maisi.generation import codec
+    from maisi.weights.load import sha256
 
-    encoded = codec.encode(_load_autoencoder(path, device, precision), volume, modality)
-    codec.save_encoded(output, encoded)
-    click.echo(f"{output}: {' x '.join(map(str, encoded.mean.shape))}")
+    notes = {_MADE_BY: sha256(path)}
+    latent = codec.encode(codec.load_autoencoder(path, device, precision), volume, modality, notes)
+    save_latent(output, latent)
+    click.echo(f"{output}: {' x '.join(map(str, latent.mean.shape))}")
 
 
 @cli.command()
@@ -308,14 +304,18 @@ def decode(
     latent: Path, output: Path, model: str | None, autoencoder: Path | None, device: str, precision: str
 ) -> None:
     """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place."""
+    from maisi.data.latents import load_latent
     from maisi.io.nifti import write_volume
+    from maisi.weights.load import sha256
 
     _require_new(output, *_VOLUME_ENDINGS)
     path = _autoencoder_file(model, autoencoder)
+    read = load_latent(latent)
+    if read.notes.get(_MADE_BY, sha256(path)) != sha256(path):
+        click.echo("Note: the latent was made with another autoencoder.", err=True)
     from maisi.generation import codec
 
-    encoded = codec.load_encoded(latent)
-    volume = codec.decode(_load_autoencoder(path, device, precision), encoded)
+    volume = codec.decode(codec.load_autoencoder(path, device, precision), read)
     write_volume(output, volume, description="decoded by maisi from latents", synthetic=False)
     click.echo(f"{output}: {' x '.join(map(str, volume.shape))}")
 
@@ -331,11 +331,10 @@ def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: 
     from maisi.io.preview import preview
     from maisi.request import Request
 
-    request = Request.parse(
-        region=region or ("chest",), size=size or (96, 80, 64), spacing=spacing or (4, 4, 5), seed=seed
-    )
-    if request.size is None or request.spacing is None:
-        raise ValueError("a phantom needs both size and spacing")
+    wishes = {"region": region or ("chest",), "size": size or (96, 80, 64), "spacing": spacing or (4, 4, 5)}
+    request = Request.parse(**wishes, seed=seed)
+    assert request.size is not None
+    assert request.spacing is not None
     with new_folder(output) as part:
         image, mask = draw(request.size, request.spacing, request.region, request.seed)
         write_volume(part / "image.nii.gz", image, description="phantom made by maisi")
@@ -412,6 +411,56 @@ def _millions(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
 
 
 @cli.command()
+@click.argument("source", type=FILE)
+@_output("Folder to make; one that was begun is gone on with.")
+@click.option("--validation-share", type=float, default=0.15, show_default=True, help="Patients kept out of training.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides who is kept out.")
+@click.option("--views", type=FILE, help="YAML with the views to cache as latents; SOURCE is then a prepared folder.")
+@_autoencoder_options
+@_running
+def prepare(source: Path, output: Path, validation_share: float, seed: int, views: Path | None, **network: Any) -> None:
+    """Make data ready for training.
+
+    SOURCE is a case list (JSON): its images and labels become arrays. With --views SOURCE is the folder that this
+    made: views of its cases are drawn and kept as latents of an autoencoder.
+
+    \b
+    maisi prepare cases.json -o prepared
+    maisi prepare prepared --views views.yaml --autoencoder autoencoder.safetensors -o latents
+    """
+    if views is not None:
+        _prepare_latents(source, views, output, **network)
+        return
+    from maisi.data.manifest import read_cases
+    from maisi.data.prepare import prepare as prepare_cases
+
+    cases = read_cases(source)
+    with _progress() as report:
+        index = prepare_cases(cases, output, validation_share, seed, partial(report, "prepare", "cases"))
+    click.echo(f"{output}: {len(index.cases)} cases")
+
+
+def _prepare_latents(
+    source: Path,
+    views: Path,
+    output: Path,
+    model: str | None,
+    autoencoder: Path | None,
+    device: str,
+    precision: str,
+) -> None:
+    from maisi.data.prepared import PreparedFolder
+
+    prepared = PreparedFolder(source)
+    path = _autoencoder_file(model, autoencoder)
+    from maisi.generation.latent_views import cache
+
+    with _progress() as report:
+        index = cache(prepared, views, path, output, device, precision, partial(report, "prepare", "latents"))
+    click.echo(f"{output}: {len(index.views)} views, scale factor {index.scale_factor:.4f}")
+
+
+@cli.command()
 @click.argument("stage", required=False)
 @click.argument("file", type=FILE, required=False, metavar="RUN.yaml")
 @click.option("-o", "--output", type=FILE, help="Folder of the run; one that exists is gone on with.")
@@ -427,8 +476,6 @@ def train(stage: str | None, file: Path | None, output: Path | None, example: bo
         click.echo(runs.example_yaml(stage), nl=False)
         return
     if file is None:
-        raise MaisiError(
-            f"The run's settings are missing; `maisi train --example {stage}` prints a file to start from."
-        )
+        raise MaisiError(f"The run's settings are missing; start from what `maisi train --example {stage}` prints.")
     folder = output or Path("runs") / file.stem
     click.echo(f"{folder}: reached step {runs.run_stage(stage, file, folder)}")

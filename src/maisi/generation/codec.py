@@ -6,7 +6,7 @@ Latents are those of the volume in RAS+ orientation, padded at the far end of ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from maisi.data.latents import Latent
 from maisi.data.preprocess import pad_to_multiple, unwindow_ct, window_ct, window_mr
 from maisi.device import free_memory, resolve_device, resolve_precision
 from maisi.errors import MaisiError
@@ -25,27 +26,6 @@ from maisi.weights.load import load_network
 
 MR_UNIT = 1000.0
 """MR has no physical unit: the models' 1 (the 99.5 percentile of a training image) becomes this stored value."""
-
-Triple = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The latents of one volume.
-
-    Attributes:
-        mean: float32 on the CPU, `4 X/4 Y/4 Z/4`.
-        log_variance: the same.
-        affine: (4, 4) of the volume in RAS+.
-        size: voxels of the volume before padding, in RAS+ order.
-        modality: decides how intensities were mapped.
-    """
-
-    mean: Tensor
-    log_variance: Tensor
-    affine: NDArray[np.float64]
-    size: Triple
-    modality: str = "ct"
 
 
 def load_autoencoder(path: Path, device: str = "auto", precision: str = "auto") -> Autoencoder:
@@ -67,8 +47,12 @@ def fast_layout(network: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def encode(autoencoder: Autoencoder, volume: Volume, modality: str = "ct") -> Encoded:
+def encode(
+    autoencoder: Autoencoder, volume: Volume, modality: str = "ct", notes: Mapping[str, str] | None = None
+) -> Latent:
     """Encode a volume (CT in HU, or MR in any unit), on the autoencoder's device and in its precision.
+
+    `notes` are kept with the latent.
 
     Raises:
         MaisiError: the memory does not suffice, or an MR image without contrast.
@@ -79,32 +63,39 @@ def encode(autoencoder: Autoencoder, volume: Volume, modality: str = "ct") -> En
     x, y, z = values.shape
     needed = encoding_bytes(config.channels, dtype.itemsize, x * y * z)
     require_memory(needed, free_memory(device), (x, y, z), config.compression, "Encoding")
-    image = torch.from_numpy(values)[None, None].to(device, dtype)
-    latent = autoencoder.encode(image.contiguous(memory_format=torch.channels_last_3d))
-    mean, log_variance = (t[0].float().cpu().contiguous() for t in (latent.mean, latent.log_variance))
-    return Encoded(mean, log_variance, ras.affine, ras.shape, modality)
+    mean, log_variance = (t.numpy() for t in encode_tensor(autoencoder, torch.from_numpy(values)[None, None]))
+    return Latent(mean, log_variance, ras.affine, ras.shape, modality, dict(notes or {}))
 
 
 @torch.inference_mode()
-def decode(autoencoder: Autoencoder, encoded: Encoded) -> Volume:
+def decode(autoencoder: Autoencoder, latent: Latent) -> Volume:
     """Decode the mean of a volume's latents: int16, RAS+, of the volume's own size and affine.
 
     Raises:
         MaisiError: latents of another autoencoder's shape, or the memory does not suffice.
     """
     config, device, dtype = autoencoder.config, *_place_of(autoencoder)
-    channels, *latent_size = encoded.mean.shape
+    channels, *latent_size = latent.mean.shape
     x, y, z = (n * config.compression for n in latent_size)
-    if channels != config.latent_channels or any(n > p for n, p in zip(encoded.size, (x, y, z), strict=True)):
+    if channels != config.latent_channels or any(n > p for n, p in zip(latent.size, (x, y, z), strict=True)):
         raise MaisiError(
-            f"The latent has shape {tuple(encoded.mean.shape)} for a volume of {encoded.size}, which this autoencoder "
+            f"The latent has shape {tuple(latent.mean.shape)} for a volume of {latent.size}, which this autoencoder "
             "does not make; give the autoencoder that it was encoded with."
         )
     needed = decoding_bytes(config.channels, dtype.itemsize, x * y * z)
     require_memory(needed, free_memory(device), (x, y, z), config.compression, "Decoding")
-    values = decode_tensor(autoencoder, encoded.mean[None].to(device))
-    inside = tuple(slice(0, n) for n in encoded.size)
-    return Volume(np.ascontiguousarray(intensities(values[inside], encoded.modality)), encoded.affine)
+    values = decode_tensor(autoencoder, torch.from_numpy(latent.mean)[None].to(device))
+    inside = tuple(slice(0, n) for n in latent.size)
+    return Volume(np.ascontiguousarray(intensities(values[inside], latent.modality)), latent.affine)
+
+
+@torch.inference_mode()
+def encode_tensor(autoencoder: Autoencoder, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, float32 on the CPU, `4 X/4 Y/4 Z/4` each."""
+    image = image.to(*_place_of(autoencoder)).contiguous(memory_format=torch.channels_last_3d)
+    latent = autoencoder.encode(image)
+    mean, log_variance = (t[0].float().cpu().contiguous() for t in (latent.mean, latent.log_variance))
+    return mean, log_variance
 
 
 def decode_tensor(autoencoder: Autoencoder, latent: Tensor) -> NDArray[np.float32]:
