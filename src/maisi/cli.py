@@ -151,10 +151,14 @@ def _make_items(job: Job, place: Destination, folder: ModelFolder, device: str, 
     model = Model(folder, device, precision)
     model.prepare(job)
     place.begin()
-    with _progress() as report:
-        for number in place.missing:
-            item = next(model.run(job, [number], partial(report, f"{number:04d}")))
-            item.save(place.item_folder(number))
+    try:
+        with _progress() as report:
+            for number in place.missing:
+                item = next(model.run(job, [number], partial(report, f"{number:04d}")))
+                item.save(place.item_folder(number))
+    except BaseException:
+        place.withdraw()
+        raise
 
 
 @contextmanager
@@ -366,13 +370,16 @@ def weights() -> None:
 @weights.command()
 @click.argument("official", type=FILE)
 @click.option("--network", help="autoencoder, unet or controlnet.  [default: as the tensors' names tell]")
+@click.option("--norm-groups", type=int, help="Groups of the normalisation, where not the released 32.")
+@click.option("--head-channels", type=int, help="Channels of an attention head, where not the released 32.")
 @_output("File to make (.safetensors).")
-def convert(official: Path, network: str | None, output: Path) -> None:
+def convert(official: Path, network: str | None, output: Path, **settings: int | None) -> None:
     """Convert OFFICIAL, a released .pt file, to safetensors; nothing in it is run."""
     from maisi.weights.convert import convert as convert_file
 
     _require_new(output, ".safetensors")
-    header = convert_file(official, output, as_network=network)
+    given = {name: value for name, value in settings.items() if value is not None}
+    header = convert_file(official, output, as_network=network, settings=given)
     click.echo(f"{output}: {header.network}, {_millions(header.tensors)} M parameters")
 
 
@@ -479,3 +486,7 @@ def train(stage: str | None, file: Path | None, output: Path | None, example: bo
         raise MaisiError(f"The run's settings are missing; start from what `maisi train --example {stage}` prints.")
     folder = output or Path("runs") / file.stem
     click.echo(f"{folder}: reached step {runs.run_stage(stage, file, folder)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -106,6 +106,11 @@ class Destination:
         for leftover in self.folder.glob("*.part-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def withdraw(self) -> None:
+        """After a failure: remove the folder if it holds no item yet."""
+        if [path.name for path in self.folder.iterdir()] == [REQUEST_FILE]:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def destination(folder: Path, order: Mapping[str, Any], numbers: range) -> Destination:
     """Look at an output folder, and write nothing.

@@ -1,0 +1,44 @@
+"""The examples run as they stand, with a small model in place of the carried one."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maisi.io.nifti import read_volume, write_volume
+from maisi.volume import Volume
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
+
+
+def test_generate_chest(example, tmp_path, model_folder) -> None:
+    example("generate_chest.py", tmp_path / "out", model_folder)
+    assert read_volume(tmp_path / "out" / "image.nii.gz").shape == (48, 32, 32)
+
+
+def test_generate_from_labels(example, tmp_path, model_folder) -> None:
+    example("generate_from_labels.py", tmp_path / "out", model_folder)
+    for number in ("0000", "0001"):
+        names = {path.name for path in (tmp_path / "out" / number).iterdir()}
+        assert names == {"image.nii.gz", "labels.nii.gz", "preview.png", "record.json"}
+
+
+def test_encode_and_decode(example, tmp_path, model_folder, capsys) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 1000, (18, 16, 13)).astype(np.int16)
+    write_volume(tmp_path / "ct.nii.gz", Volume.from_spacing(hu, (2, 2, 3)))
+    example("encode_and_decode.py", tmp_path / "ct.nii.gz", tmp_path / "back.nii.gz", model_folder)
+    assert "(4, 5, 4, 4) numbers" in capsys.readouterr().out
+    assert read_volume(tmp_path / "back.nii.gz").shape == (18, 16, 13)
