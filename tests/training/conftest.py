@@ -121,7 +121,7 @@ def diffusion_run(latents: Path) -> DiffusionRun:
         loop=loop(4),
         model=UNET,
         batches=LatentBatchConfig(batch_size=2),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=2),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="cosine", warmup_steps=2),
         validation_batches=2,
     )
 

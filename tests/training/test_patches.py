@@ -41,5 +41,5 @@ def test_patch_larger_than_the_image_is_padded_with_air(prepared: Path) -> None:
 
 
 def test_no_cases_is_said(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(MaisiError, match="index.json"):
+    with pytest.raises(MaisiError, match="no readable index"):
         PreparedFolder(tmp_path)
