@@ -53,6 +53,8 @@ from maisi.training.perceptual import FeatureName
 from maisi.volume import Volume
 from maisi.weights.load import load_network, sha256
 
+Triple = tuple[int, int, int]
+
 HEAD_NECK_ID = "pt_"
 """Ids of head-neck cases (OpenKBP) begin so; all other cases are of the torso."""
 
@@ -143,11 +145,10 @@ class Evaluation:
         weights = self.weights()
         own = self.cache(*weights.values(), self.arguments.precision)
         result |= {"model": self.arguments.model or str(self.arguments.autoencoder.name), "weights_sha256": weights}
-        result["autoencoder"] = cached(own / "autoencoder.json", self.measure_autoencoder)
+        result["autoencoder"] = self.measure_autoencoder(own)
         if self.arguments.model:
             result["generation"] = self.measure_generation(own)
-            key = f"masks-{self.arguments.masks}-{self.arguments.seed}-{self.arguments.coverage}.json"
-            result["masks"] = cached(own / key, self.measure_masks)
+            result["masks"] = self.measure_masks(own)
         write_json(self.out / "result.json", result)
         with atomic_path(self.out / "table.md") as part:
             part.write_text(table(result), encoding="utf-8")
@@ -177,30 +178,32 @@ class Evaluation:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def measure_autoencoder(self) -> dict[str, Any]:
+    def measure_autoencoder(self, own: Path) -> dict[str, Any]:
         """PSNR, SSIM and MAE of each validation case, and their means by part of the body."""
-        autoencoder = self.autoencoder()
-        rows = []
-        for case in ct_cases(self.folder, "validation"):
-            ct = volume_of(self.folder, case)
-            limit = ct.shape if is_head_neck(case) else TORSO_CROP
-            x, y, z = (min(n, most) for n, most in zip(ct.shape, limit, strict=True))
-            ct = crop_or_pad(ct, (x, y, z))
-            made = codec.decode(autoencoder, codec.encode(autoencoder, ct))
-            row = {"case": case.id, "part": part_of(case), "spacing_mm": ct.spacing_mm, "size": ct.shape}
-            rows.append(row | asdict(compare(ct.array, made.array)))
-            say(f"autoencoder: {case.id} {ct.shape} PSNR {rows[-1]['psnr_db']:.2f} SSIM {rows[-1]['ssim']:.4f}")
+        cases = ct_cases(self.folder, "validation")
+        rows = [cached(own / f"autoencoder-{case.id}.json", partial(self.reconstruction, case)) for case in cases]
         parts = sorted({row["part"] for row in rows})
         return {"cases": rows, "means": {part: means([r for r in rows if r["part"] == part]) for part in parts}}
 
+    def reconstruction(self, case: PreparedCase) -> dict[str, Any]:
+        """The three measures of one case."""
+        ct = volume_of(self.folder, case)
+        if not is_head_neck(case):
+            ct = crop_or_pad(ct, at_most(ct.shape, TORSO_CROP))
+        made = codec.decode(self.autoencoder, codec.encode(self.autoencoder, ct))
+        found = compare(ct.array, made.array)
+        say(f"autoencoder: {case.id} {ct.shape} PSNR {found.psnr_db:.2f} SSIM {found.ssim:.4f}")
+        return {"case": case.id, "part": part_of(case), "spacing_mm": ct.spacing_mm, "size": ct.shape, **asdict(found)}
+
+    @cached_property
     def autoencoder(self) -> Autoencoder:
         """The autoencoder on its own, or the model's."""
-        if self.arguments.autoencoder:
-            device = resolve_device()
-            dtype = resolve_precision(self.arguments.precision, device)
-            network = load_network(self.arguments.autoencoder, device, dtype, network="autoencoder")
-            return cast(Autoencoder, cast(Any, network).to(memory_format=torch.channels_last_3d))
-        return self.model.autoencoder
+        if not self.arguments.autoencoder:
+            return self.model.autoencoder
+        device = resolve_device()
+        dtype = resolve_precision(self.arguments.precision, device)
+        network = load_network(self.arguments.autoencoder, device, dtype, network="autoencoder")
+        return cast(Autoencoder, cast(Any, network).to(memory_format=torch.channels_last_3d))
 
     def measure_generation(self, own: Path) -> dict[str, Any]:
         """Generated against real head-neck volumes; draws the generated ones."""
@@ -260,28 +263,37 @@ class Evaluation:
             contact_sheet(path, sheet_rows(volumes, window), title=title, px_per_mm=0.5)
             say(f"drew {path}")
 
-    def measure_masks(self) -> dict[str, Any] | None:
+    def measure_masks(self, own: Path) -> dict[str, Any] | None:
         """Dice of what the rules find in volumes generated from validation label maps, by part of the body."""
         cases = [case for case in ct_cases(self.folder, "validation") if case.labels]
         if not cases or self.model.folder.config.controlnet is None:
             say("masks: the model has no ControlNet or the data no labels; left out")
             return None
+        folder = own / f"masks-{self.arguments.seed}"
+        folder.mkdir(exist_ok=True)
         head_neck = [c for c in cases if is_head_neck(c) and self.fills_grid(c)][: self.arguments.masks]
         torso = [c for c in cases if not is_head_neck(c)]
         groups = {"head-neck": head_neck, "torso": torso}
-        return {part: self.mask_fidelity(chosen) for part, chosen in groups.items() if chosen}
+        return {part: self.mask_fidelity(chosen, folder) for part, chosen in groups.items() if chosen}
 
-    def mask_fidelity(self, cases: Sequence[PreparedCase]) -> dict[str, Any]:
+    def mask_fidelity(self, cases: Sequence[PreparedCase], folder: Path) -> dict[str, Any]:
         """Dice of generated and of real volumes with the label maps of some cases."""
-        made, real = [], []
+        pairs = []
         for case in cases:
-            ct, labels = self.mask_pair(case)
-            region = "head-neck" if is_head_neck(case) else ()
-            image = self.model.generate(mask=labels, region=region, seed=self.arguments.seed).image
-            made.append(joint_counts(labels.array, segment(image).array))
-            real.append(joint_counts(labels.array, segment(ct).array))
-            say(f"mask of {case.id} {labels.shape}: {dice_by_group(made[-1])}")
+            path = folder / f"{case.id}.npy"
+            if not path.exists():
+                store(path, self.mask_counts(case))
+            pairs.append(np.load(path, allow_pickle=False))
+            say(f"mask of {case.id}: {dice_by_group(pairs[-1][0])}")
+        made, real = ([pair[side] for pair in pairs] for side in (0, 1))
         return {"cases": len(cases), "generated": dice_summary(made), "real": dice_summary(real)}
+
+    def mask_counts(self, case: PreparedCase) -> NDArray[np.int64]:
+        """`joint_counts` of a label map with what the rules find in the generated and in the real CT, (2, 256, 256)."""
+        ct, labels = self.mask_pair(case)
+        region = "head-neck" if is_head_neck(case) else ()
+        image = self.model.generate(mask=labels, region=region, seed=self.arguments.seed).image
+        return np.stack([joint_counts(labels.array, segment(found).array) for found in (image, ct)])
 
     def mask_pair(self, case: PreparedCase) -> tuple[Volume, Volume]:
         """The CT and the label map of a case on the grid that is generated on."""
@@ -289,10 +301,7 @@ class Evaluation:
         labels = Volume(np.asarray(self.folder.labels(case)), ct.affine)
         spacing = SPACING_MM if is_head_neck(case) else TORSO_MASK_SPACING_MM
         ct, labels = resample(ct, spacing), resample(labels, spacing, order=0)
-        size = SIZE
-        if not is_head_neck(case):
-            x, y, z = (min(n, most) for n, most in zip(ct.shape, TORSO_MASK_SIZE, strict=True))
-            size = (x, y, z)
+        size = SIZE if is_head_neck(case) else at_most(ct.shape, TORSO_MASK_SIZE)
         return crop_or_pad(ct, size, value=HU_MIN), crop_or_pad(labels, size, value=0)
 
 
@@ -431,6 +440,12 @@ def is_head_neck(case: PreparedCase) -> bool:
 def part_of(case: PreparedCase) -> str:
     """'head-neck' or 'torso'."""
     return "head-neck" if is_head_neck(case) else "torso"
+
+
+def at_most(size: Triple, most: Triple) -> Triple:
+    """The smaller of both, axis by axis."""
+    x, y, z = (min(pair) for pair in zip(size, most, strict=True))
+    return (x, y, z)
 
 
 def volume_of(folder: PreparedFolder, case: PreparedCase) -> Volume:

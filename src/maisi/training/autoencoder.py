@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from maisi.config import Config
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import window_ct
+from maisi.device import resolve_device
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
-from maisi.training.loop import LoopConfig, resolve_device
+from maisi.training.loop import LoopConfig
 from maisi.training.losses import adversarial, perceptual
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.patches import PatchConfig, PatchSource

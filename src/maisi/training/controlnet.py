@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from maisi.anatomy import TUMORS
 from maisi.config import Config
+from maisi.device import resolve_device
 from maisi.diffusion.ddpm import DDPM
 from maisi.diffusion.process import Process
 from maisi.diffusion.rectified_flow import RectifiedFlow
@@ -22,7 +23,7 @@ from maisi.networks.autoencoder import Autoencoder
 from maisi.networks.controlnet import ControlNet, ControlNetConfig
 from maisi.networks.unet import UNet
 from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource, mask_tensor
-from maisi.training.loop import LoopConfig, resolve_device
+from maisi.training.loop import LoopConfig
 from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.pictures import label_planes, three_planes

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from maisi.config import Config
+from maisi.device import resolve_device
 from maisi.diffusion.ddpm import DDPM
 from maisi.diffusion.process import Process
 from maisi.diffusion.rectified_flow import RectifiedFlow
@@ -18,7 +19,7 @@ from maisi.diffusion.sampler import sample
 from maisi.networks.autoencoder import Autoencoder
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource
-from maisi.training.loop import LoopConfig, resolve_device
+from maisi.training.loop import LoopConfig
 from maisi.training.losses import weighted_l1
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.pictures import three_planes

@@ -71,17 +71,6 @@ class Stage(Protocol):
         """Write the trained networks as weights that generation loads."""
 
 
-def resolve_device(name: str) -> torch.device:
-    """Turn `auto` into the best device there is; refuse one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MaisiError("device cuda was asked for, but PyTorch finds no CUDA GPU; say device: auto or cpu.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise MaisiError("device mps was asked for, but PyTorch finds no Apple GPU; say device: auto or cpu.")
-    return torch.device(name)
-
-
 def run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int:
     """Train until `config.steps`, the time limit, or an interrupt; return the step reached.
 
