@@ -205,10 +205,11 @@ def _places(parameters: SpatialParameters) -> NDArray[np.float32]:
 
 def _spread(nodes: NDArray[np.float64], size: Triple) -> NDArray[np.float32]:
     """Smooth field over `size` voxels through a coarse grid of nodes (cubic B-splines, one axis after the other)."""
-    field: Array = nodes
+    spread: Array = nodes
     for axis, count in enumerate(size):
-        field = np.moveaxis(np.tensordot(_spline_weights(count, field.shape[axis]), field, (1, axis)), 0, axis)
-    return field.astype(np.float32)
+        weights = _spline_weights(count, spread.shape[axis])
+        spread = np.moveaxis(np.tensordot(weights, spread, (1, axis)), 0, axis)
+    return spread.astype(np.float32)
 
 
 def _spline_weights(count: int, nodes: int) -> NDArray[np.float64]:

@@ -82,13 +82,15 @@ class Case(Config):
 
 
 class CaseList(Config):
-    """Cases in a fixed order; ids are unique."""
+    """Cases in a fixed order, at least one; ids are unique."""
 
     version: Literal[1] = 1
-    cases: tuple[Case, ...] = Field(min_length=1)
+    cases: tuple[Case, ...]
 
     @model_validator(mode="after")
-    def _unique_ids(self) -> CaseList:
+    def _some_and_unique(self) -> CaseList:
+        if not self.cases:
+            raise ValueError("there are no cases in it; list at least one")
         double = [id for id, count in Counter(case.id for case in self.cases).items() if count > 1]
         if double:
             raise ValueError(f"the id '{double[0]}' stands there twice; give each case its own")
@@ -113,7 +115,9 @@ class CaseList(Config):
         if not 0 <= validation_share < 1:
             raise MaisiError(f"The validation share is {validation_share}; give a number from 0 to below 1.")
         fixed = {case.patient: case.split for case in self.cases if case.split is not None}
-        patients = sorted({case.patient for case in self.cases} - fixed.keys(), key=lambda name: _hash_fraction(name, seed))
+        patients = sorted(
+            {case.patient for case in self.cases} - fixed.keys(), key=lambda name: _hash_fraction(name, seed)
+        )
         count = sum(_hash_fraction(name, seed) < validation_share for name in patients)
         if validation_share > 0 and len(patients) > 1:
             count = min(max(count, 1), len(patients) - 1)

@@ -159,18 +159,21 @@ def _air_spaces(hu: Array, body: Mask, spacing: Spacing) -> tuple[Mask, Mask, Ma
 
 def _neck_slice(body: Mask, spacing: Spacing) -> int | None:
     """Index of the thinnest slice of a neck (or of the lowest one of a head); None where there is no neck."""
-    area = np.array([_largest_area(body[:, :, z]) for z in range(body.shape[2])]) * spacing[0] * spacing[1]
+    sections = [_largest_section(body[:, :, z]) for z in range(body.shape[2])]
+    area = np.array([pixels for pixels, _ in sections]) * spacing[0] * spacing[1]
     inside = np.flatnonzero(area > 0)
-    if not len(inside):
-        return None
     reach = max(1, round(10 / spacing[2]))
     area = ndimage.uniform_filter1d(area, 2 * reach + 1, mode="nearest")
-    # from the shoulders (or the bottom) upwards: the vertex of the skull is thin too
-    top = inside[0] + int(np.argmax(area[inside[0] : inside[-1] + 1] < NECK_AREA_MM2))
-    if area[top] >= NECK_AREA_MM2:
+    middle = float(np.mean(np.flatnonzero(body.any(axis=(1, 2)))))
+    # a leg is thin too, but lies to one side
+    central = np.array([abs(x - middle) * spacing[0] < 50 for _, x in sections])
+    thin = (area < NECK_AREA_MM2) & central
+    thin[: inside[0]] = False
+    if not thin[: inside[-1] + 1].any():
         return None
-    stretch = area[top : top + round(100 / spacing[2])]
-    return int(top + np.argmin(stretch))
+    # from the shoulders (or the bottom) upwards: the vertex of the skull is thin too
+    low = int(np.argmax(thin))
+    return int(low + np.argmin(area[low : low + round(100 / spacing[2])]))
 
 
 def _tubes(hu: Array, air: Mask, spacing: Spacing) -> Mask:
@@ -328,9 +331,15 @@ def _parts(mask: Mask, share: float) -> Mask:
     return keep[parts]
 
 
-def _largest_area(plane: Mask) -> int:
+def _largest_section(plane: Mask) -> tuple[int, float]:
+    """Pixels, and mean x index, of the largest connected part of an axial slice."""
     parts, count = ndimage.label(plane)
-    return int(np.bincount(parts.ravel())[1:].max()) if count else 0
+    if not count:
+        return 0, 0.0
+    sizes = np.bincount(parts.ravel())
+    largest = 1 + int(np.argmax(sizes[1:]))
+    columns = np.count_nonzero(parts == largest, axis=1)
+    return int(sizes[largest]), float(np.average(np.arange(len(columns)), weights=columns))
 
 
 def _fill_slices(mask: Mask) -> Mask:
