@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maisi.anatomy import ANY_BONE, BODY, UNNAMED_BONE
+from maisi.data.phantom import phantom
+from maisi.data.segmentation import AIRWAY, LEFT_LUNG, RIGHT_LUNG, segment
+from maisi.io.nifti import read_labels, read_volume
+from maisi.volume import Volume
+
+LEFT_LOBES, RIGHT_LOBES, TRACHEA_AND_AIRWAY = (28, 29), (30, 31, 32), (57, 132)
+
+
+def dice(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(2 * np.count_nonzero(found & truth) / max(1, np.count_nonzero(found) + np.count_nonzero(truth)))
+
+
+@pytest.fixture(scope="module")
+def chest() -> tuple[Volume, Volume]:
+    return phantom((104, 80, 80), (4.2, 4.2, 4.2), ("chest",), seed=1)
+
+
+@pytest.fixture(scope="module")
+def chest_found(chest: tuple[Volume, Volume]) -> np.ndarray:
+    return segment(chest[0]).array
+
+
+def test_a_chest(chest: tuple[Volume, Volume], chest_found: np.ndarray) -> None:
+    truth = chest[1].array
+    assert dice(chest_found > 0, truth > 0) > 0.98
+    assert dice(chest_found == LEFT_LUNG, np.isin(truth, LEFT_LOBES)) > 0.95
+    assert dice(chest_found == RIGHT_LUNG, np.isin(truth, RIGHT_LOBES)) > 0.95
+    assert dice(chest_found == AIRWAY, np.isin(truth, TRACHEA_AND_AIRWAY)) > 0.75
+    assert dice(chest_found == UNNAMED_BONE, np.isin(truth, ANY_BONE)) > 0.85
+    assert set(np.unique(chest_found)) <= {0, LEFT_LUNG, RIGHT_LUNG, AIRWAY, UNNAMED_BONE, BODY}
+
+
+def test_a_head_and_neck_has_airway_and_bone_but_no_lung() -> None:
+    image, labels = phantom((72, 80, 84), (3.5, 3.5, 3.5), ("head-neck",), seed=1)
+    found, truth = segment(image).array, labels.array
+    assert dice(found > 0, truth > 0) > 0.98
+    assert dice(found == AIRWAY, np.isin(truth, TRACHEA_AND_AIRWAY)) > 0.75
+    assert dice(found == UNNAMED_BONE, np.isin(truth, ANY_BONE)) > 0.8
+    assert np.count_nonzero(np.isin(found, (LEFT_LUNG, RIGHT_LUNG))) <= np.count_nonzero((truth >= 28) & (truth <= 32))
+
+
+def test_bowel_gas_is_neither_lung_nor_airway() -> None:
+    image, labels = phantom((104, 72, 60), (4.2, 4.2, 4.2), ("abdomen", "lower-body"), seed=2)
+    colon_and_stomach = np.isin(labels.array, (12, 62)) & (image.array < -700)
+    assert np.count_nonzero(colon_and_stomach) > 100
+    assert np.mean(segment(image).array[colon_and_stomach] == BODY) > 0.95
+
+
+@pytest.mark.parametrize(("order", "flips"), [((2, 0, 1), (0, 2)), ((1, 0, 2), (1,))])
+def test_orientation_does_not_matter(
+    chest: tuple[Volume, Volume], chest_found: np.ndarray, order: tuple[int, int, int], flips: tuple[int, ...]
+) -> None:
+    image = chest[0]
+    affine = image.affine.copy()
+    for axis in flips:
+        affine[:3, 3] += affine[:3, axis] * (image.shape[axis] - 1)
+        affine[:3, axis] *= -1
+    affine[:3, :3] = affine[:3, order]
+    turned = Volume(np.flip(image.array, flips).transpose(order), affine)
+    assert turned.to_ras().same_grid(image)
+    np.testing.assert_array_equal(segment(turned).array, np.flip(chest_found, flips).transpose(order))
+
+
+def test_a_table_that_touches_the_back_is_left_out(chest: tuple[Volume, Volume], chest_found: np.ndarray) -> None:
+    image = chest[0]
+    back = int(np.argmax((chest_found > 0).any(axis=(0, 2))))
+    with_table = image.array.copy()
+    table = (slice(10, -10), slice(back - 1, back + 1), slice(None))
+    with_table[table] = np.maximum(with_table[table], 300)
+    found = segment(image.with_array(with_table)).array
+    assert dice(found > 0, chest_found > 0) > 0.98
+    assert np.mean(found[10:30, back - 1, :] == 0) > 0.9
+
+
+def test_a_lung_without_its_chest_wall_is_still_body(chest: tuple[Volume, Volume], chest_found: np.ndarray) -> None:
+    image, labels = chest
+    edge = int(np.flatnonzero(np.isin(labels.array, LEFT_LOBES).any(axis=(1, 2)))[0]) + 4
+    cut = Volume(image.array[edge:].copy(), image.affine)
+    found, truth = segment(cut).array, np.isin(labels.array[edge:], LEFT_LOBES)
+    assert dice(found == LEFT_LUNG, truth) > 0.85
+
+
+def test_contrast_medium_in_the_heart_is_no_bone(chest: tuple[Volume, Volume]) -> None:
+    image, labels = chest
+    heart_and_aorta = np.isin(labels.array, (6, 115))
+    bright = image.array.copy()
+    bright[heart_and_aorta] += 380 - np.int16(np.median(bright[heart_and_aorta]))
+    found = segment(image.with_array(bright)).array
+    assert np.mean(found[heart_and_aorta] == UNNAMED_BONE) < 0.1
+    assert dice(found == UNNAMED_BONE, np.isin(labels.array, ANY_BONE)) > 0.8
+
+
+def test_metal_is_no_bone(chest: tuple[Volume, Volume]) -> None:
+    image = chest[0]
+    place = tuple(slice(n // 2 - 2, n // 2 + 2) for n in image.shape)
+    array = image.array.copy()
+    array[place] = 3071
+    assert not (segment(image.with_array(array)).array[place] == UNNAMED_BONE).any()
+
+
+def test_fine_scans_keep_their_grid() -> None:
+    image, labels = phantom((150, 120, 20), (1.0, 1.0, 3.0), ("head-neck",), seed=0)
+    found = segment(image)
+    assert found.same_grid(image)
+    assert dice(found.array > 0, labels.array > 0) > 0.97
+
+
+def test_air_alone_is_nobody() -> None:
+    empty = Volume.from_spacing(np.full((12, 12, 12), -1000, np.int16), (3, 3, 3))
+    assert not segment(empty).array.any()
+
+
+@pytest.mark.realdata
+def test_bones_and_lungs_of_a_real_abdomen_agree_with_a_trained_segmenter() -> None:
+    if "MAISI_DATA" not in os.environ:
+        pytest.skip("MAISI_DATA does not name the folder of real CT")
+    from maisi.data.label_maps import apply_map, label_table
+
+    folder = Path(os.environ["MAISI_DATA"]) / "totalsegmentator"
+    found = segment(read_volume(folder / "abdomen_pelvis_ct.nii.gz")).array
+    truth = apply_map(read_labels(folder / "abdomen_pelvis_labels.nii.gz").array, label_table("totalsegmentator"))
+    assert dice(found == UNNAMED_BONE, np.isin(truth, ANY_BONE)) > 0.7
+    assert dice(np.isin(found, (LEFT_LUNG, RIGHT_LUNG)), np.isin(truth, (*LEFT_LOBES, *RIGHT_LOBES))) > 0.7
