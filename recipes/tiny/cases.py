@@ -1,6 +1,6 @@
 """Write the case list of the carried model from the folder of real CT: `python recipes/tiny/cases.py DATA cases.json`.
 
-DATA holds `openkbp/` (head and neck), `torso/` and `totalsegmentator/`, as `*_ct.nii.gz` with optional `*_labels.nii.gz`.
+DATA holds `openkbp/` (head and neck), `torso/` and `totalsegmentator/`: `*_ct.nii.gz` with optional `*_labels.nii.gz`.
 Which patients are kept out of training is fixed here, so that every stage and every measurement agrees on it.
 """
 
