@@ -30,9 +30,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "autoencoder": Preset("autoencoder", AutoencoderConfig(), "autoencoder_v1.pt"),
-        "diffusion_ddpm": Preset(
-            "unet", UNetConfig(region_input=True, spacing_input=True), "diff_unet_3d_ddpm-ct.pt"
-        ),
+        "diffusion_ddpm": Preset("unet", UNetConfig(region_input=True, spacing_input=True), "diff_unet_3d_ddpm-ct.pt"),
         "diffusion_rflow": Preset(
             "unet",
             UNetConfig(

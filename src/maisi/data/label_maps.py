@@ -53,9 +53,7 @@ def apply_map(labels: Array, table: Mapping[int, int]) -> Mask:
     present = np.unique(labels)
     unknown = [int(id) for id in present if int(id) not in table]
     if unknown:
-        raise MaisiError(
-            f"The mask holds ids {unknown} that its vocabulary lacks; name the right vocabulary."
-        )
+        raise MaisiError(f"The mask holds ids {unknown} that its vocabulary lacks; name the right vocabulary.")
     ours = np.array([table[int(id)] for id in present], dtype=np.uint8)
     return ours[np.searchsorted(present, labels)]
 

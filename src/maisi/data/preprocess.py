@@ -48,9 +48,7 @@ def window_mr(values: Array) -> NDArray[np.float32]:
     """
     low, high = np.percentile(values, MR_PERCENTILES)
     if not high > low:
-        raise MaisiError(
-            f"The image has the value {low:g} nearly everywhere; give an MR image with contrast."
-        )
+        raise MaisiError(f"The image has the value {low:g} nearly everywhere; give an MR image with contrast.")
     scaled: NDArray[np.float32] = ((values - low) / (high - low)).astype(np.float32)
     return scaled
 
@@ -61,9 +59,7 @@ def nearest_multiple(size: Triple, multiple: int = TRAINING_MULTIPLE) -> Triple:
     return (x, y, z)
 
 
-def resample(
-    volume: Volume, spacing_mm: Spacing | None = None, order: int = 1, size: Triple | None = None
-) -> Volume:
+def resample(volume: Volume, spacing_mm: Spacing | None = None, order: int = 1, size: Triple | None = None) -> Volume:
     """Bring a volume to another spacing, or another size, or both; its axes keep their directions.
 
     Args:
@@ -245,9 +241,7 @@ def _axis_of_each(matrix: NDArray[np.float64]) -> tuple[int, int, int] | None:
     return (int(order[0]), int(order[1]), int(order[2]))
 
 
-def _resample_oblique(
-    volume: Volume, like: Volume, matrix: NDArray[np.float64], order: int, fill: float
-) -> Volume:
+def _resample_oblique(volume: Volume, like: Volume, matrix: NDArray[np.float64], order: int, fill: float) -> Volume:
     source = volume.array
     if order:
         source = source.astype(np.float32)
