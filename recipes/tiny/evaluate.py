@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="prepared folder")
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=32, help="head-neck volumes to generate")
+    parser.add_argument("--real", type=int, default=80, help="real volumes at most, 0 for all; 64 allow 32 a half")
     parser.add_argument("--masks", type=int, default=12, help="head-neck label maps to generate from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coverage", type=float, default=0.75, help="share of the grid that a real case must fill")
@@ -241,9 +242,11 @@ class Evaluation:
         return Description.load(path)
 
     def real_cases(self) -> list[PreparedCase]:
-        """Head-neck cases of both splits whose extent fills enough of the grid along each axis."""
+        """Head-neck cases of both splits that fill enough of the grid along each axis, a random choice of them."""
         cases = [c for split in ("train", "validation") for c in ct_cases(self.folder, split)]
-        return [c for c in cases if is_head_neck(c) and self.fills_grid(c)]
+        full = [c for c in cases if is_head_neck(c) and self.fills_grid(c)]
+        order = np.random.default_rng(0).permutation(len(full))[: self.arguments.real or None]
+        return [full[i] for i in sorted(order)]
 
     def fills_grid(self, case: PreparedCase) -> bool:
         """Whether a case is a full view of head, neck and shoulders, not a slab."""
