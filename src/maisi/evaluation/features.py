@@ -35,8 +35,9 @@ class PooledEfficientNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`N 1 H W` in [0, 1] -> `N 1280`."""
-        mean, std = cast(Tensor, self.backbone.mean), cast(Tensor, self.backbone.std)
-        x = ((images.expand(-1, 3, -1, -1) - mean) / std).contiguous(memory_format=torch.channels_last)
+        x = ((images.expand(-1, 3, -1, -1) - self.backbone.mean) / self.backbone.std).contiguous(
+            memory_format=torch.channels_last
+        )
         return cast(Tensor, self.backbone.network.extract_features(x)).mean((2, 3))
 
 
