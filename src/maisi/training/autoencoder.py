@@ -16,7 +16,6 @@ from maisi.config import Config
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import window_ct
 from maisi.device import resolve_device
-from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
 from maisi.training.loop import LoopConfig
@@ -214,10 +213,9 @@ def _initial(run: AutoencoderRun) -> Autoencoder:
         model = Autoencoder(run.model)
         quieten(model)
         return model
-    loaded = load_network(run.init)
-    if not isinstance(loaded, Autoencoder):
-        raise MaisiError(f"{run.init} is not an autoencoder; name one or leave init out.")
-    return loaded
+    loaded = load_network(run.init, network="autoencoder")
+    assert isinstance(loaded, Autoencoder)
+    return loaded.train()
 
 
 def _square(picture: Tensor) -> Tensor:

@@ -48,6 +48,11 @@ class LatentBatch:
     conditions: dict[str, Tensor]
     labels: Tensor | None
 
+    def first(self) -> LatentBatch:
+        """The first item alone."""
+        conditions = {name: value[:1] for name, value in self.conditions.items()}
+        return LatentBatch(self.z[:1], conditions, None if self.labels is None else self.labels[:1])
+
     def to(self, device: torch.device) -> LatentBatch:
         """Move everything."""
         conditions = {name: value.to(device) for name, value in self.conditions.items()}

@@ -1,0 +1,166 @@
+"""What the diffusion and the ControlNet stage share: latents in, one network trained on perturbed ones.
+
+Knows the process and the data, not what the network is nor what else it is told.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from maisi.config import Config
+from maisi.device import resolve_device
+from maisi.diffusion.ddpm import DDPM
+from maisi.diffusion.process import Process
+from maisi.diffusion.rectified_flow import RectifiedFlow
+from maisi.diffusion.sampler import sample
+from maisi.networks.autoencoder import Autoencoder
+from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource
+from maisi.training.loop import LoopConfig
+from maisi.training.optimizer import OptimizerConfig, Trainee
+from maisi.training.pictures import three_planes
+from maisi.training.state import Checkpoint, step_generator
+from maisi.weights.load import load_network, save_network
+
+LAYOUT = torch.channels_last_3d
+
+
+class DenoisingRun(Config):
+    """Settings of a stage that trains on cached latents.
+
+    Attributes:
+        data: folder of cached latents (`maisi prepare --views`).
+        autoencoder: weights that decode the validation pictures; none leaves the pictures out.
+        init: weights to start from; none starts afresh.
+        validation_batches: batches over which the validation loss is averaged, always the same ones.
+        sample_steps: steps of the validation pictures.
+    """
+
+    data: Path
+    loop: LoopConfig
+    autoencoder: Path | None = None
+    init: Path | None = None
+    process: RectifiedFlow | DDPM = Field(default=RectifiedFlow(), discriminator="kind")
+    batches: LatentBatchConfig = LatentBatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="polynomial")
+    validation_batches: int = Field(default=8, ge=1)
+    sample_steps: int = Field(default=20, ge=1)
+
+
+class DenoisingStage(ABC):
+    """See `maisi.training.loop.Stage`. `part` names the trained network in checkpoints and files."""
+
+    part: str
+
+    def __init__(self, run: DenoisingRun, network: nn.Module, averaged: nn.Module, with_labels: bool) -> None:
+        """Take the network to train and another one of its kind for the averaged weights."""
+        self.settings = run
+        self.seed = run.loop.seed
+        self.device = resolve_device(run.loop.device)
+        self.process: Process = run.process
+        told = run.batches.model_copy(update={"drop_regions": 0.0})
+        self.source = LatentSource(run.data, "train", run.batches, self.seed, with_labels)
+        self.held_out = LatentSource(run.data, "validation", told, self.seed, with_labels)
+        self.network: nn.Module = network.to(self.device, memory_format=LAYOUT)  # type: ignore[call-overload]
+        self.averaged: nn.Module = averaged.to(self.device, memory_format=LAYOUT)  # type: ignore[call-overload]
+        self.trainee = Trainee(self.part, self.network, run.optimizer, run.loop.steps)
+
+    @abstractmethod
+    def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
+        """What the trained `network` (and others) make of noisy latents `x`, told the batch's conditions."""
+
+    @abstractmethod
+    def losses(
+        self, network: nn.Module, noisy: Tensor, times: Tensor, target: Tensor, batch: LatentBatch
+    ) -> dict[str, Tensor]:
+        """Terms whose sum is minimised."""
+
+    def batch(self, step: int) -> list[LatentBatch]:
+        """One entry for each accumulated batch."""
+        count = self.settings.optimizer.accumulate
+        return [self.source.batch(step * count + i) for i in range(count)]
+
+    def update(self, batch: list[LatentBatch], step: int) -> Mapping[str, float]:
+        """Make one optimizer step."""
+        sums: dict[str, float] = {}
+        for part, item in enumerate(batch):
+            terms = self.perturbed_losses(self.network, item, step * len(batch) + part, stream=2)
+            (torch.stack(list(terms.values())).sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batch)
+        return {**sums, "gradient": self.trainee.apply(step)}
+
+    def perturbed_losses(self, network: nn.Module, batch: LatentBatch, step: int, stream: int) -> dict[str, Tensor]:
+        """Draw times and noise for a batch and compute the terms of the loss."""
+        batch = batch.to(self.device)
+        generator = step_generator(self.seed, step, stream)
+        z = batch.z
+        times = self.process.draw_times(len(z), z[0, 0].numel(), generator).to(self.device)
+        noise = torch.randn(z.shape, generator=generator).to(self.device)
+        noisy, target = self.process.perturb(z, noise, times)
+        return self.losses(network, noisy, times, target, batch)
+
+    def autocast(self) -> torch.autocast:
+        """The precision asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.loop.precision == "bf16")
+
+    @torch.no_grad()
+    def validate(self, step: int) -> tuple[Mapping[str, float], Mapping[str, Tensor]]:
+        """Losses of the averaged weights on held-out latents, at the same times and noise every time; samples."""
+        self.averaged.load_state_dict(self.trainee.ema.values)
+        sums: dict[str, float] = {}
+        for index in range(self.settings.validation_batches):
+            for name, value in self.validation_terms(self.held_out.batch(index), index).items():
+                sums[name] = sums.get(name, 0.0) + value / self.settings.validation_batches
+        return sums, {} if self.settings.autoencoder is None else {"sample": self._samples()}
+
+    def validation_terms(self, batch: LatentBatch, index: int) -> dict[str, float]:
+        """What validation averages over batches."""
+        terms = self.perturbed_losses(self.averaged, batch, index, stream=3)
+        return {name: float(value) for name, value in terms.items()}
+
+    def _samples(self) -> Tensor:
+        """Pictures for the conditions of two held-out views."""
+        assert self.settings.autoencoder is not None
+        decoder = load_network(self.settings.autoencoder, self.device, network="autoencoder")
+        assert isinstance(decoder, Autoencoder)
+        rows: list[Tensor] = []
+        for index in range(2):
+            batch = self.held_out.batch(index).first().to(self.device)
+            noise = torch.randn(batch.z.shape, generator=step_generator(0, index, stream=4)).to(self.device)
+
+            def denoise(x: Tensor, times: Tensor, batch: LatentBatch = batch) -> Tensor:
+                return self.predict(self.averaged, x, times, batch)
+
+            z = sample(self.process, denoise, noise, steps=self.settings.sample_steps, solver="ddim")
+            image = decoder.decode(z / self.held_out.folder.scale_factor)[0, 0].clamp(0, 1)
+            rows += [*self.rows_above(batch), three_planes(image)]
+        width = max(row.shape[2] for row in rows)
+        return torch.cat([nn.functional.pad(row, (0, width - row.shape[2])) for row in rows], 1)
+
+    def rows_above(self, batch: LatentBatch) -> list[Tensor]:
+        """Pictures to show above a sample."""
+        return []
+
+    def checkpoint(self) -> Checkpoint:
+        """The network and its optimizer."""
+        return Checkpoint(self.trainee.tensors(), {})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Inverse of `checkpoint`."""
+        self.trainee.restore(dict(checkpoint.tensors))
+
+    def export(self, folder: Path) -> None:
+        """Write `PART.safetensors` with the averaged weights, the process and the scale factor."""
+        self.averaged.load_state_dict(self.trainee.ema.values)
+        metadata = {
+            "maisi.scale_factor": repr(self.source.folder.scale_factor),
+            "maisi.process": json.dumps(self.process.config()),
+        }
+        save_network(folder / f"{self.part}.safetensors", self.averaged, metadata=metadata)
