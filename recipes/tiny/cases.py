@@ -33,7 +33,7 @@ def case_of(path: Path) -> Case:
         image=path,
         labels=labels if labels.is_file() else None,
         vocabulary="openkbp" if head_neck else "totalsegmentator" if labels.is_file() else "maisi",
-        regions=("head-neck",) if head_neck else None,
+        regions=("head-neck",) if head_neck else ("chest",) if patient == "heart" else None,
         weight=1.0 if head_neck else TRUNK_WEIGHT,
         split="validation" if is_kept_out(patient, head_neck) else "train",
     )

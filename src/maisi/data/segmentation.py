@@ -168,10 +168,11 @@ def _neck_slice(body: Mask, spacing: Spacing) -> int | None:
     # a leg is thin too, but lies to one side
     central = np.array([abs(x - middle) * spacing[0] < 50 for _, x in sections])
     thin = (area < NECK_AREA_MM2) & central
-    thin[: inside[0]] = False
+    # from the shoulders (or, of a neck alone, the bottom) upwards: the vertex of the skull is thin too
+    start = int(np.argmax(area)) if area.max() >= NECK_AREA_MM2 else int(inside[0])
+    thin[:start] = False
     if not thin[: inside[-1] + 1].any():
         return None
-    # from the shoulders (or the bottom) upwards: the vertex of the skull is thin too
     low = int(np.argmax(thin))
     return int(low + np.argmin(area[low : low + round(100 / spacing[2])]))
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ from maisi.data.preprocess import resample_to_grid, window_ct
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path, write_json
 from maisi.volume import Array, Volume
+
+NEIGHBOUR_MM = 40.0
+LONGEST_GAP_MM = 300.0
+"""Between two regions that are marked (abdomen and thighs, say) the upper one goes on this far at most."""
 
 Triple = tuple[int, int, int]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -215,8 +220,8 @@ def region_extents(
 ) -> dict[str, tuple[float, float]]:
     """Where along the body each region lies, in mm of world z, as far as the labels of a whole case tell.
 
-    A region with markers spans them. Lungs bound their neighbours: a case that goes on for 40 mm and more above or
-    below them shows head and neck, or abdomen, there. A case without any of this is all `known`.
+    A region with markers spans them. Lungs bound their neighbours: a case that goes on for `NEIGHBOUR_MM` and more
+    above or below them shows head and neck, or abdomen, there. A case without any of this is all `known`.
     """
     step, origin = float(affine[2, 2]), float(affine[2, 3])
     volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
@@ -232,18 +237,27 @@ def region_extents(
         top = np.flatnonzero(np.cumsum(counts) / counts.sum() >= 0.995)[0]
         extents[region] = (origin + step * float(levels[0]), origin + step * float(top + 1))
     end = origin + step * labels.shape[2]
+    if not extents:
+        return dict.fromkeys(known, (origin, end))
     if "chest" in extents:
         low, high = extents["chest"]
-        if end - high >= 40 and "head-neck" not in extents:
+        if end - high >= NEIGHBOUR_MM and "head-neck" not in extents:
             extents["head-neck"] = (high, end)
-        if low - origin >= 40 and "abdomen" not in extents:
+        if low - origin >= NEIGHBOUR_MM and "abdomen" not in extents:
             extents["abdomen"] = (origin, low)
-    elif known:
-        for region in known:
-            extents.setdefault(region, (origin, end))
-    if "head-neck" in extents:
-        extents["head-neck"] = (extents["head-neck"][0], end)
-    return extents
+    return _without_gaps(extents, end)
+
+
+def _without_gaps(extents: Mapping[str, tuple[float, float]], end: float) -> dict[str, tuple[float, float]]:
+    """Let each region reach down to the top of the next one, and the head to the top of the case."""
+    found = [region for region in REGIONS if region in extents]
+    filled = dict(extents)
+    for upper, lower in pairwise(found):
+        low, high = filled[upper]
+        filled[upper] = (min(low, max(filled[lower][1], low - LONGEST_GAP_MM)), high)
+    if found[0] == "head-neck":
+        filled["head-neck"] = (filled["head-neck"][0], end)
+    return filled
 
 
 def regions_of_box(extents: Mapping[str, tuple[float, float]], bottom: float, top: float) -> tuple[str, ...]:
