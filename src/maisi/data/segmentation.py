@@ -43,6 +43,7 @@ METAL_HU = 2900.0
 CONTRAST_HU = 700.0  # thick regions brighter than this are compact bone or metal, not blood
 
 NECK_AREA_MM2 = 25_000.0  # a smaller cross-section is a neck or a head
+TRUNK_AREA_MM2 = 36_000.0  # a larger one is no head
 TUBE_AREA_MM2 = 700.0  # in-plane area up to which a pocket of gas may be a trachea or a bronchus
 TUBE_LENGTH_MM = 25.0
 MARROW_AREA_MM2 = 1_000.0
@@ -169,7 +170,8 @@ def _neck_slice(body: Mask, spacing: Spacing) -> int | None:
     central = np.array([abs(x - middle) * spacing[0] < 50 for _, x in sections])
     thin = (area < NECK_AREA_MM2) & central
     # from the shoulders (or, of a neck alone, the bottom) upwards: the vertex of the skull is thin too
-    start = int(np.argmax(area)) if area.max() >= NECK_AREA_MM2 else int(inside[0])
+    wide = np.flatnonzero(area > TRUNK_AREA_MM2)
+    start = int(wide[-1]) if len(wide) else int(inside[0])
     thin[:start] = False
     if not thin[: inside[-1] + 1].any():
         return None
