@@ -44,6 +44,7 @@ CONTRAST_HU = 700.0  # thick regions brighter than this are compact bone or meta
 
 NECK_AREA_MM2 = 25_000.0  # a smaller cross-section is a neck or a head
 TRUNK_AREA_MM2 = 36_000.0  # a larger one is no head
+APEX_BELOW_NECK_MM = 180.0  # the top of a lung lies within that, bowel does not
 TUBE_AREA_MM2 = 700.0  # in-plane area up to which a pocket of gas may be a trachea or a bronchus
 TUBE_LENGTH_MM = 25.0
 MARROW_AREA_MM2 = 1_000.0
@@ -196,7 +197,7 @@ def _tubes(hu: Array, air: Mask, spacing: Spacing) -> Mask:
 
 
 def _lungs(hu: Array, air: Mask, neck: int | None, spacing: Spacing) -> Mask:
-    """Large air spaces with the HU of parenchyma, below the neck."""
+    """Air spaces with the HU of parenchyma: large, or cut by the top of the scan, or close below the neck."""
     core = _erode(air, 1.5, spacing)
     parts, count = ndimage.label(core)
     if not count:
@@ -210,13 +211,9 @@ def _lungs(hu: Array, air: Mask, neck: int | None, spacing: Spacing) -> Mask:
         low, high = box[2].start, box[2].stop
         median = np.median(hu[box][parts[box] == i])
         below = neck is None or (low + high) / 2 < neck
-        cut = high == air.shape[2] or (neck is not None and low <= _lowest(air) + 1)
-        keep[i] = median > GAS_HU and below and (cut or sizes[i] > 300)
+        apex = neck is not None and high > neck - APEX_BELOW_NECK_MM / spacing[2]
+        keep[i] = median > GAS_HU and below and (apex or high == air.shape[2] or sizes[i] > 300)
     return _dilate(keep[parts], 3.0, spacing) & air
-
-
-def _lowest(mask: Mask) -> int:
-    return int(np.argmax(mask.any(axis=(0, 1))))
 
 
 def _airway(air: Mask, tubes: Mask, lungs: Mask, neck: int | None, spacing: Spacing) -> Mask:
