@@ -18,6 +18,7 @@ from maisi.data.views import (
     cache_latents,
     draw_view,
     other_side,
+    plan_view,
     region_extents,
     regions_of_box,
 )
@@ -91,8 +92,9 @@ def test_image_and_labels_of_a_view_lie_on_each_other(
     )  # fmt: skip
     write_json(path / INDEX, PreparedIndex(cases=(case,)).model_dump(mode="json"))
     kind = ViewConfig(size=(16, 16, 16), spacing_mm=(4, 6), rotate_degrees=turn)
-    view, image, mask = draw_view(PreparedFolder(path), case, kind, {}, np.random.default_rng(seed), "f")
-    assert image.shape == view.shape == mask.shape
+    plan = plan_view(case, kind, {}, np.random.default_rng(seed), "f")
+    image, mask = draw_view(PreparedFolder(path), case, plan)
+    assert image.shape == plan.row.shape == mask.shape
     agreement = ((image.array > 0) == (mask == 200)).mean()
     assert agreement > 0.9
     # What lies clear of the surface agrees everywhere; only half-filled voxels may differ.

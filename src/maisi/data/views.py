@@ -157,8 +157,9 @@ def cache_latents(
     for done, (case, kind, number, copy) in enumerate(jobs):
         rng = np.random.default_rng([seed, number, copy, *case.id.encode()])
         file = f"{case.id}-{number}-{copy}.safetensors"
-        view, image, labels = draw_view(prepared, case, kind, extents[case.id], rng, file)
+        plan = plan_view(case, kind, extents[case.id], rng, file)
         if not (out / file).exists():
+            image, labels = draw_view(prepared, case, plan)
             mean, log_variance = encode(torch.from_numpy(window_ct(image.array))[None, None])
             tensors = {"mean": mean, "log_variance": log_variance, "labels": torch.from_numpy(labels)}
             with atomic_path(out / file) as part:
@@ -166,9 +167,9 @@ def cache_latents(
         else:
             with safe_open(out / file, framework="pt") as stored:
                 mean = stored.get_tensor("mean")
-        if view.split == "train":
+        if plan.row.split == "train":
             spread.add(mean)
-        views.append(view)
+        views.append(plan.row)
         if progress:
             progress(done + 1, len(jobs))
     index = LatentIndex(scale_factor=1 / spread.deviation(), autoencoder_sha256=autoencoder_sha256, views=tuple(views))
@@ -176,43 +177,54 @@ def cache_latents(
     return index
 
 
-def draw_view(
-    prepared: PreparedFolder,
+@dataclass(frozen=True)
+class PlannedView:
+    """A box laid into a case, before its voxels are read."""
+
+    row: LatentView
+    grid: NDArray[np.float64]
+    mirrored: bool
+
+
+def plan_view(
     case: PreparedCase,
     kind: ViewConfig,
     extents: Mapping[str, tuple[float, float]],
     rng: np.random.Generator,
     file: str,
-) -> tuple[LatentView, Volume, NDArray[np.uint8]]:
-    """Lay one random box into a case; return its row, its image in HU and its labels. `extents`: `region_extents`."""
+) -> PlannedView:
+    """Lay one random box into a case. `extents`: see `region_extents`."""
     spacing = math.exp(rng.uniform(*np.log(kind.spacing_mm)))
     stretched = spacing * math.exp(rng.uniform(-1, 1) * math.log(kind.stretch))
     spacings = (spacing, spacing, stretched)
     angle = math.radians(rng.uniform(-kind.rotate_degrees, kind.rotate_degrees))
     shares = rng.uniform(0, 1, 3)
-    flip = kind.mirror and case.regions == ("head-neck",) and bool(rng.random() < 0.5)
-    affine = np.array(case.affine)
-    image, labels = prepared.image(case), prepared.labels(case)
-    grid = _place(image.shape, affine, kind.size, spacings, angle, shares)
-    like = Volume(np.broadcast_to(np.uint8(0), kind.size), grid)
-    seen = resample_to_grid(Volume(np.asarray(image), affine), like, order=1, fill=-1000.0)
-    mask = resample_to_grid(Volume(np.asarray(labels), affine), like, order=0, fill=0).array
-    if flip:
-        seen = seen.with_array(np.ascontiguousarray(seen.array[::-1]))
-        mask = other_side()[mask[::-1]]
+    mirrored = kind.mirror and case.regions == ("head-neck",) and bool(rng.random() < 0.5)
+    grid = _place(case.shape, np.array(case.affine), kind.size, spacings, angle, shares)
     bottom = float(grid[2, 3])
-    regions = regions_of_box(extents, bottom, bottom + stretched * kind.size[2])
-    view = LatentView(
+    row = LatentView(
         file=file,
         case=case.id,
         patient=case.patient,
         split=case.split,
         shape=kind.size,
         spacing_mm=spacings,
-        regions=regions,
+        regions=regions_of_box(extents, bottom, bottom + stretched * kind.size[2]),
         modality=case.modality,
     )
-    return view, seen, np.ascontiguousarray(mask)
+    return PlannedView(row, grid, mirrored)
+
+
+def draw_view(prepared: PreparedFolder, case: PreparedCase, plan: PlannedView) -> tuple[Volume, NDArray[np.uint8]]:
+    """Return the image in HU and the labels inside a planned box."""
+    affine = np.array(case.affine)
+    like = Volume(np.broadcast_to(np.uint8(0), plan.row.shape), plan.grid)
+    seen = resample_to_grid(Volume(np.asarray(prepared.image(case)), affine), like, order=1, fill=-1000.0)
+    mask = resample_to_grid(Volume(np.asarray(prepared.labels(case)), affine), like, order=0, fill=0).array
+    if plan.mirrored:
+        seen = seen.with_array(np.ascontiguousarray(seen.array[::-1]))
+        mask = other_side()[mask[::-1]]
+    return seen, np.ascontiguousarray(mask)
 
 
 def region_extents(
