@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Options of glibc's `mallopt` (malloc.h)."""
+
 
 def resolve_device(name: str = "auto") -> torch.device:
     """Turn a member of `DEVICES` into a device that is there; `auto` takes CUDA, then Apple's GPU, then the CPU.
@@ -71,6 +74,23 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next tensor, where it can be told to (glibc); elsewhere do nothing.
+
+    Otherwise every large tensor on a CPU is mapped anew and its pages are zeroed by the kernel: a training step of a
+    small U-Net took 1.38 s so and 0.95 s with this. The process's memory no longer shrinks while it runs.
+    """
+    import ctypes
+    import sys
+
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+            mallopt(option, value)
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

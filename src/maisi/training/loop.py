@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from maisi.config import Config
+from maisi.device import keep_freed_memory
 from maisi.errors import MaisiError
 from maisi.io.files import write_json
 from maisi.training.state import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -82,6 +83,7 @@ def run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,56 @@
+"""Devices, precisions and memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maisi.device import free_memory, peak_memory, resolve_device, resolve_precision
+from maisi.errors import MaisiError
+
+HELD = """
+import sys
+import psutil, torch
+from maisi.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+before = psutil.Process().memory_info().rss
+tensor = torch.zeros(50_000_000)
+del tensor
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="told to glibc alone")
+def test_freed_memory_is_kept_when_asked() -> None:
+    def held(word: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", HELD, word], capture_output=True, check=True).stdout)
+
+    assert held("keep") > 150_000_000
+    assert held("no") < 50_000_000
+
+
+def test_names_become_devices_or_sentences() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(MaisiError, match="choose from auto, cpu, cuda, mps"):
+        resolve_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(MaisiError, match="cuda"):
+            resolve_device("cuda")
+
+
+def test_precisions() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("fp32", cpu) == torch.float32
+    assert resolve_precision("bf16", cpu) == torch.bfloat16
+    assert resolve_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    with pytest.raises(MaisiError, match="precision"):
+        resolve_precision("fp8", cpu)
+
+
+def test_memory_is_counted_in_bytes() -> None:
+    assert free_memory(torch.device("cpu")) > 2**26
+    assert peak_memory(torch.device("cpu")) > 2**26
