@@ -245,7 +245,12 @@ def test_an_interrupted_generation_is_gone_on_with(number, model_folder, tmp_pat
         write(path, *args, **kwargs)
 
     monkeypatch.setattr(output, "write_record", killed)
-    assert generate(model_folder, tmp_path / "out", "-n", 3) == 130
+    # A suite that was started in the background has Ctrl-C ignored; the command must see it here.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert generate(model_folder, tmp_path / "out", "-n", 3) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Interrupted" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000", "request.json"]
     kept = (tmp_path / "out/0000/record.json").stat().st_mtime_ns
