@@ -60,9 +60,9 @@ def test_assembled_model_generates(model_folder: Path, tmp_path: Path) -> None:
         load_network(model_folder / "unet.safetensors"),
         metadata={"maisi.scale_factor": "0.5", "maisi.process": '{"kind": "rectified_flow"}'},
     )
-    script("assemble").main(networks["autoencoder"], unet, networks["controlnet"], tmp_path / "made", "made")
+    script("assemble").main(networks["autoencoder"], unet, networks["controlnet"], tmp_path / "made")
     model = load(tmp_path / "made")
-    assert (model.name, model.folder.config.scale_factor, model.folder.config.size_multiple) == ("made", 0.5, 16)
+    assert (model.name, model.folder.config.scale_factor, model.folder.config.size_multiple) == ("tiny", 0.5, 16)
     stored = load_network(tmp_path / "made" / "unet.safetensors").state_dict()
     for name, value in load_network(unet).state_dict().items():
         torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=1e-6)

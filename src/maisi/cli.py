@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -393,6 +393,25 @@ def export(file: Path, output: Path) -> None:
     _require_new(output, ".pt")
     export_official(file, output)
     click.echo(str(output))
+
+
+@weights.command()
+@click.option("--autoencoder", type=FILE, required=True, help="Its safetensors.")
+@click.option("--unet", type=FILE, required=True, help="Its safetensors.")
+@click.option("--controlnet", type=FILE, help="Its safetensors; without it the model follows no masks.")
+@click.option("--name", required=True, help="What the model is called; ddpm-ct or rflow-ct for the released weights.")
+@click.option("--half", is_flag=True, help="Store float16.")
+@_output("Model folder to make.")
+def assemble(autoencoder: Path, unet: Path, controlnet: Path | None, name: str, half: bool, output: Path) -> None:
+    """Put networks that belong together into a model folder, to be used as `--model FOLDER`."""
+    from maisi.weights.assemble import assemble as assemble_model
+
+    given = {"autoencoder": autoencoder, "unet": unet, "controlnet": controlnet}
+    files = {part: path for part, path in given.items() if path is not None}
+    config = assemble_model(cast(Any, files), output, name, half=half)
+    click.echo(
+        f"{output}: {', '.join(config.files)}; {config.process['kind']}, images in steps of {config.size_multiple}"
+    )
 
 
 @weights.command()

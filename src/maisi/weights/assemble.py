@@ -1,0 +1,97 @@
+"""Networks that belong together, put into one model folder: hashes, process, scale factor. Trains nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maisi.errors import MaisiError
+from maisi.io.files import new_folder, write_json
+from maisi.weights.load import NetworkHeader, load_network, read_header, save_network, sha256
+from maisi.weights.registry import PARTS, FieldOfView, ModelConfig, Part
+
+DEFAULT_STEPS = {"rectified_flow": (30, "euler"), "ddpm": (50, "dpm++")}
+"""Steps and solver by process: the release's for flow; for DDPM few steps in place of its 1000."""
+
+
+def assemble(
+    files: Mapping[Part, Path],
+    folder: Path,
+    name: str,
+    *,
+    views: Sequence[FieldOfView] = (),
+    steps: int | None = None,
+    solver: str | None = None,
+    half: bool = False,
+) -> ModelConfig:
+    """Make a model folder.
+
+    Args:
+        files: safetensors of the autoencoder, the U-Net and, if there is one, the ControlNet.
+        folder: to make; must not exist.
+        name: what the model is called; `ddpm-ct` and `rflow-ct` get the released models' table of views.
+        views: what the model was trained on.
+        steps: default number of denoising steps.
+        solver: default solver.
+        half: store float16, half the size.
+
+    Raises:
+        MaisiError: a file is missing, damaged or another network, no scale factor is known, or the folder exists.
+    """
+    headers = {part: read_header(path) for part, path in files.items()}
+    for part in ("autoencoder", "unet"):
+        if part not in files:
+            raise MaisiError(f"A model needs an {part}; name its file.")
+    for part, header in headers.items():
+        if header.network != part:
+            raise MaisiError(f"{files[part]} is a network of the kind {header.network}, not {part}; name another file.")
+    scale_factor = headers["unet"].scale_factor
+    if scale_factor is None:
+        raise MaisiError(f"{files['unet']} tells no scale factor; convert or train the U-Net again.")
+    process = process_of(headers["unet"])
+    usual_steps, usual_solver = DEFAULT_STEPS[process["kind"]]
+    with new_folder(folder) as part_folder:
+        for part, path in files.items():
+            _store(part, path, part_folder, half)
+        values: dict[str, Any] = {
+            "name": name,
+            **{part: f"{part}.safetensors" for part in PARTS if part in files},
+            "scale_factor": scale_factor,
+            "process": process,
+            "sha256": {f"{part}.safetensors": sha256(part_folder / f"{part}.safetensors") for part in files},
+            "size_multiple": size_multiple(headers["autoencoder"], headers["unet"]),
+            "field_of_view": [view.model_dump() for view in views],
+            "default_steps": steps or usual_steps,
+            "solver": solver or usual_solver,
+        }
+        config = ModelConfig.model_validate(values)
+        write_json(part_folder / "model.json", config.model_dump(mode="json"))
+    return config
+
+
+def process_of(unet: NetworkHeader) -> dict[str, Any]:
+    """Return the diffusion process a U-Net was trained for: as it says, or as the released ones' inputs tell."""
+    if "maisi.process" in unet.metadata:
+        stored: dict[str, Any] = json.loads(unet.metadata["maisi.process"])
+        return stored
+    return {"kind": "rectified_flow" if unet.config.get("num_modalities") else "ddpm"}
+
+
+def size_multiple(autoencoder: NetworkHeader, unet: NetworkHeader) -> int:
+    """Image axes must be multiples of this: the compression times the U-Net's factor."""
+    levels = len(autoencoder.config["channels"]) + len(unet.config["channels"]) - 2
+    return int(2**levels)
+
+
+def _store(part: Part, path: Path, folder: Path, half: bool) -> None:
+    target = folder / f"{part}.safetensors"
+    if not half:
+        shutil.copyfile(path, target)
+        return
+    import torch
+
+    kept = {k: v for k, v in read_header(path).metadata.items() if k not in ("maisi.network", "maisi.config")}
+    save_network(target, load_network(path, network=part), metadata=kept, dtype=torch.float16)

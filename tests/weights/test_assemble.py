@@ -1,0 +1,62 @@
+"""Model folders made of single files: they load and generate, and what does not belong is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from maisi.cli import run
+from maisi.errors import MaisiError
+from maisi.generation.pipeline import load
+from maisi.weights.assemble import assemble, process_of
+from maisi.weights.load import load_network, read_header, save_network
+from maisi.weights.registry import find_model
+
+
+@pytest.fixture
+def parts(model_folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """The files of a model; its U-Net says the scale factor, as converted ones do."""
+    unet = tmp_path / "unet.safetensors"
+    save_network(unet, load_network(model_folder / "unet.safetensors"), metadata={"maisi.scale_factor": "0.8"})
+    return {
+        "autoencoder": model_folder / "autoencoder.safetensors",
+        "unet": unet,
+        "controlnet": model_folder / "controlnet.safetensors",
+    }
+
+
+def test_assembled_by_command_generates_the_same(parts: dict[str, Path], model_folder: Path, tmp_path: Path) -> None:
+    options = [word for part, path in parts.items() for word in (f"--{part}", str(path))]
+    assert run(["weights", "assemble", *options, "--name", "mine", "-o", str(tmp_path / "mine")]) == 0
+    wanted = {"region": "chest", "size": (32, 32, 32), "spacing": (8, 8, 8), "steps": 2, "solver": "euler"}
+    made = load(tmp_path / "mine").generate(**wanted)
+    assert (made.image.array == load(model_folder).generate(**wanted).image.array).all()
+    assert find_model(tmp_path / "mine").config.default_steps == 30
+
+
+def test_half_is_half_the_size(parts: dict[str, Path], tmp_path: Path) -> None:
+    assemble(parts, tmp_path / "whole", "whole")  # type: ignore[arg-type]
+    assemble(parts, tmp_path / "half", "half", half=True)  # type: ignore[arg-type]
+    sizes = [sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("whole", "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_the_released_inputs_tell_the_process(parts: dict[str, Path]) -> None:
+    header = read_header(parts["unet"])
+    assert process_of(header) == {"kind": "rectified_flow"}
+    plain = type(header)(header.network, header.config | {"num_modalities": None}, header.metadata, header.tensors)
+    assert process_of(plain) == {"kind": "ddpm"}
+
+
+def test_what_does_not_belong_is_refused(parts: dict[str, Path], model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MaisiError, match="not unet"):
+        assemble({**parts, "unet": parts["controlnet"]}, tmp_path / "a", "a")  # type: ignore[arg-type]
+    with pytest.raises(MaisiError, match="scale factor"):
+        assemble({**parts, "unet": model_folder / "unet.safetensors"}, tmp_path / "a", "a")  # type: ignore[arg-type]
+    with pytest.raises(MaisiError, match="needs an autoencoder"):
+        assemble({"unet": parts["unet"]}, tmp_path / "a", "a")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(MaisiError, match="exists"):
+        assemble(parts, tmp_path / "a", "a")  # type: ignore[arg-type]
