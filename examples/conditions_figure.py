@@ -43,15 +43,15 @@ class Panel:
 
 BOTH = ("coronal", "sagittal")
 REGIONS = (
-    Panel(("head-neck",), (112, 80, 80), (4.0, 4.0, 4.0), BOTH),
-    Panel(("chest",), (112, 80, 80), (4.0, 4.0, 4.0), BOTH),
-    Panel(("chest", "abdomen"), (112, 80, 80), (4.0, 4.0, 4.0), BOTH),
-    Panel(("abdomen",), (112, 80, 80), (4.0, 4.0, 4.0), BOTH),
+    Panel(("head-neck",), (80, 64, 64), (6.0, 6.0, 6.0), BOTH),
+    Panel(("chest",), (80, 64, 64), (6.0, 6.0, 6.0), BOTH),
+    Panel(("chest", "abdomen"), (80, 64, 64), (6.0, 6.0, 6.0), BOTH),
+    Panel(("abdomen",), (80, 64, 64), (6.0, 6.0, 6.0), BOTH),
 )
 SPACINGS = (
-    Panel(("abdomen",), (80, 64, 64), (2.0, 2.0, 2.0), BOTH, SOFT_TISSUE),
-    Panel(("abdomen",), (80, 64, 64), (3.0, 3.0, 3.0), BOTH, SOFT_TISSUE),
-    Panel(("chest", "abdomen"), (160, 128, 128), (3.0, 3.0, 3.0), BOTH, SOFT_TISSUE),
+    Panel(("head-neck",), (80, 64, 64), (4.0, 4.0, 4.0), BOTH),
+    Panel(("head-neck",), (80, 64, 64), (6.0, 6.0, 6.0), BOTH),
+    Panel(("head-neck", "chest"), (80, 64, 128), (6.0, 6.0, 6.0), BOTH),
 )
 
 

@@ -18,17 +18,19 @@ def view(share: float, size: tuple[int, int, int], spacing_mm: float, *regions: 
 
 
 VIEWS = (
-    view(0.25, (112, 80, 80), 4.4, "head-neck"),
-    view(0.25, (80, 64, 64), 6.0, "head-neck"),
+    view(0.24, (112, 80, 80), 4.4, "head-neck"),
+    view(0.26, (80, 64, 64), 6.0, "head-neck"),
     view(0.10, (112, 80, 80), 4.4, "head-neck", "chest"),
     view(0.10, (80, 64, 64), 6.0, "head-neck", "chest"),
+    view(0.11, (80, 64, 64), 6.0, "chest"),
     view(0.10, (96, 80, 80), 4.2, "chest"),
     view(0.06, (128, 96, 64), 3.0, "chest"),
-    view(0.06, (128, 128, 128), 3.0, "chest"),
+    view(0.02, (128, 128, 128), 3.0, "chest"),
     view(0.05, (96, 80, 80), 4.2, "chest", "abdomen"),
     view(0.02, (128, 128, 128), 3.0, "chest", "abdomen"),
-    view(0.06, (96, 80, 80), 4.2, "abdomen"),
-    view(0.03, (128, 96, 64), 3.0, "abdomen"),
+    view(0.03, (80, 64, 64), 6.0, "abdomen"),
+    view(0.03, (96, 80, 80), 4.2, "abdomen"),
+    view(0.02, (128, 96, 64), 3.0, "abdomen"),
 )
 
 
