@@ -15,13 +15,14 @@ WIDE = Window("wide", 1600, -200)
 
 def main(out: Path, name: str = "tiny", count: int = 12) -> None:
     """Generate and draw."""
-    items = list(load(name).generate_many(count, region="head-neck", size=(80, 64, 64), spacing=(6, 6, 6), seed=0))
+    model = load(name)
+    items = list(model.generate_many(count, region="head-neck", size=(80, 64, 64), spacing=(6, 6, 6), seed=0))
     rows = [
         [Tile(item.image, plane, f"item {start + i}", WIDE) for i, item in enumerate(items[start : start + COLUMNS])]
         for start in range(0, count, COLUMNS)
         for plane in ("coronal", "sagittal")
     ]
-    contact_sheet(out, rows, title=f"Synthetic, not selected: {name}, head and neck, seed 0", px_per_mm=0.4)
+    contact_sheet(out, rows, title=f"Synthetic, not selected: {model.name}, head and neck, seed 0", px_per_mm=0.4)
 
 
 if __name__ == "__main__":
