@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maisi.config import Config, parse_config
+from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
 from maisi.volume import Array
 
@@ -35,6 +37,15 @@ class PreparedCase(Config):
     regions: tuple[str, ...] = ()
     modality: str = "ct"
     weight: float = 1.0
+
+    @property
+    def is_ct(self) -> bool:
+        """Whether the image is stored in HU; others are stored as networks see them."""
+        return self.modality.startswith("ct")
+
+    def network_values(self, stored: Array) -> NDArray[np.float32]:
+        """Turn values of the stored image, any shape, into what networks see, float32."""
+        return window_ct(stored) if self.is_ct else np.ascontiguousarray(stored, dtype=np.float32)
 
 
 class PreparedIndex(Config):

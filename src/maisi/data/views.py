@@ -25,7 +25,7 @@ from torch import Tensor
 from maisi.anatomy import EXTENSION, LABELS, LUNGS, REGION_MARKERS, REGIONS
 from maisi.config import Config, parse_config
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, Split
-from maisi.data.preprocess import resample_to_grid, window_ct
+from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path, write_json
 from maisi.volume import Array, Volume
@@ -37,9 +37,6 @@ LONGEST_GAP_MM = 300.0
 Triple = tuple[int, int, int]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, `4 X/4 Y/4 Z/4` each."""
-
-HEAD_NAMES = ("brainstem", "larynx", "mandible", "parotid gland left", "parotid gland right")
-"""Extension labels that mark the head and neck, beside the released vocabulary's markers."""
 
 
 class ViewConfig(Config):
@@ -109,9 +106,7 @@ class LatentFolder:
         try:
             values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise MaisiError(
-                f"{folder} holds no readable {INDEX}; make one with 'maisi prepare --autoencoder'."
-            ) from None
+            raise MaisiError(f"{folder} holds no readable {INDEX}; make one with 'maisi prepare --views'.") from None
         self.index = parse_config(LatentIndex, values, str(folder / INDEX))
         self.scale_factor = self.index.scale_factor
 
@@ -160,7 +155,7 @@ def cache_latents(
         plan = plan_view(case, kind, extents[case.id], rng, file)
         if not (out / file).exists():
             image, labels = draw_view(prepared, case, plan)
-            mean, log_variance = encode(torch.from_numpy(window_ct(image.array))[None, None])
+            mean, log_variance = encode(torch.from_numpy(case.network_values(image.array))[None, None])
             tensors = {"mean": mean, "log_variance": log_variance, "labels": torch.from_numpy(labels)}
             with atomic_path(out / file) as part:
                 save_file({k: v.contiguous() for k, v in tensors.items()}, part)
@@ -216,10 +211,11 @@ def plan_view(
 
 
 def draw_view(prepared: PreparedFolder, case: PreparedCase, plan: PlannedView) -> tuple[Volume, NDArray[np.uint8]]:
-    """Return the image in HU and the labels inside a planned box."""
+    """Return the image as it is stored and the labels inside a planned box."""
     affine = np.array(case.affine)
     like = Volume(np.broadcast_to(np.uint8(0), plan.row.shape), plan.grid)
-    seen = resample_to_grid(Volume(np.asarray(prepared.image(case)), affine), like, order=1, fill=-1000.0)
+    air = HU_MIN if case.is_ct else 0.0
+    seen = resample_to_grid(Volume(np.asarray(prepared.image(case)), affine), like, order=1, fill=air)
     mask = resample_to_grid(Volume(np.asarray(prepared.labels(case)), affine), like, order=0, fill=0).array
     if plan.mirrored:
         seen = seen.with_array(np.ascontiguousarray(seen.array[::-1]))
@@ -237,12 +233,9 @@ def region_extents(
     """
     step, origin = float(affine[2, 2]), float(affine[2, 3])
     volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    names = {label.name: label.id for label in (*LABELS, *EXTENSION)}
-    markers = {region: set(ids) for region, ids in REGION_MARKERS.items()}
-    markers["head-neck"] |= {names[name] for name in HEAD_NAMES}
     extents: dict[str, tuple[float, float]] = {}
     for region in REGIONS:
-        counts = np.isin(labels, list(markers[region])).sum(axis=(0, 1))
+        counts = np.isin(labels, REGION_MARKERS[region]).sum(axis=(0, 1))
         if counts.sum() * volume_ml < (250 if region == "chest" else 1):
             continue
         levels = np.flatnonzero(np.cumsum(counts) / counts.sum() > 0.01)

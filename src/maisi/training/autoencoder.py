@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from maisi.config import Config
 from maisi.data.prepared import PreparedCase, PreparedFolder
-from maisi.data.preprocess import window_ct
 from maisi.device import resolve_device
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -188,9 +187,7 @@ class AutoencoderStage:
         for n, wanted in zip(image.shape, self.run.validation_size, strict=True):
             size = min(n, wanted) // multiple * multiple
             index.append(slice((n - size) // 2, (n - size) // 2 + size))
-        values = image[tuple(index)]
-        array = window_ct(values) if case.modality == "ct" else np.asarray(values, dtype=np.float32)
-        return torch.from_numpy(np.ascontiguousarray(array))[None, None]
+        return torch.from_numpy(case.network_values(image[tuple(index)]))[None, None]
 
     def checkpoint(self) -> Checkpoint:
         """Both networks and their optimizers."""

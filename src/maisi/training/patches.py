@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from maisi.config import Config
 from maisi.data.prepared import PreparedCase, PreparedFolder, Split
-from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
 from maisi.training.state import step_rng
 from maisi.volume import Array
@@ -73,7 +72,4 @@ class PatchSource:
         start = [int(rng.integers(min(0, n - s), max(0, n - s) + 1)) for n, s in zip(image.shape, size, strict=True)]
         inside = tuple(slice(max(0, a), min(n, a + s)) for a, s, n in zip(start, size, image.shape, strict=True))
         margins = [(max(0, -a), max(0, a + s - n)) for a, s, n in zip(start, size, image.shape, strict=True)]
-        values = image[inside]
-        if case.modality == "ct":
-            values = window_ct(values)
-        return np.pad(np.asarray(values, dtype=np.float32), margins)
+        return np.pad(case.network_values(image[inside]), margins)
