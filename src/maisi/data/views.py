@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy import ndimage
 from torch import Tensor
 
 from maisi.anatomy import EXTENSION, LABELS, LUNGS, REGION_MARKERS, REGIONS
@@ -51,6 +52,8 @@ class ViewConfig(Config):
         mirror: whether cases of the head and neck alone are mirrored left to right half of the time (labels
             change sides with it). The trunk is never mirrored.
         regions: only cases that have one of these; empty is all.
+        min_body_mm: only cases whose body is at least this large from right to left, back to front and bottom to top;
+            leaves out scans of which only a part was kept.
     """
 
     size: Triple
@@ -60,6 +63,7 @@ class ViewConfig(Config):
     rotate_degrees: float = Field(default=0.0, ge=0)
     mirror: bool = False
     regions: tuple[str, ...] = ()
+    min_body_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class LatentView(Config):
@@ -138,10 +142,12 @@ def cache_latents(
     A view depends on `seed`, its case and its number alone, so an interrupted run continues where it was.
     """
     out.mkdir(parents=True, exist_ok=True)
+    bodies = {case.id: body_extent_mm(prepared.labels(case), case.spacing_mm) for case in prepared.index.cases}
     jobs = [
         (case, kind, number, copy)
         for case in prepared.index.cases
         for number, kind in enumerate(kinds)
+        if all(have >= least for have, least in zip(bodies[case.id], kind.min_body_mm, strict=True))
         for copy in range(_copies(case, kind, number, seed))
     ]
     extents = {
@@ -263,6 +269,15 @@ def _without_gaps(extents: Mapping[str, tuple[float, float]], end: float) -> dic
     if found[0] == "head-neck":
         filled["head-neck"] = (filled["head-neck"][0], end)
     return filled
+
+
+def body_extent_mm(labels: Array, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Size of the smallest box around everything labelled (the body and what is in it), mm along each axis."""
+    box = ndimage.find_objects((np.asarray(labels) > 0).astype(np.int8))
+    if not box:
+        return (0.0, 0.0, 0.0)
+    x, y, z = ((part.stop - part.start) * step for part, step in zip(box[0], spacing_mm, strict=True))
+    return (x, y, z)
 
 
 def regions_of_box(extents: Mapping[str, tuple[float, float]], bottom: float, top: float) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from maisi.anatomy import TUMORS
 from maisi.networks.controlnet import ControlNet, ControlNetConfig
 from maisi.networks.unet import TrunkConfig, UNet
-from maisi.training.denoising import LAYOUT, DenoisingRun, DenoisingStage
+from maisi.training.denoising import DenoisingRun, DenoisingStage
 from maisi.training.latents import LatentBatch, mask_tensor
 from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.pictures import label_planes
@@ -59,7 +59,7 @@ class ControlNetStage(DenoisingStage):
             torch.manual_seed(run.loop.seed)
             control = _initial(run, unet)
         super().__init__(run, control, ControlNet(control.config), with_labels=True)
-        self.unet: nn.Module = unet.requires_grad_(False).to(self.device, memory_format=LAYOUT)  # type: ignore[call-overload]
+        self.unet: nn.Module = unet.requires_grad_(False).to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
         """The U-Net's prediction under the control of `network`."""
@@ -67,9 +67,9 @@ class ControlNetStage(DenoisingStage):
         return self._controlled(network, x, times, batch, batch.labels)
 
     def _controlled(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch, labels: Tensor) -> Tensor:
-        bits = mask_tensor(labels).to(self.device).contiguous(memory_format=LAYOUT)
+        bits = mask_tensor(labels).to(self.device).contiguous(memory_format=self.layout)
         with self.autocast():
-            x = x.contiguous(memory_format=LAYOUT)
+            x = x.contiguous(memory_format=self.layout)
             residuals = network(x, times, bits, modality=batch.conditions["modality"])
             prediction: Tensor = self.unet(x, times, residuals=residuals, **batch.conditions)
         return prediction.float()

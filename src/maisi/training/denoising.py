@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from maisi.config import Config
-from maisi.device import resolve_device
+from maisi.device import feature_layout, resolve_device
 from maisi.diffusion.ddpm import DDPM
 from maisi.diffusion.process import Process
 from maisi.diffusion.rectified_flow import RectifiedFlow
@@ -27,8 +27,6 @@ from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.pictures import three_planes
 from maisi.training.state import Checkpoint, step_generator
 from maisi.weights.load import load_network, save_network
-
-LAYOUT = torch.channels_last_3d
 
 
 class DenoisingRun(Config):
@@ -63,12 +61,13 @@ class DenoisingStage(ABC):
         self.settings = run
         self.seed = run.loop.seed
         self.device = resolve_device(run.loop.device)
+        self.layout = feature_layout(self.device, run.loop.dtype)
         self.process: Process = run.process
         told = run.batches.model_copy(update={"drop_regions": 0.0})
         self.source = LatentSource(run.data, "train", run.batches, self.seed, with_labels)
         self.held_out = LatentSource(run.data, "validation", told, self.seed, with_labels)
-        self.network: nn.Module = network.to(self.device, memory_format=LAYOUT)  # type: ignore[call-overload]
-        self.averaged: nn.Module = averaged.to(self.device, memory_format=LAYOUT)  # type: ignore[call-overload]
+        self.network: nn.Module = network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.averaged: nn.Module = averaged.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.trainee = Trainee(self.part, self.network, run.optimizer, run.loop.steps)
 
     @abstractmethod

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from maisi.networks.unet import UNet, UNetConfig
-from maisi.training.denoising import LAYOUT, DenoisingRun, DenoisingStage
+from maisi.training.denoising import DenoisingRun, DenoisingStage
 from maisi.training.latents import LatentBatch
 from maisi.training.losses import weighted_l1
 from maisi.weights.load import load_network
@@ -44,7 +44,7 @@ class DiffusionStage(DenoisingStage):
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
         """The U-Net's prediction."""
         with self.autocast():
-            prediction: Tensor = network(x.contiguous(memory_format=LAYOUT), times, **batch.conditions)
+            prediction: Tensor = network(x.contiguous(memory_format=self.layout), times, **batch.conditions)
         return prediction.float()
 
     def losses(

@@ -49,6 +49,11 @@ class LoopConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = Field(default=0, ge=0)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of feature maps."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
 
 class Stage(Protocol):
     """What the loop trains."""

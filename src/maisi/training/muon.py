@@ -93,12 +93,21 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Return about the nearest matrix with orthonormal rows or columns: singular values come to 0.7 to 1.2."""
+    """Return about the nearest matrix with orthonormal rows or columns: singular values come to 0.7 to 1.2.
+
+    Every iterate is a polynomial in the small Gram matrix times `matrix`, so the iterations run on Gram matrices and the
+    long side is multiplied twice in all, not in each of them.
+    """
     a, b, c = NEWTON_SCHULZ
     x: Tensor = matrix / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
+    gram = x @ x.T
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    product = identity
     for _ in range(iterations):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     return x.T if tall else x

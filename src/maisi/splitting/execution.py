@@ -1,0 +1,179 @@
+"""Running a chain of layers on a cut map: which maps are stored, in how many parts, and when they are let go.
+
+Between two stored maps everything is computed part by part: the activation, the convolution and the sum of a residual
+block never exist whole. Under autograd each part's computation is a checkpoint, so that training keeps the stored maps
+alone. Knows no autoencoder and no budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from maisi.layers.blocks import Downsample, ResidualBlock, Upsample
+from maisi.splitting.layers import (
+    Activated,
+    Activation,
+    Convolved,
+    Doubled,
+    Moments,
+    Sum,
+    TransposedConvolved,
+)
+from maisi.splitting.maps import FeatureMap, Parts, Store, cuts
+
+
+class Group(Protocol):
+    """Several processes that hold a stretch of rows of each map; see `maisi.splitting.processes`."""
+
+    rank: int
+    size: int
+
+    def merged(self, moments: Moments) -> Moments:
+        """Statistics of all processes' rows."""
+
+    def edges(self, first: Tensor, last: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Give the neighbours my first and last row; get the row before mine and the one after."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a network is run.
+
+    Attributes:
+        parts: parts of each map (of this process's share of it).
+        devices: the parts of a map are spread over these in order.
+        store: where the parts of stored maps wait.
+        recompute: do not store what an upsampling makes, the widest maps of a decoder; compute its rows anew each of
+            the three times they are needed. Less memory for more time.
+        share: this process's rows of the maps, as numerators of `denominator` (see `shared`).
+        group: the processes that hold the other rows.
+    """
+
+    parts: int = 1
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
+    store: Store = Store()
+    recompute: bool = False
+    share: tuple[int, int] = (0, 1)
+    denominator: int = 1
+    group: Group | None = None
+
+    def shared(self, bounds: Sequence[int]) -> Execution:
+        """For the process `group.rank`, whose rows are from bounds[rank] to bounds[rank + 1] of bounds[-1]."""
+        assert self.group is not None
+        mine = (bounds[self.group.rank], bounds[self.group.rank + 1])
+        return replace(self, share=mine, denominator=bounds[-1])
+
+    def stretches(self, size: int) -> list[tuple[int, int]]:
+        """Rows of each part, of this process's share of a map of `size` rows."""
+        start, stop = (size * n // self.denominator for n in self.share)
+        return cuts(start, stop, self.parts)
+
+    def run(self, blocks: Sequence[nn.Module], source: FeatureMap, dtype: torch.dtype | None = None) -> FeatureMap:
+        """Chain `blocks` after `source`; the result's rows are still to be asked for.
+
+        Args:
+            blocks: convolutions, residual blocks, up- and downsamplings, and group norms right before a convolution.
+            source: rows of the chain's input; it is read twice where a norm comes first, and released on the way.
+            dtype: precision of the last convolution; None is that of the weights.
+        """
+        x, moments = source, None
+        for index, block in enumerate(blocks):
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            normed = isinstance(following, nn.GroupNorm | ResidualBlock)
+            if isinstance(block, nn.GroupNorm):
+                assert moments is not None
+                x = Activated(x, Activation(block, moments, silu=False))
+                continue
+            if isinstance(block, nn.Conv3d):
+                made: FeatureMap = Convolved(x, block, dtype=dtype if following is None else None)
+            elif isinstance(block, ResidualBlock):
+                assert moments is not None
+                made = self._residual(block, x, moments)
+            elif isinstance(block, Downsample):
+                made = Convolved(x, block.conv, far_pad=1)
+            elif isinstance(block, Upsample):
+                made = _upsampled(block, x)
+            else:
+                raise TypeError(f"splitting does not know the layer {type(block).__name__}")
+            if following is None:
+                return made
+            if isinstance(block, Upsample) and self.recompute:
+                x, moments = made, self._moments(made) if normed else None
+            else:
+                x, moments = self._stored(made, normed, release=True)
+        return x
+
+    def pieces(self, x: FeatureMap) -> Iterator[tuple[int, int, Tensor]]:
+        """Compute the parts of a map one after the other: first row, end, `B C X Y Z`; release what they came from."""
+        stretches = self.stretches(x.size)
+        for index, (start, stop) in enumerate(stretches):
+            device = self.devices[index * len(self.devices) // len(stretches)]
+            yield start, stop, self._rows(x, start, stop, device)
+            if not torch.is_grad_enabled():
+                x.release(stop)
+
+    def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments) -> FeatureMap:
+        inner = Convolved(Activated(x, Activation(block.norm1, moments)), block.conv1)
+        h, h_moments = self._stored(inner, True, release=False)
+        assert h_moments is not None
+        outer = Convolved(Activated(h, Activation(block.norm2, h_moments)), block.conv2)
+        shortcut = x if isinstance(block.shortcut, nn.Identity) else Convolved(x, block.shortcut)  # type: ignore[arg-type]
+        return Sum(outer, shortcut)
+
+    def _stored(self, x: FeatureMap, normed: bool, release: bool) -> tuple[Parts, Moments | None]:
+        """Compute all parts of a map and let them wait; with the map's statistics if a norm follows."""
+        parts, found = Parts(x.axis, x.size), []
+        stretches = self.stretches(x.size)
+        edge_rows: list[Tensor] = []
+        for index, (start, stop) in enumerate(stretches):
+            device = self.devices[index * len(self.devices) // len(stretches)]
+            made = self._rows(x, start, stop, device)
+            if normed:
+                found.append(Moments.of(made))
+            if self.group is not None and index in (0, len(stretches) - 1):
+                edge_rows += [made.narrow(x.dim, 0, 1), made.narrow(x.dim, stop - start - 1, 1)]
+            parts.add(start, stop, self.store.put(made, x.axis))
+            del made
+            if release and not torch.is_grad_enabled():
+                x.release(stop)
+        if self.group is not None:
+            before, after = self.group.edges(edge_rows[0].contiguous(), edge_rows[-1].contiguous())
+            for row, place in ((before, stretches[0][0] - 1), (after, stretches[-1][1])):
+                if row is not None:
+                    parts.add(place, place + 1, self.store.put(row, x.axis))
+        return parts, self._joint(found) if normed else None
+
+    def _moments(self, x: FeatureMap) -> Moments:
+        """Statistics of a map that is not stored."""
+        stretches = self.stretches(x.size)
+        found = []
+        for index, (start, stop) in enumerate(stretches):
+            device = self.devices[index * len(self.devices) // len(stretches)]
+            found.append(Moments.of(self._rows(x, start, stop, device)))
+        return self._joint(found)
+
+    def _joint(self, found: Sequence[Moments]) -> Moments:
+        mine = reduce(Moments.merged, found)
+        return mine if self.group is None else self.group.merged(mine)
+
+    @staticmethod
+    def _rows(x: FeatureMap, start: int, stop: int, device: torch.device) -> Tensor:
+        compute = partial(x.rows, start, stop, device)
+        if not torch.is_grad_enabled():
+            return compute()
+        made: Tensor = checkpoint(compute, use_reentrant=False)
+        return made
+
+
+def _upsampled(block: Upsample, x: FeatureMap) -> FeatureMap:
+    if block.mode == "trilinear":
+        assert isinstance(block.conv, nn.Conv3d)
+        return Convolved(Doubled(x), block.conv)
+    return TransposedConvolved(x, block.conv, folded=block.mode == "nearest")

@@ -1,0 +1,210 @@
+"""The layers of the autoencoder on cut feature maps, exact: halos for convolutions, joint statistics for norms.
+
+Each class here is a map that is computed from others when rows of it are asked for. Nothing is approximated: what a
+convolution lacks at a part's edge it asks its neighbour for, and a group norm uses the mean and variance of the whole
+map. Knows no file, no plan and no process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maisi.layers.blocks import folded_kernel
+from maisi.splitting.maps import FIRST_SPATIAL_DIM, FeatureMap
+
+_COPIES: WeakKeyDictionary[Tensor, dict[torch.device, Tensor]] = WeakKeyDictionary()
+
+
+def on(parameter: Tensor, device: torch.device) -> Tensor:
+    """A parameter on a device, copied there once."""
+    if parameter.device == device or parameter.requires_grad:
+        return parameter.to(device)
+    copies = _COPIES.setdefault(parameter, {})
+    if device not in copies:
+        copies[device] = parameter.to(device)
+    return copies[device]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Statistics of the channels of some rows: values each channel has, mean and sum of squared deviations (B, C)."""
+
+    count: int
+    mean: Tensor
+    deviations: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Of all rows of a tensor, in float32 (float64 for float64), on its device."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        variance, mean = torch.var_mean(wide, dim=(2, 3, 4), correction=0)
+        count = x[0, 0].numel()
+        return cls(count, mean.double(), variance.double() * count)
+
+    def merged(self, other: Moments) -> Moments:
+        """Of both together (Chan et al. 1979)."""
+        count = self.count + other.count
+        mean, deviations = other.mean.to(self.mean.device), other.deviations.to(self.mean.device)
+        difference = mean - self.mean
+        return Moments(
+            count,
+            self.mean + difference * (other.count / count),
+            self.deviations + deviations + difference.square() * (self.count * other.count / count),
+        )
+
+
+class Activation:
+    """Group norm with the statistics of the whole map, then SiLU."""
+
+    def __init__(self, norm: nn.GroupNorm, moments: Moments, silu: bool = True) -> None:
+        batch, channels = moments.mean.shape
+        mean = moments.mean.unflatten(1, (norm.num_groups, -1))
+        spread = moments.deviations.unflatten(1, (norm.num_groups, -1)) / moments.count
+        joint = mean.mean(2, keepdim=True)
+        variance = (spread + (mean - joint).square()).mean(2, keepdim=True)
+        self.norm, self.silu = norm, silu
+        self.mean = joint.expand_as(mean).reshape(batch, channels)
+        self.variance = variance.expand_as(mean).reshape(batch, channels)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`B C X Y Z` -> the same, in the same precision; a new tensor."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mean, variance = self.mean.to(x.device, wide), self.variance.to(x.device, wide)
+        weight, bias = on(self.norm.weight, x.device).to(wide), on(self.norm.bias, x.device).to(wide)
+        if not torch.is_grad_enabled() and len(x) == 1:
+            # with fixed statistics a group norm is a batch norm, whose kernel rounds once and needs no scratch
+            y = F.batch_norm(x, mean[0], variance[0], weight, bias, False, 0.0, self.norm.eps)
+        else:
+            scale = weight * torch.rsqrt(variance + self.norm.eps)
+            shift = bias - mean * scale
+            shape = (*scale.shape, 1, 1, 1)
+            y = torch.addcmul(shift.reshape(shape), x, scale.reshape(shape)).to(x.dtype)
+        return F.silu(y, inplace=not torch.is_grad_enabled()) if self.silu else y
+
+
+class Activated(FeatureMap):
+    """A map after norm and SiLU."""
+
+    def __init__(self, base: FeatureMap, activation: Activation) -> None:
+        self.base, self.activation = base, activation
+        self.axis, self.size = base.axis, base.size
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Those of the base, activated."""
+        return self.activation(self.base.rows(start, stop, device))
+
+    def release(self, before: int) -> None:
+        """Pass it on."""
+        self.base.release(before)
+
+
+class Convolved(FeatureMap):
+    """A map after a convolution; `far_pad` zeros are added at the end of every axis first."""
+
+    def __init__(self, base: FeatureMap, conv: nn.Conv3d, far_pad: int = 0, dtype: torch.dtype | None = None) -> None:
+        self.base, self.conv, self.far_pad, self.dtype = base, conv, far_pad, dtype
+        self.axis = base.axis
+        self.kernel, self.stride = conv.kernel_size[self.axis], conv.stride[self.axis]
+        self.padding = int(conv.padding[self.axis])
+        self.size = (base.size + far_pad + 2 * self.padding - self.kernel) // self.stride + 1
+
+    def _reach(self, start: int, stop: int) -> tuple[int, int]:
+        """Rows of the base for those of the output; may lie outside it."""
+        return start * self.stride - self.padding, (stop - 1) * self.stride - self.padding + self.kernel
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Halo rows come from the base; zeros stand for what lies outside it."""
+        first, end = self._reach(start, stop)
+        x = self.base.rows(max(first, 0), min(end, self.base.size), device)
+        before, after = max(0, -first), max(0, end - self.base.size)
+        weight, bias = on(self.conv.weight, device), on(self.conv.bias, device)
+        if self.dtype is not None:
+            x, weight, bias = x.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype)
+        padding = list(self.conv.padding)
+        padding[self.axis] = before if before == after else 0
+        ends = [(0, self.far_pad)] * 3
+        ends[self.axis] = (0, 0) if before == after else (before, after)
+        if any(ends_of_axis != (0, 0) for ends_of_axis in ends):
+            x = F.pad(x, [n for pair in reversed(ends) for n in pair])
+        return F.conv3d(x, weight, bias, self.conv.stride, padding)
+
+    def release(self, before: int) -> None:
+        """Rows below the reach of `before` are done with."""
+        self.base.release(self._reach(before, before + 1)[0])
+
+
+class TransposedConvolved(FeatureMap):
+    """A map after a transposed convolution that doubles its axes: with a kernel of 3, or a folded one of 4."""
+
+    def __init__(self, base: FeatureMap, conv: nn.Module, folded: bool) -> None:
+        self.base, self.conv, self.folded = base, conv, folded
+        self.axis, self.size = base.axis, 2 * base.size
+        self.kernel = 4 if folded else 3
+
+    def _reach(self, start: int, stop: int) -> tuple[int, int]:
+        """Output row o takes from base rows i with o = 2 i - 1 + k, 0 <= k < kernel."""
+        return -((self.kernel - 2 - start) // 2), stop // 2 + 1
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """The convolution without padding along the cut axis gives rows 2 first - 1 and on."""
+        first, end = self._reach(start, stop)
+        first, end = max(first, 0), min(end, self.base.size)
+        x = self.base.rows(first, end, device)
+        assert isinstance(self.conv, nn.Conv3d | nn.ConvTranspose3d)
+        weight, bias = on(self.conv.weight, device), on(self.conv.bias, device)  # type: ignore[arg-type]
+        weight = folded_kernel(weight) if self.folded else weight
+        padding, extra = [1, 1, 1], [0 if self.folded else 1] * 3
+        padding[self.axis] = extra[self.axis] = 0
+        y = F.conv_transpose3d(x, weight, bias, stride=2, padding=padding, output_padding=extra)
+        return y.narrow(self.dim, start - (2 * first - 1), stop - start)
+
+    def release(self, before: int) -> None:
+        """Rows below the reach of `before` are done with."""
+        self.base.release(self._reach(before, before + 1)[0])
+
+
+class Doubled(FeatureMap):
+    """A map interpolated trilinearly to twice its size."""
+
+    def __init__(self, base: FeatureMap) -> None:
+        self.base = base
+        self.axis, self.size = base.axis, 2 * base.size
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """One row more than needed on each side, whose own edges are then cut off."""
+        first, end = max((start - 1) // 2, 0), min(stop // 2 + 1, self.base.size)
+        x = F.interpolate(self.base.rows(first, end, device), scale_factor=2.0, mode="trilinear")
+        return x.narrow(self.dim, start - 2 * first, stop - start)
+
+    def release(self, before: int) -> None:
+        """Rows below the reach of `before` are done with."""
+        self.base.release((before - 1) // 2)
+
+
+class Sum(FeatureMap):
+    """Two maps added."""
+
+    def __init__(self, first: FeatureMap, second: FeatureMap) -> None:
+        self.first, self.second = first, second
+        self.axis, self.size = first.axis, first.size
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Both, added; the first is computed, so it may be written to."""
+        x, y = self.first.rows(start, stop, device), self.second.rows(start, stop, device)
+        return x + y if torch.is_grad_enabled() else x.add_(y)
+
+    def release(self, before: int) -> None:
+        """Pass it on."""
+        self.first.release(before)
+        self.second.release(before)
+
+
+def spatial(x: Tensor) -> Sequence[int]:
+    """X, Y, Z of a tensor."""
+    return x.shape[FIRST_SPATIAL_DIM:]

@@ -1,0 +1,185 @@
+"""Feature maps cut along one axis: what they can be asked for, and where their parts wait. Knows no layer.
+
+A map is `B C X Y Z`; its cut axis is X, Y or Z, and a *row* is everything at one index of that axis. Whoever needs a
+map asks for rows; whether they lie in memory, wait on a disk or are computed on the spot is the map's own business.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Storage = Literal["device", "host", "disk"]
+"""Where parts wait: on the device that made them, in the machine's memory, or in files."""
+
+FIRST_SPATIAL_DIM = 2
+
+
+class FeatureMap(ABC):
+    """A map along its cut axis.
+
+    Attributes:
+        axis: 0, 1 or 2 for X, Y, Z.
+        size: rows.
+    """
+
+    axis: int
+    size: int
+
+    @abstractmethod
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Rows start to stop - 1, `0 <= start < stop <= size`, on a device."""
+
+    def release(self, before: int) -> None:  # noqa: B027
+        """Say that rows below `before` will not be asked for again."""
+
+    @property
+    def dim(self) -> int:
+        """The cut axis among a tensor's dimensions."""
+        return FIRST_SPATIAL_DIM + self.axis
+
+
+class Whole(FeatureMap):
+    """A map that lies in memory as one tensor."""
+
+    def __init__(self, tensor: Tensor, axis: int) -> None:
+        self.tensor, self.axis = tensor, axis
+        self.size = tensor.shape[FIRST_SPATIAL_DIM + axis]
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """A view where possible."""
+        return self.tensor.narrow(self.dim, start, stop - start).to(device)
+
+
+class Read(FeatureMap):
+    """A map that somebody else brings, row by row; `read(start, stop)` gives `B C X Y Z`."""
+
+    def __init__(self, read: Callable[[int, int], Tensor], axis: int, size: int) -> None:
+        self.read, self.axis, self.size = read, axis, size
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Ask for them."""
+        return self.read(start, stop).to(device)
+
+
+class Waiting(Protocol):
+    """One part of a stored map."""
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Rows of this part, counted from its own first one."""
+
+    def drop(self) -> None:
+        """Give up what it takes."""
+
+
+@dataclass
+class InMemory:
+    """A part that waits as a tensor."""
+
+    tensor: Tensor
+    dim: int
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """See `Waiting`."""
+        return self.tensor.narrow(self.dim, start, stop - start).to(device)
+
+    def drop(self) -> None:
+        """See `Waiting`."""
+        self.tensor = self.tensor.new_empty(0)
+
+
+class OnDisk:
+    """A part that waits in a file, its rows one after the other, so that a few are read without the rest."""
+
+    def __init__(self, tensor: Tensor, dim: int, folder: Path) -> None:
+        first = tensor.movedim(dim, 0).contiguous().cpu()
+        self.dim, self.dtype, self.shape = dim, first.dtype, first.shape[1:]
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False) as file:
+            self.path = Path(file.name)
+            self._finalizer = weakref.finalize(self, self.path.unlink, missing_ok=True)
+            first.view(torch.uint8).numpy().tofile(file)
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """See `Waiting`."""
+        row_bytes = math.prod(self.shape) * self.dtype.itemsize
+        count = (stop - start) * row_bytes
+        raw = np.fromfile(self.path, np.uint8, count=count, offset=start * row_bytes)
+        values = torch.from_numpy(raw).view(self.dtype).reshape(stop - start, *self.shape)
+        return values.movedim(0, self.dim).to(device)
+
+    def drop(self) -> None:
+        """See `Waiting`."""
+        self._finalizer()
+
+
+class Parts(FeatureMap):
+    """A stored map: parts in order, each a stretch of rows. A process of several holds its own stretch and edges."""
+
+    def __init__(self, axis: int, size: int) -> None:
+        self.axis, self.size = axis, size
+        self._parts: list[tuple[int, int, Waiting]] = []
+
+    def add(self, start: int, stop: int, part: Waiting) -> None:
+        """Put a part in; in any order, without overlap."""
+        self._parts.append((start, stop, part))
+        self._parts.sort(key=lambda entry: entry[0])
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Cut them out of the parts they lie in.
+
+        Raises:
+            ValueError: they are not here (any more).
+        """
+        pieces, position = [], start
+        for first, end, part in self._parts:
+            if first <= position < min(end, stop):
+                upto = min(end, stop)
+                pieces.append(part.rows(position - first, upto - first, device))
+                position = upto
+        if position != stop:
+            raise ValueError(f"rows {position} to {stop} of a map of {self.size} are not here")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def release(self, before: int) -> None:
+        """Drop the parts that end there."""
+        for _, end, part in self._parts:
+            if end <= before:
+                part.drop()
+        self._parts = [entry for entry in self._parts if entry[1] > before]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where parts are put.
+
+    Attributes:
+        storage: see `Storage`.
+        folder: for "disk": an existing folder; files are removed with their part.
+    """
+
+    storage: Storage = "device"
+    folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+    def put(self, tensor: Tensor, axis: int) -> Waiting:
+        """Let a part wait."""
+        dim = FIRST_SPATIAL_DIM + axis
+        if self.storage == "disk":
+            return OnDisk(tensor, dim, self.folder)
+        return InMemory(tensor.cpu() if self.storage == "host" else tensor, dim)
+
+
+def cuts(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
+    """Cut rows into as many even stretches as asked for, none of them empty: fewer where there are fewer rows."""
+    count = max(1, min(parts, stop - start))
+    marks = [start + (stop - start) * i // count for i in range(count + 1)]
+    return list(zip(marks[:-1], marks[1:], strict=True))
