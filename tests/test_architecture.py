@@ -17,7 +17,7 @@ LEVELS = (
     ("errors", "config", "volume", "anatomy", "conditions", "request"),
     ("io", "layers", "device"),
     ("networks", "diffusion"),
-    ("data", "weights"),
+    ("data", "weights", "splitting"),
     ("training", "generation"),
     ("evaluation", "presets"),
     ("cli",),

@@ -77,6 +77,14 @@ def _running(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")(command)
 
 
+def _budgeted(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say how much memory may be used."""
+    help = "Print how it would be done and the memory that takes, and do nothing else."
+    command = click.option("--plan", "only_plan", is_flag=True, help=help)(command)
+    help = "What the process may use, such as 6GiB.  [default: all that is free]"
+    return click.option("--memory", metavar="AMOUNT", help=help)(command)
+
+
 def _grid_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say what a volume shows and how it is sampled."""
     command = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same volume.")(command)
@@ -104,8 +112,11 @@ def cli() -> None:
 @click.option("--fov", default="given", show_default=True, help="given, or auto: size and spacing from the regions.")
 @click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR the model knows.")
 @_running
+@_budgeted
 @_output("Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.")
-def generate(output: Path, device: str, precision: str, first: int, **wishes: Any) -> None:
+def generate(
+    output: Path, device: str, precision: str, memory: str | None, only_plan: bool, first: int, **wishes: Any
+) -> None:
     """Make synthetic volumes.
 
     \b
@@ -120,13 +131,19 @@ def generate(output: Path, device: str, precision: str, first: int, **wishes: An
     from maisi.generation.job import make_job
     from maisi.weights.registry import find_model
 
+    limit = _memory(memory)
     folder = find_model(request.model)
     job = make_job(request, folder.config)
     place = _destination(output, job, folder, first)
     for note in job.notes:
         click.echo(f"Note: {note}", err=True)
+    if only_plan:
+        from maisi.generation.pipeline import Model
+
+        click.echo(str(Model(folder, device, precision, limit).footprint(job)))
+        return
     if place.missing:
-        _make_items(job, place, folder, device, precision)
+        _make_items(job, place, folder, device, precision, limit)
     click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
 
 
@@ -145,10 +162,18 @@ def _destination(output: Path, job: Job, folder: ModelFolder, first: int) -> Des
     return destination(output, order, range(first, first + request.count))
 
 
-def _make_items(job: Job, place: Destination, folder: ModelFolder, device: str, precision: str) -> None:
+def _memory(text: str | None) -> int | None:
+    from maisi.device import parse_memory
+
+    return None if text is None else parse_memory(text)
+
+
+def _make_items(
+    job: Job, place: Destination, folder: ModelFolder, device: str, precision: str, memory: int | None
+) -> None:
     from maisi.generation.pipeline import Model
 
-    model = Model(folder, device, precision)
+    model = Model(folder, device, precision, memory)
     model.prepare(job)
     place.begin()
     try:
@@ -278,23 +303,35 @@ _MADE_BY = "autoencoder_sha256"
 @_autoencoder_options
 @click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR (mri, mri_t1, ...).")
 @_running
+@_budgeted
 def encode(
-    image: Path, output: Path, model: str | None, autoencoder: Path | None, modality: str, device: str, precision: str
+    image: Path,
+    output: Path,
+    model: str | None,
+    autoencoder: Path | None,
+    modality: str,
+    memory: str | None,
+    only_plan: bool,
+    **where: str,
 ) -> None:
     """Turn IMAGE into latents: mean and log_variance, float32, 4 x X/4 x Y/4 x Z/4."""
     from maisi.anatomy import parse_modality
     from maisi.io.nifti import read_volume
 
     _require_new(output, ".safetensors")
-    modality = parse_modality(modality)
+    modality, limit = parse_modality(modality), _memory(memory)
     path = _autoencoder_file(model, autoencoder)
     volume = read_volume(image)
     from maisi.data.latents import save_latent
     from maisi.generation import codec
     from maisi.weights.load import sha256
 
+    plan = codec.file_plan(path, "encode", volume.to_ras().shape, memory=limit, **where)
+    if only_plan:
+        click.echo(str(plan))
+        return
     notes = {_MADE_BY: sha256(path)}
-    latent = codec.encode(codec.load_autoencoder(path, device, precision), volume, modality, notes)
+    latent = codec.encode(codec.load_autoencoder(path, **where), volume, modality, notes, plan)
     save_latent(output, latent)
     click.echo(f"{output}: {' x '.join(map(str, latent.mean.shape))}")
 
@@ -304,8 +341,15 @@ def encode(
 @_output("Image to make (.nii.gz, .nii or .nrrd).")
 @_autoencoder_options
 @_running
+@_budgeted
 def decode(
-    latent: Path, output: Path, model: str | None, autoencoder: Path | None, device: str, precision: str
+    latent: Path,
+    output: Path,
+    model: str | None,
+    autoencoder: Path | None,
+    memory: str | None,
+    only_plan: bool,
+    **where: str,
 ) -> None:
     """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place."""
     from maisi.data.latents import load_latent
@@ -313,13 +357,17 @@ def decode(
     from maisi.weights.load import sha256
 
     _require_new(output, *_VOLUME_ENDINGS)
-    path = _autoencoder_file(model, autoencoder)
+    path, limit = _autoencoder_file(model, autoencoder), _memory(memory)
     read = load_latent(latent)
     if read.notes.get(_MADE_BY, sha256(path)) != sha256(path):
         click.echo("Note: the latent was made with another autoencoder.", err=True)
     from maisi.generation import codec
 
-    volume = codec.decode(codec.load_autoencoder(path, device, precision), read)
+    plan = codec.file_plan(path, "decode", read.size, memory=limit, **where)
+    if only_plan:
+        click.echo(str(plan))
+        return
+    volume = codec.decode(codec.load_autoencoder(path, **where), read, plan)
     write_volume(output, volume, description="decoded by maisi from latents", synthetic=False)
     click.echo(f"{output}: {' x '.join(map(str, volume.shape))}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import psutil
@@ -74,6 +75,28 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the bytes that this process uses on the device (for Apple's GPU and the CPU: in the machine)."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def parse_memory(text: str) -> int:
+    """Turn '6GiB', '800 MB' or '6g' (GiB) into bytes.
+
+    Raises:
+        MaisiError: that is no amount of memory.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if found is None or float(found[1]) == 0:
+        raise MaisiError(f"'{text}' is no amount of memory; write it like 6GiB or 800MB.")
+    base = 1000 if found[3] == "b" and found[2] else 1024
+    return int(float(found[1]) * base ** " kmgt".index(found[2] or " "))
 
 
 def peak_memory(device: torch.device) -> int:

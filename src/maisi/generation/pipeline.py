@@ -8,9 +8,11 @@ of five has the same bytes as item 3 made alone (on the same machine, device and
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,21 +23,22 @@ from torch import Tensor, nn
 
 from maisi.conditions import Conditions, mask_bits, stack
 from maisi.config import parse_config
-from maisi.device import free_memory, peak_memory, resolve_device, resolve_precision
+from maisi.device import feature_layout, parse_memory, peak_memory, resolve_device, resolve_precision
 from maisi.diffusion.guidance import guided
 from maisi.diffusion.process import Process, process_from_config
 from maisi.diffusion.sampler import Denoiser, sample
 from maisi.errors import MaisiError
 from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
-from maisi.generation.memory import decoding_bytes, require_memory
 from maisi.generation.output import Item
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet
 from maisi.networks.unet import UNet
 from maisi.request import Request, item_seed
+from maisi.splitting.forecast import forecast, scratch_of
+from maisi.splitting.plan import FIXED_BYTES, Plan, budget_beside, gib
 from maisi.volume import Volume
-from maisi.weights.load import read_header
+from maisi.weights.load import build_network, read_header
 from maisi.weights.registry import ModelFolder, Part, find_model
 
 Triple = tuple[int, int, int]
@@ -43,27 +46,55 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage ("denoise", "decode"), steps done and steps in all."""
 
 
-def load(name_or_folder: str | Path = "tiny", device: str = "auto", precision: str = "auto") -> Model:
+def load(
+    name_or_folder: str | Path = "tiny", device: str = "auto", precision: str = "auto", memory: str | None = None
+) -> Model:
     """Open a model: a carried one by name, or a folder with a `model.json`.
 
     Args:
         name_or_folder: which.
         device: "auto", "cpu", "cuda" or "mps".
         precision: "auto", "fp32" or "bf16"; auto is bf16 where the hardware multiplies it natively.
+        memory: what the process may use on the device, such as "6GiB"; None: all that is free there. Volumes are
+            decoded in as many parts as that takes, with the same result up to rounding.
 
     Raises:
         MaisiError: no such model or device, or files that are not what `model.json` says.
     """
-    return Model(find_model(name_or_folder), device, precision)
+    limit = None if memory is None else parse_memory(memory)
+    return Model(find_model(name_or_folder), device, precision, limit)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The memory that a job takes beside the weights.
+
+    Attributes:
+        weights_bytes: of the networks it needs.
+        denoise_bytes: of one step of the denoising networks.
+        decode: how the latent is decoded.
+    """
+
+    weights_bytes: int
+    denoise_bytes: int
+    decode: Plan
+
+    def __str__(self) -> str:
+        """Describe it in three lines."""
+        return f"weights: {gib(self.weights_bytes)}\ndenoise: about {gib(self.denoise_bytes)} a step\n{self.decode}"
 
 
 class Model:
     """Autoencoder, U-Net and, where there is one, ControlNet, with their process. Networks load when first needed."""
 
-    def __init__(self, folder: ModelFolder, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self, folder: ModelFolder, device: str = "auto", precision: str = "auto", memory: int | None = None
+    ) -> None:
         self.folder = folder
+        self.memory = memory
         self.device = resolve_device(device)
         self.dtype = resolve_precision(precision, self.device)
+        self.layout = feature_layout(self.device, self.dtype)
 
     @property
     def name(self) -> str:
@@ -159,11 +190,11 @@ class Model:
         Raises:
             MaisiError: as `prepare`.
         """
-        self.prepare(job)
-        return (self._item(job, number, progress or _silent) for number in numbers)
+        plan = self.prepare(job).decode
+        return (self._item(job, plan, number, progress or _silent) for number in numbers)
 
-    def prepare(self, job: Job) -> None:
-        """Check solver, steps and memory, then load what the job needs.
+    def prepare(self, job: Job) -> Footprint:
+        """Check solver, steps and memory, then load what the job needs; return how much memory it will take.
 
         Raises:
             MaisiError: the process has no such solver, or not so many steps; the memory does not suffice;
@@ -173,7 +204,7 @@ class Model:
             known = ", ".join(self.process.solvers)
             raise MaisiError(f"{job.solver!r} is no solver for {self.process.name}; choose one of {known}.")
         self.process.sampling_times(job.steps, 1)
-        self._require_memory(job)
+        footprint = self.footprint(job)
         if job.labels is not None:
             _ = self.controlnet
         multiple = self.autoencoder.config.compression * self.unet.config.size_multiple
@@ -184,6 +215,30 @@ class Model:
             )
         if job.request.guidance > 0 and job.labels is None:
             self._require_guidable(job)
+        return footprint
+
+    def footprint(self, job: Job) -> Footprint:
+        """Forecast the memory of a job and plan its decoding; this loads nothing.
+
+        Raises:
+            MaisiError: the memory does not suffice.
+        """
+        parts: tuple[Part, ...] = ("autoencoder", "unet", *(() if job.labels is None else ("controlnet",)))
+        headers = {part: read_header(self.folder.path(part)) for part in parts}
+        tensors = {part: [math.prod(shape) for _, shape in header.tensors.values()] for part, header in headers.items()}
+        weights = {part: sum(counts) * self.dtype.itemsize for part, counts in tensors.items()}
+        to_load = sum(size for part, size in weights.items() if part not in self.__dict__)
+        denoise = self._denoise_bytes(job, {part: header.config for part, header in headers.items()})
+        budget = budget_beside(to_load, self.memory, self.device)
+        if denoise > budget:
+            size = ",".join(map(str, job.padded))
+            raise MaisiError(
+                f"A denoising step for {size} voxels takes about {gib(denoise)} and {gib(max(budget, 0))} are given "
+                "beside the weights; give more memory (--memory) or a smaller size."
+            )
+        config = parse_config(AutoencoderConfig, headers["autoencoder"].config, str(self.folder.path("autoencoder")))
+        decode = codec.coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
+        return Footprint(sum(weights.values()), denoise, decode)
 
     def noise(self, job: Job, number: int) -> tuple[Tensor, torch.Generator]:
         """Draw the starting noise of an item on the CPU, float32 `1 4 X/4 Y/4 Z/4`, and return its generator too."""
@@ -208,7 +263,7 @@ class Model:
         return guided(conditional, self._conditioned(nothing, None), job.request.guidance)
 
     @torch.inference_mode()
-    def _item(self, job: Job, number: int, progress: Progress) -> Item:
+    def _item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
         started = time.perf_counter()
         noise, generator = self.noise(job, number)
         latent = sample(
@@ -222,13 +277,13 @@ class Model:
         )
         denoised = time.perf_counter()
         progress("decode", 0, 1)
-        values = codec.decode_tensor(self.autoencoder, latent / self.folder.config.scale_factor)
-        image = job.place(codec.intensities(values, job.conditions.modality))
+        unscaled = latent / self.folder.config.scale_factor
+        image = job.place(codec.decode_tensor(self.autoencoder, unscaled, job.conditions.modality, plan))
         progress("decode", 1, 1)
         timings = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
-        return self._finished(job, number, image, timings)
+        return self._finished(job, plan, number, image, timings)
 
-    def _finished(self, job: Job, number: int, image: Volume, timings: Mapping[str, float]) -> Item:
+    def _finished(self, job: Job, plan: Plan, number: int, image: Volume, timings: Mapping[str, float]) -> Item:
         details = {
             "regions": list(job.conditions.regions),
             "size": list(job.size),
@@ -237,6 +292,7 @@ class Model:
             "solver": job.solver,
             "device": str(self.device),
             "precision": str(self.dtype).removeprefix("torch."),
+            "decoding": str(plan),
             "notes": list(job.notes),
         }
         return Item(
@@ -258,7 +314,7 @@ class Model:
         modality = told["modality"]
 
         def denoise(x: Tensor, times: Tensor) -> Tensor:
-            x = _channels_last(x.to(self.dtype))
+            x = x.to(self.dtype).contiguous(memory_format=self.layout)
             residuals = None if bits is None else self.controlnet(x, times, bits, modality=modality)
             prediction: Tensor = self.unet(x, times, **told, residuals=residuals)
             return prediction.float()
@@ -269,18 +325,35 @@ class Model:
         if labels is None:
             return None
         bits = torch.from_numpy(mask_bits(labels))[None].to(self.device, self.dtype)
-        return _channels_last(bits)
+        return bits.contiguous(memory_format=self.layout)
 
     def _network(self, part: Part) -> nn.Module:
         return codec.fast_layout(self.folder.load(part, self.device, self.dtype))
 
-    def _require_memory(self, job: Job) -> None:
-        path = self.folder.path("autoencoder")
-        config = parse_config(AutoencoderConfig, read_header(path).config, str(path))
-        x, y, z = job.padded
-        needed = decoding_bytes(config.channels, self.dtype.itemsize, x * y * z)
-        multiple = self.folder.config.size_multiple
-        require_memory(needed, free_memory(self.device), job.padded, multiple, "Generating")
+    def _denoise_bytes(self, job: Job, configs: Mapping[Part, Mapping[str, Any]]) -> int:
+        """Forecast of one step; with a mask its bits and their features count too."""
+        nowhere = torch.device("meta")
+        config = parse_config(AutoencoderConfig, configs["autoencoder"], "autoencoder")
+        nets = {part: build_network(part, configs[part], part) for part in configs if part != "autoencoder"}
+        latent = (1, config.latent_channels, *(n // config.compression for n in job.padded))
+
+        def filled(*shape: int) -> Tensor:
+            x = torch.empty(shape, dtype=self.dtype, device=nowhere)
+            return x.contiguous(memory_format=self.layout)
+
+        def run() -> None:
+            arrays = stack([job.conditions])
+            told = {name: torch.from_numpy(value).to(nowhere) for name, value in vars(arrays).items()}
+            x, times, residuals = filled(*latent), torch.empty(1, device=nowhere), None
+            if "controlnet" in nets:
+                bits = filled(1, 8, *job.padded)
+                residuals = nets["controlnet"](x, times, bits, modality=told["modality"])
+            nets["unet"](x, times, **told, residuals=residuals)
+
+        for net in nets.values():
+            net.to(self.dtype)
+        with torch.inference_mode():
+            return FIXED_BYTES + forecast(run, scratch_of(self.device))
 
     def _require_guidable(self, job: Job) -> None:
         config = self.unet.config
@@ -307,10 +380,6 @@ class RememberingEncoder(nn.Module):
         answer = cast(Tensor, self.encoder(bits))
         self._answers.append((weakref.ref(bits), answer))
         return answer
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

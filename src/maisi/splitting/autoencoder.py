@@ -72,5 +72,3 @@ def _by_latent(execution: Execution, latent_rows: int) -> Execution:
 def _output_dtype(autoencoder: Autoencoder) -> torch.dtype:
     dtype = next(autoencoder.parameters()).dtype
     return dtype if dtype == torch.float64 else torch.float32
-
-

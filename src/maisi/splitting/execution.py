@@ -8,7 +8,7 @@ alone. Knows no autoencoder and no budget.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Protocol
 
@@ -58,7 +58,7 @@ class Execution:
 
     parts: int = 1
     devices: tuple[torch.device, ...] = (torch.device("cpu"),)
-    store: Store = Store()
+    store: Store = field(default_factory=Store)
     recompute: bool = False
     share: tuple[int, int] = (0, 1)
     denominator: int = 1
@@ -124,7 +124,7 @@ class Execution:
         h, h_moments = self._stored(inner, True, release=False)
         assert h_moments is not None
         outer = Convolved(Activated(h, Activation(block.norm2, h_moments)), block.conv2)
-        shortcut = x if isinstance(block.shortcut, nn.Identity) else Convolved(x, block.shortcut)  # type: ignore[arg-type]
+        shortcut = x if isinstance(block.shortcut, nn.Identity) else Convolved(x, block.shortcut)
         return Sum(outer, shortcut)
 
     def _stored(self, x: FeatureMap, normed: bool, release: bool) -> tuple[Parts, Moments | None]:

@@ -7,7 +7,6 @@ map. Knows no file, no plan and no process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maisi.layers.blocks import folded_kernel
-from maisi.splitting.maps import FIRST_SPATIAL_DIM, FeatureMap
+from maisi.splitting.maps import FeatureMap
 
 _COPIES: WeakKeyDictionary[Tensor, dict[torch.device, Tensor]] = WeakKeyDictionary()
 
@@ -64,8 +63,8 @@ class Activation:
 
     def __init__(self, norm: nn.GroupNorm, moments: Moments, silu: bool = True) -> None:
         batch, channels = moments.mean.shape
-        mean = moments.mean.unflatten(1, (norm.num_groups, -1))
-        spread = moments.deviations.unflatten(1, (norm.num_groups, -1)) / moments.count
+        mean = _grouped(moments.mean, norm.num_groups)
+        spread = _grouped(moments.deviations, norm.num_groups) / moments.count
         joint = mean.mean(2, keepdim=True)
         variance = (spread + (mean - joint).square()).mean(2, keepdim=True)
         self.norm, self.silu = norm, silu
@@ -123,10 +122,11 @@ class Convolved(FeatureMap):
         first, end = self._reach(start, stop)
         x = self.base.rows(max(first, 0), min(end, self.base.size), device)
         before, after = max(0, -first), max(0, end - self.base.size)
+        assert self.conv.bias is not None
         weight, bias = on(self.conv.weight, device), on(self.conv.bias, device)
         if self.dtype is not None:
             x, weight, bias = x.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype)
-        padding = list(self.conv.padding)
+        padding = [int(n) for n in self.conv.padding]
         padding[self.axis] = before if before == after else 0
         ends = [(0, self.far_pad)] * 3
         ends[self.axis] = (0, 0) if before == after else (before, after)
@@ -205,6 +205,6 @@ class Sum(FeatureMap):
         self.second.release(before)
 
 
-def spatial(x: Tensor) -> Sequence[int]:
-    """X, Y, Z of a tensor."""
-    return x.shape[FIRST_SPATIAL_DIM:]
+def _grouped(values: Tensor, groups: int) -> Tensor:
+    """(B, C) -> (B, groups, C / groups)."""
+    return values.reshape(len(values), groups, -1)

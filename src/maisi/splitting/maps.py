@@ -12,6 +12,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -122,6 +123,21 @@ class OnDisk:
         self._finalizer()
 
 
+class OnPaper:
+    """In a forecast, the place of a part that waits elsewhere: its shape alone, which takes nothing."""
+
+    def __init__(self, tensor: Tensor, dim: int) -> None:
+        self.shape, self.dtype, self.dim = list(tensor.shape), tensor.dtype, dim
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """See `Waiting`."""
+        shape = [stop - start if d == self.dim else n for d, n in enumerate(self.shape)]
+        return torch.empty(shape, dtype=self.dtype, device=device)
+
+    def drop(self) -> None:
+        """See `Waiting`."""
+
+
 class Parts(FeatureMap):
     """A stored map: parts in order, each a stretch of rows. A process of several holds its own stretch and edges."""
 
@@ -173,6 +189,8 @@ class Store:
     def put(self, tensor: Tensor, axis: int) -> Waiting:
         """Let a part wait."""
         dim = FIRST_SPATIAL_DIM + axis
+        if tensor.is_meta and self.storage != "device":
+            return OnPaper(tensor, dim)
         if self.storage == "disk":
             return OnDisk(tensor, dim, self.folder)
         return InMemory(tensor.cpu() if self.storage == "host" else tensor, dim)
@@ -182,4 +200,4 @@ def cuts(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
     """Cut rows into as many even stretches as asked for, none of them empty: fewer where there are fewer rows."""
     count = max(1, min(parts, stop - start))
     marks = [start + (stop - start) * i // count for i in range(count + 1)]
-    return list(zip(marks[:-1], marks[1:], strict=True))
+    return list(pairwise(marks))

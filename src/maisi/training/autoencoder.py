@@ -57,8 +57,8 @@ class AutoencoderRun(Config):
     Attributes:
         data: prepared folder (`maisi prepare`).
         init: weights to start from; none starts at random.
-        decoder_only: leave the encoder as it is, so that latents cached with it stay valid: a sharper decoder (perceptual
-            and adversarial losses) can be trained beside the diffusion stage.
+        decoder_only: leave the encoder as it is, so that latents cached with it stay valid: a sharper decoder
+            (perceptual and adversarial losses) can be trained beside the diffusion stage.
         validation_size: voxels of the centre crop that each validation case contributes.
     """
 

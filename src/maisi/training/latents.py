@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,13 @@ class LatentBatchConfig(Config):
     Attributes:
         drop_regions: share of items whose regions are hidden, so that the network also learns to do without.
         weights: how often cases of a group (the first region of a view) are drawn, relative to their number.
+        max_voxels: views with more image voxels are left out: coarse ones first teach quickly where things are.
     """
 
     batch_size: int = Field(default=1, ge=1)
     drop_regions: float = Field(default=0.1, ge=0, le=1)
     weights: Mapping[str, float] = {}
+    max_voxels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,11 @@ class LatentSource:
         self.config, self.seed, self.with_labels = config, seed, with_labels
         self.groups: dict[tuple[int, ...], list[LatentView]] = {}
         for view in self.folder.views(split):
+            if config.max_voxels is not None and math.prod(view.shape) > config.max_voxels:
+                continue
             self.groups.setdefault(view.shape, []).append(view)
         if not self.groups:
-            raise MaisiError(f"{folder} has no {split} latents; prepare more patients.")
+            raise MaisiError(f"{folder} has no {split} latents (of at most max_voxels); prepare more patients.")
         self.sizes = sorted(self.groups)
         self._chances = {size: self._chances_of(self.groups[size]) for size in self.sizes}
         totals = np.array([sum(self._weight(v) for v in self.groups[size]) for size in self.sizes])

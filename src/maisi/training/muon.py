@@ -95,8 +95,8 @@ def is_matrix(parameter: Tensor) -> bool:
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Return about the nearest matrix with orthonormal rows or columns: singular values come to 0.7 to 1.2.
 
-    Every iterate is a polynomial in the small Gram matrix times `matrix`, so the iterations run on Gram matrices and the
-    long side is multiplied twice in all, not in each of them.
+    Every iterate is a polynomial in the small Gram matrix times `matrix`, so the iterations run on Gram matrices and
+    the long side is multiplied twice in all, not in each of them.
     """
     a, b, c = NEWTON_SCHULZ
     x: Tensor = matrix / (matrix.norm() + 1e-7)

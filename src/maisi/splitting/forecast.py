@@ -1,0 +1,74 @@
+"""How much memory an execution will take: the execution itself, run on tensors without data, with its bytes counted.
+
+There is no second description of the networks to keep true: layers, parts and storage are the real ones. What PyTorch's
+kernels take beside their inputs and outputs is the only thing that is modelled here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CONVOLUTIONS = frozenset({"aten::convolution", "aten::convolution_overrideable", "aten::mkldnn_convolution"})
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of living tensors while it is active; `peak` is the most there were.
+
+    Args:
+        scratch: bytes that a convolution takes beside its input and output, from the two tensors.
+    """
+
+    def __init__(self, scratch: Callable[[Tensor, Tensor], int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scratch = scratch
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it makes."""
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            self._count(tensor.untyped_storage())
+        extra = self.scratch(args[0], made[0]) if func.name() in CONVOLUTIONS else 0
+        self.peak = max(self.peak, self.live + extra)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+
+def forecast(run: Callable[[], object], scratch: Callable[[Tensor, Tensor], int]) -> int:
+    """Peak bytes of what `run` makes of tensors on the meta device; what lived before is not counted."""
+    counter = Counter(scratch)
+    with counter:
+        run()
+    return counter.peak
+
+
+def scratch_of(device: torch.device) -> Callable[[Tensor, Tensor], int]:
+    """What convolutions take on a device beside their input and output; unknown, so nothing, on all but CPUs."""
+    return _cpu_scratch if device.type == "cpu" else lambda source, result: 0
+
+
+def _cpu_scratch(source: Tensor, result: Tensor) -> int:
+    """oneDNN computes in its own layouts: maps that are not channels-last are copied in and out."""
+    plain = not source.is_contiguous(memory_format=torch.channels_last_3d)
+    return (source.numel() * source.itemsize + result.numel() * result.itemsize) if plain else 0

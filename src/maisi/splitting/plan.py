@@ -1,0 +1,166 @@
+"""From a memory budget to an execution: along which axis to cut, into how many parts, and where they wait.
+
+Candidates are forecast (`maisi.splitting.forecast`) in the order of their speed, and the first that fits is taken.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from maisi.device import feature_layout, free_memory, used_memory
+from maisi.errors import MaisiError
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.splitting.autoencoder import decoded, encoded
+from maisi.splitting.execution import Execution
+from maisi.splitting.forecast import forecast, scratch_of
+from maisi.splitting.maps import Storage, Store
+
+Triple = tuple[int, int, int]
+Task = Literal["encode", "decode"]
+
+AXES = "XYZ"
+PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Numbers of parts that are tried; with more of them a plan saves little, and edges are computed twice more often."""
+
+FIXED_BYTES = 48 * 2**20
+"""What PyTorch's kernels keep beside the tensors (rearranged weights, threads), whatever the size: measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a volume is encoded or decoded, and the memory that takes beside the weights.
+
+    Attributes:
+        size: voxels of the image, multiples of the compression.
+        axis: 0, 1, 2: the cut axis.
+        parts: into how many parts each map is cut (fewer where it has fewer rows).
+        storage: where the parts of stored maps wait.
+        recompute: see `Execution`.
+        peak_bytes: forecast.
+    """
+
+    task: Task
+    size: Triple
+    axis: int
+    parts: int
+    storage: Storage
+    recompute: bool
+    peak_bytes: int
+
+    def execution(self, device: torch.device, folder: Path | None = None) -> Execution:
+        """Ready to run; parts that wait on disk go to `folder` (default: the system's for temporary files)."""
+        store = Store(self.storage, folder or Path(tempfile.gettempdir()))
+        return Execution(parts=self.parts, devices=(device,), store=store, recompute=self.recompute)
+
+    def __str__(self) -> str:
+        """Describe it in a line."""
+        size = " x ".join(str(n) for n in self.size)
+        how = "whole" if self.parts == 1 else f"{self.parts} parts along {AXES[self.axis]}"
+        where = {"device": "", "host": ", waiting in the machine's memory", "disk": ", waiting on disk"}[self.storage]
+        again = ", upsampled maps computed anew" if self.recompute else ""
+        return f"{self.task} {size}: {how}{where}{again}; about {gib(self.peak_bytes)} beside the weights"
+
+
+def make_plan(
+    config: AutoencoderConfig,
+    task: Task,
+    size: Triple,
+    budget: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    axis: int | None = None,
+) -> Plan:
+    """Choose the quickest plan within `budget` bytes, weights not counted.
+
+    Args:
+        size: voxels of the image, multiples of the compression.
+        axis: the cut axis; None: the longest, the first of equals (whose parts are contiguous in memory).
+
+    Raises:
+        MaisiError: no plan is that small; says what the smallest takes.
+    """
+    axis = max(range(3), key=lambda a: (size[a], -a)) if axis is None else axis
+    rows = size[axis] // config.compression
+
+    def candidate(storage: Storage, recompute: bool, parts: int) -> Plan:
+        peak = peak_bytes(config, task, size, Execution(parts, recompute=recompute), storage, axis, device, dtype)
+        return Plan(task, size, axis, parts, storage, recompute, peak)
+
+    counts = sorted({min(n, rows) for n in PARTS})
+    for storage, recompute in _ways(task, device):
+        for parts in counts:
+            plan = candidate(storage, recompute, parts)
+            if plan.peak_bytes <= budget:
+                return plan
+    smallest = candidate("disk", task == "decode", rows)
+    if smallest.peak_bytes <= budget:
+        return smallest
+    raise MaisiError(
+        f"To {task} {' x '.join(str(n) for n in size)} voxels takes at least {gib(smallest.peak_bytes)} and "
+        f"{gib(max(budget, 0))} are given beside the weights; give more memory (--memory) or a smaller size."
+    )
+
+
+def _ways(task: Task, device: torch.device) -> Iterator[tuple[Storage, bool]]:
+    """Ways to keep maps, quickest first."""
+    yield "device", False
+    if task == "decode":
+        yield "device", True
+    if device.type != "cpu":
+        yield "host", False
+    yield "disk", False
+    if task == "decode":
+        yield "disk", True
+
+
+def budget_beside(taken: int, memory: int | None, device: torch.device) -> int:
+    """Bytes that a plan may use.
+
+    Args:
+        taken: what else will be needed beside what is in use now: weights not loaded yet, the result.
+        memory: what the whole process may use on the device; None: all that is free there now.
+    """
+    return (free_memory(device) if memory is None else memory - used_memory(device)) - taken
+
+
+@lru_cache(maxsize=512)
+def peak_bytes(
+    config: AutoencoderConfig,
+    task: Task,
+    size: Triple,
+    execution: Execution,
+    storage: Storage,
+    axis: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Forecast of the memory beside the weights, with input and output part by part."""
+    layout, nowhere = feature_layout(device, dtype), torch.device("meta")
+    with nowhere:
+        model = Autoencoder(config).to(dtype).requires_grad_(False)
+    there = Execution(execution.parts, (nowhere,), Store(storage), execution.recompute)
+
+    def run() -> None:
+        shape = (1, config.in_channels, *size)
+        if task == "decode":
+            x, y, z = (n // config.compression for n in size)
+            shape = (1, config.latent_channels, x, y, z)
+        given = torch.empty(shape, dtype=dtype, device=nowhere).contiguous(memory_format=layout)
+        for _ in (decoded if task == "decode" else encoded)(model, given, there, axis):
+            pass
+
+    with torch.inference_mode():
+        return FIXED_BYTES + forecast(run, scratch_of(device))
+
+
+def gib(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.2f} GiB"

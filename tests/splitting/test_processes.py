@@ -1,0 +1,88 @@
+"""Two and three processes compute what one does, and a lost one is told in a sentence."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from maisi.errors import MaisiError
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.splitting import autoencoder as split
+from maisi.splitting.execution import Execution
+from maisi.splitting.processes import joined, started_together
+
+CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def inputs() -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return Autoencoder(CONFIG), torch.randn(1, 4, 7, 3, 4), torch.rand(1, 1, 28, 12, 16)
+
+
+def enter(rank: int, size: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+def compute(rank: int, size: int, port: int, axis: int, results: object) -> None:
+    enter(rank, size, port)
+    model, z, x = inputs()
+    with torch.inference_mode(), joined(torch.device("cpu")) as group:
+        execution = Execution(parts=2, group=group)
+        image = group.gathered(split.decode(model, z, execution, axis), 2 + axis)
+        latent = group.gathered(split.encode(model, x, execution, axis).mean, 2 + axis)
+        if rank == 0:
+            results.put((image.numpy(), latent.numpy()))  # type: ignore[attr-defined, union-attr]
+
+
+@pytest.mark.parametrize(("size", "axis"), [(2, 0), (3, 0), (3, 1)])
+def test_processes_agree_with_one(size: int, axis: int) -> None:
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    running = mp.spawn(compute, (size, free_port(), axis, results), nprocs=size, join=False)
+    image, latent = results.get()
+    running.join()
+    model, z, x = inputs()
+    with torch.inference_mode():
+        assert torch.allclose(torch.from_numpy(image), model.decode(z), atol=1e-5)
+        assert torch.allclose(torch.from_numpy(latent), model.encode(x).mean, atol=1e-5)
+
+
+def lose(rank: int, size: int, port: int, results: object) -> None:
+    enter(rank, size, port)
+    model, z, _ = inputs()
+    with joined(torch.device("cpu"), timedelta(seconds=20)) as group:
+        if rank == 1:
+            os._exit(0)
+        try:
+            with torch.inference_mode():
+                split.decode(model, z, Execution(group=group), 0)
+        except MaisiError as error:
+            results.put(str(error))  # type: ignore[attr-defined]
+            os._exit(0)
+
+
+def test_a_lost_process_is_told() -> None:
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    running = mp.spawn(lose, (2, free_port(), results), nprocs=2, join=False)
+    assert "start all of them again" in results.get()
+    running.join()
+
+
+def test_one_process_alone_is_not_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not started_together()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert started_together()
