@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from maisi.device import free_memory, peak_memory, resolve_device, resolve_precision
+from maisi.device import free_memory, parse_memory, peak_memory, resolve_device, resolve_precision, used_memory
 from maisi.errors import MaisiError
 
 HELD = """
@@ -54,3 +54,23 @@ def test_precisions() -> None:
 def test_memory_is_counted_in_bytes() -> None:
     assert free_memory(torch.device("cpu")) > 2**26
     assert peak_memory(torch.device("cpu")) > 2**26
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GiB", 6 * 2**30), ("800 MB", 800_000_000), ("1.5g", 3 * 2**29), ("512b", 512), ("2KiB", 2048)],
+)
+def test_amounts_of_memory(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0GB", "-1GB", "6 GiB of it", "6XB"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(MaisiError, match="write it like 6GiB"):
+        parse_memory(text)
+
+
+def test_memory_in_use_grows_with_tensors() -> None:
+    before = used_memory(torch.device("cpu"))
+    ballast = torch.ones(2**24)
+    assert used_memory(torch.device("cpu")) > before + ballast.numel() * 3

@@ -15,6 +15,7 @@ from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, PreparedInd
 from maisi.data.views import (
     LatentFolder,
     ViewConfig,
+    body_extent_mm,
     cache_latents,
     draw_view,
     other_side,
@@ -129,3 +130,24 @@ def test_interrupted_caching_continues_to_the_same_result(folder: PreparedFolder
         assert torch.equal(one.load(view, True).mean, two.load(view, True).mean)
     means = torch.stack([one.load(view, False).mean for view in whole.views])
     assert whole.scale_factor == pytest.approx(1 / float(means.double().std(correction=0)), rel=1e-6)
+
+
+def test_the_extent_of_a_body() -> None:
+    labels = np.zeros((10, 12, 14), np.uint8)
+    assert body_extent_mm(labels, (1, 1, 1)) == (0, 0, 0)
+    labels[2:6, 3:4, 5:14] = 200
+    labels[8, 3, 5] = 32
+    assert body_extent_mm(labels, (2.0, 3.0, 0.5)) == (14.0, 3.0, 4.5)
+
+
+def test_cases_with_too_little_body_are_left_out(folder: PreparedFolder, tmp_path: Path) -> None:
+    def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = torch.randn(4, *(n // 4 for n in image.shape[2:]))
+        return z, z.clone()
+
+    kinds = [
+        ViewConfig(size=(16, 16, 16), spacing_mm=(5, 6), min_body_mm=(0, 0, 301)),
+        ViewConfig(size=(16, 16, 16), spacing_mm=(5, 6), min_body_mm=(120, 120, 300)),
+    ]
+    index = cache_latents(folder, kinds, encode, "0" * 64, tmp_path / "latents")
+    assert [view.file for view in index.views] == ["a-1-0.safetensors"]

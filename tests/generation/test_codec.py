@@ -8,6 +8,7 @@ from maisi.data.latents import Latent
 from maisi.errors import MaisiError
 from maisi.generation import codec
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.splitting import plan
 from maisi.volume import Volume
 
 SPACING = (1.5, 2.0, 3.0)
@@ -60,7 +61,8 @@ def _shifted(affine, origin):
 
 def test_values_come_back_through_an_autoencoder_that_does_nothing(autoencoder, monkeypatch) -> None:
     values = torch.linspace(-0.1, 1.1, 16**3).reshape(1, 1, 16, 16, 16)
-    monkeypatch.setattr(type(autoencoder), "decode", lambda self, z: values)
+    parts = [(0, 6, values[:, :, :6]), (6, 16, values[:, :, 6:])]
+    monkeypatch.setattr(codec, "decoded", lambda network, latent, execution, axis: iter(parts))
     latent = Latent(*np.zeros((2, 4, 4, 4, 4), np.float32), np.eye(4), (16, 16, 15))
     hu = codec.decode(autoencoder, latent)
     expected = np.clip(values[0, 0].numpy(), 0, 1)[:, :, :15] * 2000 - 1000
@@ -89,9 +91,19 @@ def test_latents_of_another_autoencoder_are_refused(autoencoder) -> None:
 
 
 def test_too_little_memory_is_told_before_it_is_taken(autoencoder, monkeypatch) -> None:
-    monkeypatch.setattr(codec, "free_memory", lambda device: 1_000_000)
-    with pytest.raises(MaisiError, match="Encoding 32,32,32 voxels"):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 1_000_000)
+    with pytest.raises(MaisiError, match=r"encode 32 x 32 x 32 voxels takes at least .* give more memory"):
         codec.encode(autoencoder, ct((32, 32, 32)))
+
+
+def test_parts_change_nothing(autoencoder) -> None:
+    volume = ct((40, 20, 14))
+    whole, small = (plan.Plan("encode", (40, 20, 16), 0, n, "device", False, 0) for n in (1, 5))
+    one, other = (codec.encode(autoencoder, volume, plan=p) for p in (whole, small))
+    assert np.allclose(one.mean, other.mean, atol=1e-5)
+    again = plan.Plan("decode", (40, 20, 16), 2, 3, "disk", True, 0)
+    made = codec.decode(autoencoder, one, again).array.astype(int)
+    assert np.abs(made - codec.decode(autoencoder, one).array).max() <= 1
 
 
 def test_an_autoencoder_file_says_what_it_is(model_folder) -> None:

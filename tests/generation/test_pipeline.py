@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import maisi
+from maisi.device import used_memory
 from maisi.errors import MaisiError
 from maisi.generation import pipeline
 from maisi.generation.job import Job
 from maisi.generation.pipeline import Model, RememberingEncoder
 from maisi.request import item_seed
+from maisi.splitting import plan
 from maisi.weights.registry import ModelFolder
 
 CHEST = {"region": ("chest",), "size": (32, 32, 16), "spacing": (8.0, 8.0, 8.0)}
@@ -83,12 +85,28 @@ def test_conditions_reach_the_network_times_100(model, monkeypatch) -> None:
 def test_the_latent_is_divided_by_the_scale_factor(model, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(pipeline, "sample", lambda *args, **kwargs: torch.full((1, 4, 4, 4, 4), 1.6))
-    monkeypatch.setattr(
-        pipeline.codec, "decode_tensor", lambda net, z: seen.append(z) or np.zeros((16, 16, 16), np.float32)
-    )
+    air = np.full((16, 16, 16), -1000, np.int16)
+    monkeypatch.setattr(pipeline.codec, "decode_tensor", lambda net, z, *told: seen.append(z) or air)
     item = model.generate(region=("chest",), size=(16, 16, 16), spacing=(8, 8, 8))
     assert torch.allclose(seen[0], torch.full((1, 4, 4, 4, 4), 2.0))
     assert (item.image.array == -1000).all()
+
+
+def test_the_memory_named_decides_the_plan_and_changes_nothing_else(model, model_folder) -> None:
+    wishes = {**CHEST, "size": (96, 96, 96)}
+    job = model.job(**wishes)
+    whole = model.footprint(job)
+    assert whole.decode.parts == 1
+    enough = used_memory(model.device) + whole.weights_bytes + whole.decode.peak_bytes * 9 // 10
+    tight = Model(model.folder, "cpu", "fp32", enough)
+    assert tight.footprint(job).decode.parts > 1
+    one, other = (m.generate(**wishes).image.array.astype(int) for m in (model, tight))
+    assert np.abs(one - other).max() <= 1
+
+
+def test_too_little_memory_names_what_would_do(model_folder) -> None:
+    with pytest.raises(MaisiError, match="give more memory"):
+        maisi.load(model_folder, device="cpu", precision="fp32", memory="1MB").generate(**CHEST)
 
 
 def test_a_mask_is_followed_on_its_own_grid(model, chest_labels) -> None:
@@ -175,7 +193,7 @@ def test_bf16_makes_nearly_the_same(model, model_folder) -> None:
     [
         ({"solver": "magic"}, "'magic' is no solver"),
         ({"steps": 0}, "steps"),
-        ({"size": (768, 768, 512)}, "would fit"),
+        ({"size": (768, 768, 512)}, "give more memory"),
         ({"region": ("chst",)}, "did you mean 'chest'"),
         ({"spacing": (0.1, 1, 1)}, "spacing"),
         ({"size": (0, 1, 1)}, "size"),
@@ -188,7 +206,7 @@ def test_faults_are_told_before_any_network_is_loaded(model_folder, monkeypatch,
         raise AssertionError("a network was loaded")
 
     monkeypatch.setattr(ModelFolder, "load", never)
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 8_000_000_000)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 500_000_000)
     with pytest.raises(MaisiError, match=word):
         maisi.load(model_folder).generate(**{**CHEST, **wishes})
 

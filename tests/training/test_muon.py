@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maisi.training.muon import MuonAdam, orthogonal
+from maisi.training.muon import NEWTON_SCHULZ, MuonAdam, orthogonal
 
 
 @settings(max_examples=25, deadline=None)
@@ -22,6 +23,19 @@ def test_singular_values_come_near_one(rows: int, columns: int, seed: int) -> No
     large = s > 0.05 * s.norm()
     assert float(values[: int(large.sum())].min()) > 0.5
     assert float((u.T @ result @ v.T).diagonal()[large].min()) > 0.5
+
+
+@pytest.mark.parametrize("shape", [(16, 432), (432, 16), (128, 1152)])
+def test_gram_matrices_give_what_iterating_on_the_matrix_gives(shape: tuple[int, int]) -> None:
+    a, b, c = NEWTON_SCHULZ
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = matrix / matrix.norm()
+    x = x.T if shape[0] > shape[1] else x
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    x = x.T if shape[0] > shape[1] else x
+    assert torch.allclose(orthogonal(matrix), x, atol=1e-4)
 
 
 def test_small_and_embedded_parameters_follow_adam() -> None:

@@ -43,3 +43,18 @@ def test_patch_larger_than_the_image_is_padded_with_air(prepared: Path) -> None:
 def test_no_cases_is_said(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(MaisiError, match="no readable index"):
         PreparedFolder(tmp_path)
+
+
+def test_cubic_voxels_of_the_size_asked_for(prepared: Path) -> None:
+    """At 8 mm a patch of 8 voxels shows more of the body than at 4 mm, and steps from voxel to voxel are larger."""
+    fine, coarse = (source(prepared, size=(16, 16, 16), spacing_mm=(s, s), candidates=4) for s in (4.0, 8.0))
+    steps = [torch.stack([p.batch(i) for i in range(8)]).diff(dim=-1).abs().mean() for p in (fine, coarse)]
+    assert steps[1] > steps[0]
+
+
+def test_candidates_prefer_contrast(prepared: Path) -> None:
+    spreads = []
+    for candidates in (1, 6):
+        patches = source(prepared, size=(16, 16, 16), candidates=candidates)
+        spreads.append(torch.stack([patches.batch(i).flatten(1).std(1) for i in range(20)]).mean())
+    assert spreads[1] > spreads[0]

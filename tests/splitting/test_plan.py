@@ -1,0 +1,65 @@
+"""Plans: the quickest that fits, monotonic in the budget, and true: the forecast is what the tensors take."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from maisi.errors import MaisiError
+from maisi.networks.autoencoder import AutoencoderConfig
+from maisi.splitting.plan import FIXED_BYTES, Plan, make_plan
+
+CPU = torch.device("cpu")
+CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4, upsampling="nearest")
+SIZE = (80, 64, 64)
+
+
+def plan(budget: float, task: str = "decode") -> Plan:
+    return make_plan(CONFIG, task, SIZE, int(budget), device=CPU, dtype=torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("task", ["encode", "decode"])
+def test_less_memory_more_parts_until_nothing_fits(task: str) -> None:
+    whole = plan(1e12, task)
+    assert (whole.parts, whole.storage, whole.recompute, whole.axis) == (1, "device", False, 0)
+    found = [whole]
+    for percent in (80, 55, 30):
+        budget = FIXED_BYTES + (whole.peak_bytes - FIXED_BYTES) * percent // 100
+        found.append(plan(budget, task))
+        assert found[-1].peak_bytes <= budget
+    speed = [("device", False), ("device", True), ("disk", False), ("disk", True)]
+    order = [(speed.index((p.storage, p.recompute)), p.parts) for p in found]
+    assert order == sorted(order), "a slower way is taken before a quicker one is exhausted"
+    assert found[-1].storage == "disk"
+    with pytest.raises(MaisiError, match=r"takes at least .* GiB and .* give more memory"):
+        plan(FIXED_BYTES, task)
+
+
+def test_the_refusal_names_a_budget_that_does() -> None:
+    with pytest.raises(MaisiError) as refusal:
+        plan(1)
+    named = re.search(r"at least ([\d.]+) GiB", str(refusal.value))
+    assert named is not None
+    assert plan((float(named[1]) + 0.01) * 2**30).storage == "disk"
+
+
+def test_the_longest_axis_is_cut() -> None:
+    for size, axis in (((64, 64, 96), 2), ((64, 96, 96), 1), ((64, 64, 64), 0)):
+        made = make_plan(CONFIG, "decode", size, 10**12, device=CPU, dtype=torch.float32)
+        assert made.axis == axis
+
+
+def test_a_plan_says_what_it_is() -> None:
+    text = str(Plan("decode", SIZE, 2, 7, "disk", True, 3 * 2**30))
+    assert "7 parts along Z, waiting on disk, upsampled maps computed anew; about 3.00 GiB" in text
+
+
+def test_the_forecast_counts_what_lives_at_once() -> None:
+    """By hand: a network of one convolution in float32 holds its input and its output, and here nothing else."""
+    flat = AutoencoderConfig(channels=(8,), num_res_blocks=(0,), norm_groups=4)
+    made = make_plan(flat, "decode", (32, 32, 32), 10**12, device=CPU, dtype=torch.float32)
+    voxels = 32**3 * 4
+    # latents; after the first convolution two maps of 4 channels or 4 and 8; the widest moment is norm input and output
+    assert 2 * 8 * voxels <= made.peak_bytes - FIXED_BYTES <= 4 * 8 * voxels
