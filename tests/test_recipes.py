@@ -28,9 +28,11 @@ def script(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_settings_are_valid(stage: str) -> None:
-    _run_class(stage).model_validate(yaml.safe_load((RECIPE / f"{stage}.yaml").read_text()))
+@pytest.mark.parametrize(
+    ("stage", "file"), [*((stage, stage) for stage in STAGES), ("autoencoder", "decoder"), ("diffusion", "coarse")]
+)
+def test_settings_are_valid(stage: str, file: str) -> None:
+    _run_class(stage).model_validate(yaml.safe_load((RECIPE / f"{file}.yaml").read_text()))
 
 
 def test_views_suit_the_networks() -> None:

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Train the carried model anew: bash recipes/tiny/run.sh DATA. Each step goes on where it was interrupted.
-# On two CPU cores this takes about a day; with a GPU set `precision: bf16` in the three YAML files.
+# On two CPU cores this takes about a day. On CPUs without bfloat16 set `precision: fp32` in the YAML files.
 set -euo pipefail
 data=$1
 mkdir -p work
 python recipes/tiny/cases.py "$data" work/cases.json
 maisi prepare work/cases.json -o work/prepared
 maisi train autoencoder recipes/tiny/autoencoder.yaml -o work/autoencoder
+maisi train autoencoder recipes/tiny/decoder.yaml -o work/decoder
 maisi prepare work/prepared --views recipes/tiny/latents.yaml \
     --autoencoder work/autoencoder/autoencoder.safetensors -o work/latents
+maisi train diffusion recipes/tiny/coarse.yaml -o work/coarse
 maisi train diffusion recipes/tiny/diffusion.yaml -o work/diffusion
 maisi train controlnet recipes/tiny/controlnet.yaml -o work/controlnet
-python recipes/tiny/assemble.py work/autoencoder/autoencoder.safetensors work/diffusion/unet.safetensors \
+python recipes/tiny/assemble.py work/decoder/autoencoder.safetensors work/diffusion/unet.safetensors \
     work/controlnet/controlnet.safetensors work/tiny
 python recipes/tiny/evaluate.py --model work/tiny --data work/prepared -o work/evaluation

@@ -123,3 +123,26 @@ def test_controlnet_leaves_the_unet_alone(controlnet_run: ControlNetRun) -> None
         metrics = stage.update(stage.batch(step), step)
     assert "contrastive" in metrics
     assert all(torch.equal(value, before[name]) for name, value in stage.unet.state_dict().items())
+
+
+def test_a_decoder_trained_alone_keeps_latents_valid(autoencoder_run: AutoencoderRun) -> None:
+    losses = autoencoder_run.losses.model_copy(update={"equivariance": 0.5})
+    stage = AutoencoderStage(autoencoder_run.model_copy(update={"decoder_only": True, "losses": losses}))
+    before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    for step in range(3):
+        stage.update(stage.batch(step), step)
+    changed = {name for name, value in stage.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+
+
+def test_equivariance_compares_at_half_the_size(autoencoder_run: AutoencoderRun, monkeypatch: Any) -> None:
+    always = autoencoder_run.losses.model_copy(update={"equivariance": 1.0, "adversarial": 0.0})
+    stage = AutoencoderStage(autoencoder_run.model_copy(update={"losses": always}))
+    sizes = []
+    decode = stage.model.decode
+    monkeypatch.setattr(stage.model, "decode", lambda z: sizes.append(z.shape[2:]) or decode(z))
+    batch = stage.batch(0)
+    stage.update(batch, 0)
+    factor = 2 * stage.model.config.compression
+    assert set(sizes) == {torch.Size(n // factor for n in batch[0].shape[2:])}

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from maisi.conditions import Conditions, mask_bits, stack
-from maisi.config import parse_config
+from maisi.config import Config, parse_config
 from maisi.device import feature_layout, parse_memory, peak_memory, resolve_device, resolve_precision
 from maisi.diffusion.guidance import guided
 from maisi.diffusion.process import Process, process_from_config
@@ -33,14 +33,15 @@ from maisi.generation.job import Job, make_job, weights_used
 from maisi.generation.output import Item
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet
-from maisi.networks.unet import UNet
+from maisi.networks.unet import UNet, UNetConfig
 from maisi.request import Request, item_seed
 from maisi.splitting.forecast import forecast, scratch_of
 from maisi.splitting.plan import FIXED_BYTES, Plan, budget_beside, gib
 from maisi.volume import Volume
-from maisi.weights.load import build_network, read_header
+from maisi.weights.load import NetworkHeader, build_network, read_header
 from maisi.weights.registry import ModelFolder, Part, find_model
 
+ConfigT = TypeVar("ConfigT", bound=Config)
 Triple = tuple[int, int, int]
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("denoise", "decode"), steps done and steps in all."""
@@ -207,12 +208,6 @@ class Model:
         footprint = self.footprint(job)
         if job.labels is not None:
             _ = self.controlnet
-        multiple = self.autoencoder.config.compression * self.unet.config.size_multiple
-        if any(n % multiple for n in job.padded):
-            raise MaisiError(
-                f"model.json of '{self.name}' says size_multiple {self.folder.config.size_multiple}, "
-                f"but its networks need {multiple}; correct it there."
-            )
         if job.request.guidance > 0 and job.labels is None:
             self._require_guidable(job)
         return footprint
@@ -225,10 +220,17 @@ class Model:
         """
         parts: tuple[Part, ...] = ("autoencoder", "unet", *(() if job.labels is None else ("controlnet",)))
         headers = {part: read_header(self.folder.path(part)) for part in parts}
+        config = self._config(AutoencoderConfig, "autoencoder", headers)
+        multiple = config.compression * self._config(UNetConfig, "unet", headers).size_multiple
+        if any(n % multiple for n in job.padded):
+            raise MaisiError(
+                f"model.json of '{self.name}' says size_multiple {self.folder.config.size_multiple}, "
+                f"but its networks need {multiple}; correct it there."
+            )
         tensors = {part: [math.prod(shape) for _, shape in header.tensors.values()] for part, header in headers.items()}
         weights = {part: sum(counts) * self.dtype.itemsize for part, counts in tensors.items()}
         to_load = sum(size for part, size in weights.items() if part not in self.__dict__)
-        denoise = self._denoise_bytes(job, {part: header.config for part, header in headers.items()})
+        denoise = self._denoise_bytes(job, config, headers)
         budget = budget_beside(to_load, self.memory, self.device)
         if denoise > budget:
             size = ",".join(map(str, job.padded))
@@ -236,7 +238,6 @@ class Model:
                 f"A denoising step for {size} voxels takes about {gib(denoise)} and {gib(max(budget, 0))} are given "
                 "beside the weights; give more memory (--memory) or a smaller size."
             )
-        config = parse_config(AutoencoderConfig, headers["autoencoder"].config, str(self.folder.path("autoencoder")))
         decode = codec.coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
         return Footprint(sum(weights.values()), denoise, decode)
 
@@ -330,11 +331,13 @@ class Model:
     def _network(self, part: Part) -> nn.Module:
         return codec.fast_layout(self.folder.load(part, self.device, self.dtype))
 
-    def _denoise_bytes(self, job: Job, configs: Mapping[Part, Mapping[str, Any]]) -> int:
+    def _config(self, kind: type[ConfigT], part: Part, headers: Mapping[Part, NetworkHeader]) -> ConfigT:
+        return parse_config(kind, headers[part].config, str(self.folder.path(part)))
+
+    def _denoise_bytes(self, job: Job, config: AutoencoderConfig, headers: Mapping[Part, NetworkHeader]) -> int:
         """Forecast of one step; with a mask its bits and their features count too."""
         nowhere = torch.device("meta")
-        config = parse_config(AutoencoderConfig, configs["autoencoder"], "autoencoder")
-        nets = {part: build_network(part, configs[part], part) for part in configs if part != "autoencoder"}
+        nets = {part: build_network(part, h.config, part) for part, h in headers.items() if part != "autoencoder"}
         latent = (1, config.latent_channels, *(n // config.compression for n in job.padded))
 
         def filled(*shape: int) -> Tensor:
