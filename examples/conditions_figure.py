@@ -49,8 +49,8 @@ REGIONS = (
     Panel(("abdomen",), (80, 64, 64), (6.0, 6.0, 6.0), BOTH),
 )
 SPACINGS = (
-    Panel(("head-neck",), (80, 64, 64), (4.0, 4.0, 4.0), BOTH),
-    Panel(("head-neck",), (80, 64, 64), (6.0, 6.0, 6.0), BOTH),
+    Panel(("head-neck",), (112, 80, 80), (4.0, 4.0, 4.0), BOTH),
+    Panel(("head-neck",), (112, 80, 80), (6.0, 6.0, 6.0), BOTH),
     Panel(("head-neck", "chest"), (80, 64, 128), (6.0, 6.0, 6.0), BOTH),
 )
 

@@ -18,8 +18,8 @@ def view(share: float, size: tuple[int, int, int], spacing_mm: float, *regions: 
 
 
 VIEWS = (
-    view(0.24, (112, 80, 80), 4.4, "head-neck"),
-    view(0.26, (80, 64, 64), 6.0, "head-neck"),
+    view(0.26, (112, 80, 80), 4.4, "head-neck"),
+    view(0.24, (80, 64, 64), 6.0, "head-neck"),
     view(0.10, (112, 80, 80), 4.4, "head-neck", "chest"),
     view(0.10, (80, 64, 64), 6.0, "head-neck", "chest"),
     view(0.11, (80, 64, 64), 6.0, "chest"),

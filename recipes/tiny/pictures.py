@@ -16,7 +16,7 @@ WIDE = Window("wide", 1600, -200)
 def main(out: Path, name: str = "tiny", count: int = 12) -> None:
     """Generate and draw."""
     model = load(name)
-    items = list(model.generate_many(count, region="head-neck", size=(80, 64, 64), spacing=(6, 6, 6), seed=0))
+    items = list(model.generate_many(count, region="head-neck", size=(112, 80, 80), spacing=(4.5, 4.5, 4.5), seed=0))
     rows = [
         [Tile(item.image, plane, f"item {start + i}", WIDE) for i, item in enumerate(items[start : start + COLUMNS])]
         for start in range(0, count, COLUMNS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -52,7 +52,7 @@ class Plan:
     parts: int
     storage: Storage
     recompute: bool
-    peak_bytes: int
+    peak_bytes: int = 0
 
     def execution(self, device: torch.device, folder: Path | None = None) -> Execution:
         """Ready to run; parts that wait on disk go to `folder` (default: the system's for temporary files)."""
@@ -76,23 +76,22 @@ def make_plan(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    axis: int | None = None,
 ) -> Plan:
-    """Choose the quickest plan within `budget` bytes, weights not counted.
+    """Choose the quickest plan within `budget` bytes, weights not counted; it cuts the longest axis.
 
     Args:
         size: voxels of the image, multiples of the compression.
-        axis: the cut axis; None: the longest, the first of equals (whose parts are contiguous in memory).
 
     Raises:
         MaisiError: no plan is that small; says what the smallest takes.
     """
-    axis = max(range(3), key=lambda a: (size[a], -a)) if axis is None else axis
+    # of equal axes the first, whose parts are contiguous in memory
+    axis = max(range(3), key=lambda a: (size[a], -a))
     rows = size[axis] // config.compression
 
     def candidate(storage: Storage, recompute: bool, parts: int) -> Plan:
-        peak = peak_bytes(config, task, size, Execution(parts, recompute=recompute), storage, axis, device, dtype)
-        return Plan(task, size, axis, parts, storage, recompute, peak)
+        plan = Plan(task, size, axis, parts, storage, recompute)
+        return replace(plan, peak_bytes=peak_bytes(config, plan, device, dtype))
 
     counts = sorted({min(n, rows) for n in PARTS})
     for storage, recompute in _ways(task, device):
@@ -132,29 +131,20 @@ def budget_beside(taken: int, memory: int | None, device: torch.device) -> int:
 
 
 @lru_cache(maxsize=512)
-def peak_bytes(
-    config: AutoencoderConfig,
-    task: Task,
-    size: Triple,
-    execution: Execution,
-    storage: Storage,
-    axis: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> int:
-    """Forecast of the memory beside the weights, with input and output part by part."""
+def peak_bytes(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> int:
+    """Forecast of the memory that a plan takes beside the weights; its own `peak_bytes` is not looked at."""
     layout, nowhere = feature_layout(device, dtype), torch.device("meta")
     with nowhere:
         model = Autoencoder(config).to(dtype).requires_grad_(False)
-    there = Execution(execution.parts, (nowhere,), Store(storage), execution.recompute)
+    there = Execution(plan.parts, (nowhere,), Store(plan.storage), plan.recompute)
 
     def run() -> None:
-        shape = (1, config.in_channels, *size)
-        if task == "decode":
-            x, y, z = (n // config.compression for n in size)
+        shape = (1, config.in_channels, *plan.size)
+        if plan.task == "decode":
+            x, y, z = (n // config.compression for n in plan.size)
             shape = (1, config.latent_channels, x, y, z)
         given = torch.empty(shape, dtype=dtype, device=nowhere).contiguous(memory_format=layout)
-        for _ in (decoded if task == "decode" else encoded)(model, given, there, axis):
+        for _ in (decoded if plan.task == "decode" else encoded)(model, given, there, plan.axis):
             pass
 
     with torch.inference_mode():
