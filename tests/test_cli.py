@@ -430,3 +430,31 @@ def test_from_images_to_latents(tmp_path, capsys, model_folder) -> None:
         ("b", ("chest",)),
     ]
     assert "2 views, scale factor" in capsys.readouterr().out
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_printed_and_nothing_done(model_folder, tmp_path, capsys) -> None:
+    assert generate(model_folder, tmp_path / "out", "--plan", "--memory", "64GiB") == 0
+    shown = capsys.readouterr().out
+    assert "decode 32 x 32 x 16: whole; about" in shown
+    assert "denoise: about" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_coding_obeys_the_memory_and_plans(command, model_folder, tmp_path, capsys) -> None:
+    image, latent = tmp_path / "ct.nii.gz", tmp_path / "latent.safetensors"
+    write_volume(image, Volume.from_spacing(np.full((24, 16, 20), -500, np.int16), (4, 4, 4)))
+    place = ["--model", str(model_folder), "--device", "cpu", "--precision", "fp32"]
+    assert cli.run(["encode", str(image), "-o", str(latent), *place, "--memory", "64GiB"]) == 0
+    source, out = (image, "x.safetensors") if command == "encode" else (latent, "x.nii.gz")
+    order = [command, str(source), "-o", str(tmp_path / out), *place]
+    assert cli.run([*order, "--plan"]) == 0
+    assert f"{command} 24 x 16 x 20: whole" in capsys.readouterr().out
+    assert cli.run([*order, "--memory", "10MB"]) == 2
+    assert "takes at least" in capsys.readouterr().err
+    assert cli.run([*order, "--memory", "plenty"]) == 2
+    assert "write it like 6GiB" in capsys.readouterr().err
+    assert not (tmp_path / out).exists()
