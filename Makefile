@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 # A CT of the chest and one of the head and neck from the model that the package carries. Twice gives the same bytes.
 demo: $(VENV)/.installed
@@ -19,6 +19,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Beside the reference on this machine; more sizes and budgets: benchmarks/decode.py --help
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/decode.py --size 64
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
