@@ -4,8 +4,8 @@
 
 The released configuration decodes to SIZE^3 voxels: the reference in float32 with each of its `num_splits`, of which
 the quickest counts, ours in float32 and bfloat16, alternating. Prints time and memory as ratios to the reference and
-the largest difference; the memory is the process's peak above what it had with the weights loaded. Absolute times on CPUs
-say little; they stand in the JSON for whoever wants to check the ratios.
+the largest difference; the memory is the peak above what the process had with the weights loaded. Absolute times on
+CPUs say little; they stand in the JSON for whoever wants to check the ratios.
 """
 
 from __future__ import annotations

@@ -1,0 +1,52 @@
+"""Bytes counted by hand: what lives at once, what has died, and what kernels take beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from maisi.splitting.forecast import forecast, scratch_of
+
+SHAPE = (1, 4, 8, 8, 8)
+BYTES = 4 * 4 * 8**3
+
+
+def nothing(source: torch.Tensor, result: torch.Tensor) -> int:
+    return 0
+
+
+def given(layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+    return torch.empty(SHAPE, device="meta").contiguous(memory_format=layout)
+
+
+def test_what_lives_at_once_is_the_peak() -> None:
+    def run() -> None:
+        x = given()
+        for _ in range(5):
+            x = x + 1  # the old one lives until the new one is there
+
+    assert forecast(run, nothing) == 2 * BYTES
+
+
+def test_views_cost_nothing() -> None:
+    def run() -> None:
+        x = given()
+        _ = (x[:, :2], x.flatten(), x.transpose(1, 2))
+
+    assert forecast(run, nothing) == BYTES
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(("layout", "copies"), [(torch.contiguous_format, 2), (torch.channels_last_3d, 0)])
+def test_convolutions_on_a_cpu_copy_maps_that_are_not_channels_last(
+    inference: bool, layout: torch.memory_format, copies: int
+) -> None:
+    weight = torch.empty(4, 4, 3, 3, 3, device="meta")
+
+    def run() -> None:
+        F.conv3d(given(layout), weight, padding=1)
+
+    with torch.inference_mode(inference), torch.no_grad():
+        assert forecast(run, scratch_of(torch.device("cpu"))) == (2 + copies) * BYTES
+        assert forecast(run, scratch_of(torch.device("cuda"))) == 2 * BYTES
