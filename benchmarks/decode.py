@@ -42,6 +42,7 @@ def measure(kind: str, folder: Path, splits: int, memory: float | None) -> dict[
     """One decoding in this process; the image goes to FOLDER/KIND.npy."""
     from maisi.device import keep_freed_memory
     from maisi.generation import codec
+    from maisi.splitting import autoencoder as split
 
     latent = torch.from_numpy(np.load(folder / "latent.npy"))
     if kind == "reference":
@@ -63,8 +64,7 @@ def measure(kind: str, folder: Path, splits: int, memory: float | None) -> dict[
         else:
             axis, execution = plan.axis, plan.execution(torch.device("cpu"))
             given = latent.to(codec.place_of(net)[1]).contiguous(memory_format=codec.layout_of(net))
-            pieces = [rows[0, 0].numpy() for _, _, rows in codec.decoded(net, given, execution, axis)]
-            image = np.concatenate(pieces, axis)
+            image = split.decode(net, given, execution, axis)[0, 0].numpy()
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     np.save(folder / f"{kind}.npy", image)

@@ -174,12 +174,12 @@ def _make_items(
     from maisi.generation.pipeline import Model
 
     model = Model(folder, device, precision, memory)
-    model.prepare(job)
+    plan = model.prepare(job).decode
     place.begin()
     try:
         with _progress() as report:
             for number in place.missing:
-                item = next(model.run(job, [number], partial(report, f"{number:04d}")))
+                item = model.item(job, plan, number, partial(report, f"{number:04d}"))
                 item.save(place.item_folder(number))
     except BaseException:
         place.withdraw()

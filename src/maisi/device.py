@@ -41,8 +41,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn a member of `PRECISIONS` into the type of weights and feature maps.
 
     `auto` is bfloat16 only where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AMX or
-    AVX-512 BF16):
-    elsewhere it is emulated, slower and less exact than float32.
+    AVX-512 BF16): elsewhere it is emulated, slower and less exact than float32.
 
     Raises:
         MaisiError: the precision is unknown.

@@ -14,7 +14,7 @@ from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
 from maisi.splitting.execution import Execution
-from maisi.splitting.processes import joined, started_together
+from maisi.splitting.processes import joined
 
 CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4)
 
@@ -79,10 +79,3 @@ def test_a_lost_process_is_told() -> None:
     running = mp.spawn(lose, (2, free_port(), results), nprocs=2, join=False)
     assert "start all of them again" in results.get()
     running.join()
-
-
-def test_one_process_alone_is_not_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert not started_together()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert started_together()

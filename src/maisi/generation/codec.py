@@ -6,7 +6,6 @@ Latents are those of the volume in RAS+ orientation, padded at the far end of ea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -96,8 +95,7 @@ def file_plan(
     config = parse_config(AutoencoderConfig, header.config, str(path))
     place = resolve_device(device)
     dtype = resolve_precision(precision, place)
-    weights = sum(math.prod(shape) for _, shape in header.tensors.values()) * dtype.itemsize
-    return coding_plan(config, task, size, place, dtype, memory, weights)
+    return coding_plan(config, task, size, place, dtype, memory, header.parameters * dtype.itemsize)
 
 
 @torch.inference_mode()

@@ -8,7 +8,6 @@ of five has the same bytes as item 3 made alone (on the same machine, device and
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -192,7 +191,7 @@ class Model:
             MaisiError: as `prepare`.
         """
         plan = self.prepare(job).decode
-        return (self._item(job, plan, number, progress or _silent) for number in numbers)
+        return (self.item(job, plan, number, progress or _silent) for number in numbers)
 
     def prepare(self, job: Job) -> Footprint:
         """Check solver, steps and memory, then load what the job needs; return how much memory it will take.
@@ -206,6 +205,7 @@ class Model:
             raise MaisiError(f"{job.solver!r} is no solver for {self.process.name}; choose one of {known}.")
         self.process.sampling_times(job.steps, 1)
         footprint = self.footprint(job)
+        _ = self.autoencoder, self.unet
         if job.labels is not None:
             _ = self.controlnet
         if job.request.guidance > 0 and job.labels is None:
@@ -227,8 +227,7 @@ class Model:
                 f"model.json of '{self.name}' says size_multiple {self.folder.config.size_multiple}, "
                 f"but its networks need {multiple}; correct it there."
             )
-        tensors = {part: [math.prod(shape) for _, shape in header.tensors.values()] for part, header in headers.items()}
-        weights = {part: sum(counts) * self.dtype.itemsize for part, counts in tensors.items()}
+        weights = {part: header.parameters * self.dtype.itemsize for part, header in headers.items()}
         to_load = sum(size for part, size in weights.items() if part not in self.__dict__)
         denoise = self._denoise_bytes(job, config, headers)
         budget = budget_beside(to_load, self.memory, self.device)
@@ -264,7 +263,8 @@ class Model:
         return guided(conditional, self._conditioned(nothing, None), job.request.guidance)
 
     @torch.inference_mode()
-    def _item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
+    def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
+        """Make one item of a prepared job; `plan` is how `prepare` said that it is decoded."""
         started = time.perf_counter()
         noise, generator = self.noise(job, number)
         latent = sample(

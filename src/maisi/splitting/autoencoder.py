@@ -65,8 +65,9 @@ def _by_latent(execution: Execution, latent_rows: int) -> Execution:
     """Give each process of a group a stretch of latent rows: the same share of every map, on whole voxels."""
     group = execution.group
     if group is None:
-        return replace(execution, share=(0, 1), denominator=1)
-    return execution.shared([latent_rows * rank // group.size for rank in range(group.size + 1)])
+        return execution
+    start, stop = (latent_rows * rank // group.size for rank in (group.rank, group.rank + 1))
+    return replace(execution, share=(start, stop), denominator=latent_rows)
 
 
 def _output_dtype(autoencoder: Autoencoder) -> torch.dtype:

@@ -8,7 +8,7 @@ alone. Knows no autoencoder and no budget.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class Execution:
         store: where the parts of stored maps wait.
         recompute: do not store what an upsampling makes, the widest maps of a decoder; compute its rows anew each of
             the three times they are needed. Less memory for more time.
-        share: this process's rows of the maps, as numerators of `denominator` (see `shared`).
+        share: this process's rows of the maps, first and end, as numerators of `denominator`.
         group: the processes that hold the other rows.
     """
 
@@ -63,12 +63,6 @@ class Execution:
     share: tuple[int, int] = (0, 1)
     denominator: int = 1
     group: Group | None = None
-
-    def shared(self, bounds: Sequence[int]) -> Execution:
-        """For the process `group.rank`, whose rows are from bounds[rank] to bounds[rank + 1] of bounds[-1]."""
-        assert self.group is not None
-        mine = (bounds[self.group.rank], bounds[self.group.rank + 1])
-        return replace(self, share=mine, denominator=bounds[-1])
 
     def stretches(self, size: int) -> list[tuple[int, int]]:
         """Rows of each part, of this process's share of a map of `size` rows."""
@@ -110,13 +104,13 @@ class Execution:
                 x, moments = self._stored(made, normed, release=True)
         return x
 
-    def pieces(self, x: FeatureMap) -> Iterator[tuple[int, int, Tensor]]:
-        """Compute the parts of a map one after the other: first row, end, `B C X Y Z`; release what they came from."""
+    def pieces(self, x: FeatureMap, release: bool = True) -> Iterator[tuple[int, int, Tensor]]:
+        """Compute the parts of a map in order: first row, end, `B C X Y Z`; `release` what they came from."""
         stretches = self.stretches(x.size)
         for index, (start, stop) in enumerate(stretches):
             device = self.devices[index * len(self.devices) // len(stretches)]
             yield start, stop, self._rows(x, start, stop, device)
-            if not torch.is_grad_enabled():
+            if release and not torch.is_grad_enabled():
                 x.release(stop)
 
     def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments) -> FeatureMap:
@@ -130,34 +124,26 @@ class Execution:
     def _stored(self, x: FeatureMap, normed: bool, release: bool) -> tuple[Parts, Moments | None]:
         """Compute all parts of a map and let them wait; with the map's statistics if a norm follows."""
         parts, found = Parts(x.axis, x.size), []
-        stretches = self.stretches(x.size)
+        own = self.stretches(x.size)
+        start, stop = own[0][0], own[-1][1]
         edge_rows: list[Tensor] = []
-        for index, (start, stop) in enumerate(stretches):
-            device = self.devices[index * len(self.devices) // len(stretches)]
-            made = self._rows(x, start, stop, device)
+        for first, end, made in self.pieces(x, release):
             if normed:
                 found.append(Moments.of(made))
-            if self.group is not None and index in (0, len(stretches) - 1):
-                edge_rows += [made.narrow(x.dim, 0, 1), made.narrow(x.dim, stop - start - 1, 1)]
-            parts.add(start, stop, self.store.put(made, x.axis))
+            if self.group is not None and (first == start or end == stop):
+                edge_rows += [made.narrow(x.dim, 0, 1), made.narrow(x.dim, end - first - 1, 1)]
+            parts.add(first, end, self.store.put(made, x.axis))
             del made
-            if release and not torch.is_grad_enabled():
-                x.release(stop)
         if self.group is not None:
             before, after = self.group.edges(edge_rows[0].contiguous(), edge_rows[-1].contiguous())
-            for row, place in ((before, stretches[0][0] - 1), (after, stretches[-1][1])):
+            for row, place in ((before, start - 1), (after, stop)):
                 if row is not None:
                     parts.add(place, place + 1, self.store.put(row, x.axis))
         return parts, self._joint(found) if normed else None
 
     def _moments(self, x: FeatureMap) -> Moments:
         """Statistics of a map that is not stored."""
-        stretches = self.stretches(x.size)
-        found = []
-        for index, (start, stop) in enumerate(stretches):
-            device = self.devices[index * len(self.devices) // len(stretches)]
-            found.append(Moments.of(self._rows(x, start, stop, device)))
-        return self._joint(found)
+        return self._joint([Moments.of(rows) for _, _, rows in self.pieces(x, release=False)])
 
     def _joint(self, found: Sequence[Moments]) -> Moments:
         mine = reduce(Moments.merged, found)

@@ -10,7 +10,6 @@ import math
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -60,17 +59,6 @@ class Whole(FeatureMap):
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """A view where possible."""
         return self.tensor.narrow(self.dim, start, stop - start).to(device)
-
-
-class Read(FeatureMap):
-    """A map that somebody else brings, row by row; `read(start, stop)` gives `B C X Y Z`."""
-
-    def __init__(self, read: Callable[[int, int], Tensor], axis: int, size: int) -> None:
-        self.read, self.axis, self.size = read, axis, size
-
-    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Ask for them."""
-        return self.read(start, stop).to(device)
 
 
 class Waiting(Protocol):

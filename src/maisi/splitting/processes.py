@@ -6,7 +6,6 @@ until the results are gathered. Works on CPUs (gloo) and GPUs (NCCL) under `torc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -66,11 +65,6 @@ class Processes:
                 dist.recv(piece, other)
                 pieces.append(piece)
         return torch.cat(pieces, dim)
-
-
-def started_together() -> bool:
-    """Whether `torchrun` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager

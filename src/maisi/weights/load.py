@@ -54,6 +54,11 @@ class NetworkHeader:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 
     @property
+    def parameters(self) -> int:
+        """How many numbers the tensors hold altogether."""
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+    @property
     def scale_factor(self) -> float | None:
         """What latents are multiplied by before diffusion; None where the file does not say."""
         text = self.metadata.get("maisi.scale_factor")
