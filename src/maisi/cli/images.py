@@ -1,0 +1,139 @@
+"""Commands on single images: `encode`, `decode`, `phantom`, `segment`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from maisi.cli.options import (
+    FILE,
+    VOLUME_ENDINGS,
+    autoencoder_file,
+    autoencoder_options,
+    budget_options,
+    grid_options,
+    output_option,
+    parsed_memory,
+    require_new,
+    running_options,
+)
+
+_MADE_BY = "autoencoder_sha256"
+
+
+@click.command()
+@click.argument("image", type=FILE)
+@output_option("Latent to make (.safetensors).")
+@autoencoder_options
+@click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR (mri, mri_t1, ...).")
+@running_options
+@budget_options
+def encode(
+    image: Path,
+    output: Path,
+    model: str | None,
+    autoencoder: Path | None,
+    modality: str,
+    memory: str | None,
+    only_plan: bool,
+    **where: str,
+) -> None:
+    """Turn IMAGE into latents: mean and log_variance, float32, 4 x X/4 x Y/4 x Z/4."""
+    from maisi.anatomy import parse_modality
+    from maisi.io.nifti import read_volume
+
+    require_new(output, ".safetensors")
+    modality, limit = parse_modality(modality), parsed_memory(memory)
+    path = autoencoder_file(model, autoencoder)
+    volume = read_volume(image)
+    from maisi.data.latents import save_latent
+    from maisi.generation import codec
+    from maisi.weights.load import sha256
+
+    plan = codec.file_plan(path, "encode", volume.to_ras().shape, memory=limit, **where)
+    if only_plan:
+        click.echo(str(plan))
+        return
+    notes = {_MADE_BY: sha256(path)}
+    latent = codec.encode(codec.load_autoencoder(path, **where), volume, modality, notes, plan)
+    save_latent(output, latent)
+    click.echo(f"{output}: {' x '.join(map(str, latent.mean.shape))}")
+
+
+@click.command()
+@click.argument("latent", type=FILE)
+@output_option("Image to make (.nii.gz, .nii or .nrrd).")
+@autoencoder_options
+@running_options
+@budget_options
+def decode(
+    latent: Path,
+    output: Path,
+    model: str | None,
+    autoencoder: Path | None,
+    memory: str | None,
+    only_plan: bool,
+    **where: str,
+) -> None:
+    """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place."""
+    from maisi.data.latents import load_latent
+    from maisi.io.nifti import write_volume
+    from maisi.weights.load import sha256
+
+    require_new(output, *VOLUME_ENDINGS)
+    path, limit = autoencoder_file(model, autoencoder), parsed_memory(memory)
+    read = load_latent(latent)
+    if read.notes.get(_MADE_BY, sha256(path)) != sha256(path):
+        click.echo("Note: the latent was made with another autoencoder.", err=True)
+    from maisi.generation import codec
+
+    plan = codec.file_plan(path, "decode", read.size, memory=limit, **where)
+    if only_plan:
+        click.echo(str(plan))
+        return
+    volume = codec.decode(codec.load_autoencoder(path, **where), read, plan)
+    write_volume(output, volume, description="decoded by maisi from latents", synthetic=False)
+    click.echo(f"{output}: {' x '.join(map(str, volume.shape))}")
+
+
+@click.command()
+@grid_options
+@output_option("Folder to make, with image.nii.gz, labels.nii.gz and preview.png.")
+def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: int, output: Path) -> None:
+    """Draw a body of simple shapes as CT with its label map: data for trying things out anywhere."""
+    from maisi.data.phantom import phantom as draw
+    from maisi.io.files import new_folder
+    from maisi.io.nifti import write_volume
+    from maisi.io.preview import preview
+    from maisi.request import Request
+
+    wishes = {"region": region or ("chest",), "size": size or (96, 80, 64), "spacing": spacing or (4, 4, 5)}
+    request = Request.parse(**wishes, seed=seed)
+    assert request.size is not None
+    assert request.spacing is not None
+    with new_folder(output) as part:
+        image, mask = draw(request.size, request.spacing, request.region, request.seed)
+        write_volume(part / "image.nii.gz", image, description="phantom made by maisi")
+        write_volume(part / "labels.nii.gz", mask, description="phantom made by maisi")
+        preview(part / "preview.png", image, mask, title=f"Phantom: {', '.join(request.region)}; seed {seed}")
+    click.echo(str(output))
+
+
+@click.command()
+@click.argument("ct", type=FILE)
+@output_option("Label map to make (.nii.gz, .nii or .nrrd).")
+def segment(ct: Path, output: Path) -> None:
+    """Segment a CT by rules: body, lungs, airway, bone."""
+    from maisi.io.nifti import read_volume, write_volume
+
+    require_new(output, *VOLUME_ENDINGS)
+    volume = read_volume(ct)
+    from maisi.data.segmentation import segment as segment_volume
+
+    write_volume(output, segment_volume(volume), description="labels made by maisi", synthetic=False)
+    click.echo(str(output))
+
+
+COMMANDS = (encode, decode, phantom, segment)

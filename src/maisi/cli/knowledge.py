@@ -1,0 +1,49 @@
+"""What the package knows: `labels`, `models`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import click
+
+
+@click.command()
+@click.argument("query", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with tumours, their hosts and the regions' markers.")
+def labels(query: Sequence[str], as_json: bool) -> None:
+    """List the ids and names of the anatomy, all or those that QUERY (words or an id) is in."""
+    from maisi.anatomy import EXTENSION, LABELS, REGION_MARKERS, TUMORS, label_id
+
+    wanted = " ".join(query).lower()
+    rows = [label for label in (*LABELS, *EXTENSION) if not label.free]
+    rows = sorted((r for r in rows if wanted in r.name or wanted == str(r.id)), key=lambda r: r.id)
+    if not rows:
+        label_id(wanted)  # other spellings; or the error that names the nearest label
+        rows = [label for label in (*LABELS, *EXTENSION) if label.id == label_id(wanted)]
+    if as_json:
+        hosts = {str(tumor): list(ids) for tumor, ids in TUMORS.items()}
+        markers = {region: list(ids) for region, ids in REGION_MARKERS.items()}
+        names = {str(row.id): row.name for row in rows}
+        click.echo(json.dumps({"labels": names, "tumor_hosts": hosts, "region_markers": markers}, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row.id:3d}  {row.name}")
+
+
+@click.command()
+def models() -> None:
+    """List the models that the package carries."""
+    from maisi.weights.registry import carried_models, find_model
+
+    for name in carried_models():
+        model = find_model(name)
+        config = model.config
+        megabytes = sum(model.path(part).stat().st_size for part in config.files) / 1e6
+        regions = sorted({region for view in config.field_of_view for region in view.regions})
+        masks = "follows masks" if config.controlnet else "no masks"
+        click.echo(f"{name}: {', '.join(regions) or 'regions unknown'}; {masks}; {config.process['kind']}, ", nl=False)
+        click.echo(f"{config.default_steps} steps; {megabytes:.0f} MB; {model.folder / config.card}")
+
+
+COMMANDS = (labels, models)

@@ -1,0 +1,122 @@
+"""Options and habits that commands share: where networks run, grids, budgets, progress, outputs that are new."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from maisi.errors import MaisiError
+
+FILE = click.Path(path_type=Path)
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
+
+
+def output_option(help: str) -> Decorator:
+    """`-o`, required; `help` says what it makes."""
+    return click.option("-o", "--output", "output", type=FILE, required=True, help=help)
+
+
+def running_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say where networks run."""
+    command = click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16.")(command)
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")(command)
+
+
+def budget_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say how much memory may be used."""
+    help = "Print how it would be done and the memory that takes, and do nothing else."
+    command = click.option("--plan", "only_plan", is_flag=True, help=help)(command)
+    help = "What the process may use, such as 6GiB.  [default: all that is free]"
+    return click.option("--memory", metavar="AMOUNT", help=help)(command)
+
+
+def grid_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say what a volume shows and how it is sampled."""
+    command = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same volume.")(command)
+    command = click.option("--spacing", metavar="X,Y,Z", help="Distance between voxels in mm.")(command)
+    command = click.option("--size", metavar="X,Y,Z", help="Voxels; any number from 1 to 1024.")(command)
+    help = "Body region: head-neck, chest, abdomen or lower-body. May be repeated."
+    return click.option("--region", multiple=True, metavar="NAME", help=help)(command)
+
+
+def autoencoder_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that name an autoencoder, in a model or alone."""
+    help = "A converted autoencoder, which says its own configuration; in place of --model."
+    command = click.option("--autoencoder", type=FILE, help=help)(command)
+    return click.option("--model", help="A carried model's name, or a model folder.  [default: tiny]")(command)
+
+
+def autoencoder_file(model: str | None, autoencoder: Path | None) -> Path:
+    """Find the file, checked as far as its header goes.
+
+    Raises:
+        MaisiError: both are given, or there is no such autoencoder.
+    """
+    from maisi.weights.load import read_header
+    from maisi.weights.registry import find_model
+
+    if autoencoder is None:
+        return find_model(model or "tiny").path("autoencoder")
+    if model is not None:
+        raise MaisiError("Both --model and --autoencoder are given; leave one of them out.")
+    held = read_header(autoencoder).network
+    if held != "autoencoder":
+        raise MaisiError(f"{autoencoder} holds the network '{held}'; give a file with an autoencoder.")
+    return autoencoder
+
+
+def require_new(path: Path, *endings: str) -> None:
+    """Refuse, before any work, an output file that exists or cannot be made.
+
+    Raises:
+        MaisiError: so.
+    """
+    if not path.name.lower().endswith(endings):
+        raise MaisiError(f"{path}: this command writes {' or '.join(endings)}; give a name that ends so.")
+    if path.exists():
+        raise MaisiError(f"{path} exists; choose another name or remove it.")
+    if not path.parent.is_dir():
+        raise MaisiError(f"The folder {path.parent} does not exist; make it first or choose another place.")
+
+
+def parsed_memory(text: str | None) -> int | None:
+    """Bytes of an amount such as '6GiB'; None stays None."""
+    from maisi.device import parse_memory
+
+    return None if text is None else parse_memory(text)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Yield `report(what, stage, done, total)`: bars on a terminal, a line for each finished stage elsewhere."""
+    if not sys.stderr.isatty():
+        yield _plain_report()
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True)) as bars:
+        tasks: dict[tuple[str, str], TaskID] = {}
+
+        def report(what: str, stage: str, done: int, total: int) -> None:
+            if (what, stage) not in tasks:
+                tasks[what, stage] = bars.add_task(f"{what} {stage}", total=total)
+            bars.update(tasks[what, stage], completed=done)
+
+        yield report
+
+
+def _plain_report() -> Callable[[str, str, int, int], None]:
+    started = time.monotonic()
+
+    def report(what: str, stage: str, done: int, total: int) -> None:
+        if done == total:
+            click.echo(f"{time.monotonic() - started:7.1f} s  {what} {stage}", err=True)
+
+    return report

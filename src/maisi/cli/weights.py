@@ -1,0 +1,89 @@
+"""`maisi weights`: files of networks, converted, shown and put together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from maisi.cli.options import FILE, output_option, require_new
+
+
+@click.group()
+def weights() -> None:
+    """Look into files of weights, and convert them from and to the released layout."""
+
+
+@weights.command()
+@click.argument("official", type=FILE)
+@click.option("--network", help="autoencoder, unet or controlnet.  [default: as the tensors' names tell]")
+@click.option("--norm-groups", type=int, help="Groups of the normalisation, where not the released 32.")
+@click.option("--head-channels", type=int, help="Channels of an attention head, where not the released 32.")
+@output_option("File to make (.safetensors).")
+def convert(official: Path, network: str | None, output: Path, **settings: int | None) -> None:
+    """Convert OFFICIAL, a released .pt file, to safetensors; nothing in it is run."""
+    from maisi.weights.convert import convert as convert_file
+
+    require_new(output, ".safetensors")
+    given = {name: value for name, value in settings.items() if value is not None}
+    header = convert_file(official, output, as_network=network, settings=given)
+    click.echo(f"{output}: {header.network}, {_millions(header.tensors)} M parameters")
+
+
+@weights.command()
+@click.argument("file", type=FILE)
+@output_option("File to make (.pt).")
+def export(file: Path, output: Path) -> None:
+    """Write FILE in the layout of the released .pt files."""
+    from maisi.weights.convert import export_official
+
+    require_new(output, ".pt")
+    export_official(file, output)
+    click.echo(str(output))
+
+
+@weights.command()
+@click.option("--autoencoder", type=FILE, required=True, help="Its safetensors.")
+@click.option("--unet", type=FILE, required=True, help="Its safetensors.")
+@click.option("--controlnet", type=FILE, help="Its safetensors; without it the model follows no masks.")
+@click.option("--name", required=True, help="What the model is called; ddpm-ct or rflow-ct for the released weights.")
+@click.option("--half", is_flag=True, help="Store float16.")
+@output_option("Model folder to make.")
+def assemble(autoencoder: Path, unet: Path, controlnet: Path | None, name: str, half: bool, output: Path) -> None:
+    """Put networks that belong together into a model folder, to be used as `--model FOLDER`."""
+    from maisi.weights.assemble import assemble as assemble_model
+
+    given = {"autoencoder": autoencoder, "unet": unet, "controlnet": controlnet}
+    files = {part: path for part, path in given.items() if path is not None}
+    config = assemble_model(cast(Any, files), output, name, half=half)
+    click.echo(
+        f"{output}: {', '.join(config.files)}; {config.process['kind']}, images in steps of {config.size_multiple}"
+    )
+
+
+@weights.command()
+@click.argument("file", type=FILE)
+def show(file: Path) -> None:
+    """Tell what FILE holds: network, configuration, notes, hash."""
+    from maisi.weights.load import read_header, sha256
+
+    header = read_header(file)
+    notes = {k: v for k, v in header.metadata.items() if k not in ("maisi.network", "maisi.config")}
+    facts = {"network": header.network, "parameters": _parameters(header.tensors), "config": header.config}
+    click.echo(json.dumps(facts | notes | {"sha256": sha256(file)}, indent=2))
+
+
+def _parameters(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    import math
+
+    return sum(math.prod(shape) for _, shape in tensors.values())
+
+
+def _millions(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    return f"{_parameters(tensors) / 1e6:.1f}"
+
+
+COMMANDS = (weights,)
