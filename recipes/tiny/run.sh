@@ -12,6 +12,8 @@ maisi prepare work/prepared --views recipes/tiny/latents.yaml \
     --autoencoder work/autoencoder/autoencoder.safetensors -o work/latents
 maisi train diffusion recipes/tiny/coarse.yaml -o work/coarse
 maisi train diffusion recipes/tiny/diffusion.yaml -o work/diffusion
+maisi prepare work/prepared --views recipes/tiny/pairs.yaml \
+    --autoencoder work/autoencoder/autoencoder.safetensors -o work/pairs
 maisi train controlnet recipes/tiny/controlnet.yaml -o work/controlnet
 python recipes/tiny/assemble.py work/decoder/autoencoder.safetensors work/diffusion/unet.safetensors \
     work/controlnet/controlnet.safetensors work/tiny

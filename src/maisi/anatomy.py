@@ -1,6 +1,6 @@
 """The anatomy the models speak of: label ids, regions, tumours and their hosts, modalities. Knows no array.
 
-The ids are those of the released MAISI weights (`anatomy_labels.json`, "released"). Ids 133 to 139, which
+The ids are those of the released MAISI weights (`anatomy_labels.json`, "released"). Ids 133 to 140, which
 that vocabulary leaves free, are maisi's own ("extension"): only models that say so know them.
 """
 
@@ -57,7 +57,7 @@ LABELS: tuple[Label, ...] = tuple(Label(id, name) for name, id in _TABLE["releas
 """The released vocabulary: ids 1 to 132 (dummies among them) and 200."""
 
 EXTENSION: tuple[Label, ...] = tuple(Label(id, name) for name, id in _TABLE["extension"].items())
-"""maisi's own labels, 133 to 139; not in the vocabulary of the released weights."""
+"""maisi's own labels, 133 to 140; not in the vocabulary of the released weights."""
 
 MODALITIES: Mapping[str, int] = MappingProxyType(_TABLE["modalities"])
 """Modality -> index into the class embedding of the U-Net."""
@@ -77,7 +77,9 @@ SKELETON: tuple[int, ...] = (*range(33, 57), *range(63, 98), 120, 122, 127)
 ANY_BONE: tuple[int, ...] = (*SKELETON, UNNAMED_BONE, MANDIBLE)
 """`SKELETON` and the bones of the extension."""
 
-TUMORS: Mapping[int, tuple[int, ...]] = MappingProxyType({23: LUNGS, 24: (4,), 26: (1,), 27: (62,), 128: ANY_BONE})
+TUMORS: Mapping[int, tuple[int, ...]] = MappingProxyType(
+    {23: LUNGS, 24: (4,), 26: (1,), 27: (62,), 128: ANY_BONE, 140: (5, 14)}
+)
 """Tumour id -> ids of the organs it grows in."""
 
 REGION_MARKERS: Mapping[str, tuple[int, ...]] = MappingProxyType(

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from maisi.anatomy import EXTENSION, LABELS, LUNGS, REGION_MARKERS, REGIONS
 from maisi.config import Config, parse_config
+from maisi.data.label_variants import vary_names
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, Split
 from maisi.data.preprocess import HU_MIN, resample_to_grid
+from maisi.data.tumor_examples import with_tumors
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path, write_json
 from maisi.volume import Array, Volume
@@ -38,6 +40,20 @@ LONGEST_GAP_MM = 300.0
 Triple = tuple[int, int, int]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, `4 X/4 Y/4 Z/4` each."""
+
+
+class TumorViews(Config):
+    """Simulated tumours in views, for networks that learn to inpaint.
+
+    Attributes:
+        share: of the views that get any.
+        most: largest number of tumours in one view.
+        anywhere: whether soft tissue without a name may host every kind: data rarely have all organs labelled.
+    """
+
+    share: float = Field(default=0.5, ge=0, le=1)
+    most: int = Field(default=2, ge=1)
+    anywhere: bool = True
 
 
 class ViewConfig(Config):
@@ -54,6 +70,10 @@ class ViewConfig(Config):
         regions: only cases that have one of these; empty is all.
         min_body_mm: only cases whose body is at least this large from right to left, back to front and bottom to top;
             leaves out scans of which only a part was kept.
+        tumors: simulate tumours in image and labels.
+        vary_names: share of views in which whole lungs become lobes and unnamed bones get names (at random, see
+            `label_variants`), so that a network learns what all their ids look like.
+        keep_image: keep the image beside its latent; inpainting is trained on both.
     """
 
     size: Triple
@@ -64,6 +84,9 @@ class ViewConfig(Config):
     mirror: bool = False
     regions: tuple[str, ...] = ()
     min_body_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    tumors: TumorViews | None = None
+    vary_names: float = Field(default=0.0, ge=0, le=1)
+    keep_image: bool = False
 
 
 class LatentView(Config):
@@ -90,11 +113,15 @@ class LatentIndex(Config):
 
 @dataclass(frozen=True)
 class StoredLatent:
-    """Mean and log-variance `4 X/4 Y/4 Z/4`, and the label map `X Y Z` uint8 if it was asked for."""
+    """Mean and log-variance `4 X/4 Y/4 Z/4`; if asked for, the label map `X Y Z` uint8 and, where kept, the image.
+
+    The image `X Y Z` is float16, as networks see it.
+    """
 
     mean: Tensor
     log_variance: Tensor
     labels: Tensor | None
+    image: Tensor | None
 
 
 class LatentFolder:
@@ -123,7 +150,8 @@ class LatentFolder:
         try:
             with safe_open(self.folder / view.file, framework="pt") as file:
                 labels = file.get_tensor("labels") if with_labels else None
-                return StoredLatent(file.get_tensor("mean"), file.get_tensor("log_variance"), labels)
+                image = file.get_tensor("image") if with_labels and "image" in file.keys() else None  # noqa: SIM118
+                return StoredLatent(file.get_tensor("mean"), file.get_tensor("log_variance"), labels, image)
         except (SafetensorError, OSError):
             raise MaisiError(f"{self.folder / view.file} is missing or damaged; prepare the latents anew.") from None
 
@@ -160,9 +188,12 @@ def cache_latents(
         file = f"{case.id}-{number}-{copy}.safetensors"
         plan = plan_view(case, kind, extents[case.id], rng, file)
         if not (out / file).exists():
-            image, labels = draw_view(prepared, case, plan)
-            mean, log_variance = encode(torch.from_numpy(case.network_values(image.array))[None, None])
+            image, labels = varied(*draw_view(prepared, case, plan), case, kind, rng)
+            values = torch.from_numpy(case.network_values(image.array))
+            mean, log_variance = encode(values[None, None])
             tensors = {"mean": mean, "log_variance": log_variance, "labels": torch.from_numpy(labels)}
+            if kind.keep_image:
+                tensors["image"] = values.half()
             with atomic_path(out / file) as part:
                 save_file({k: v.contiguous() for k, v in tensors.items()}, part)
         else:
@@ -227,6 +258,18 @@ def draw_view(prepared: PreparedFolder, case: PreparedCase, plan: PlannedView) -
         seen = seen.with_array(np.ascontiguousarray(seen.array[::-1]))
         mask = other_side()[mask[::-1]]
     return seen, np.ascontiguousarray(mask)
+
+
+def varied(
+    image: Volume, labels: NDArray[np.uint8], case: PreparedCase, kind: ViewConfig, rng: np.random.Generator
+) -> tuple[Volume, NDArray[np.uint8]]:
+    """Give a view other names for its parts, and tumours, as its kind wants; they are drawn after all else."""
+    chances = rng.random(2)
+    if chances[0] < kind.vary_names:
+        labels = vary_names(labels, rng)
+    if kind.tumors is None or not case.is_ct or chances[1] >= kind.tumors.share:
+        return image, labels
+    return with_tumors(image, image.with_array(labels), kind.tumors.most, kind.tumors.anywhere, rng)
 
 
 def region_extents(

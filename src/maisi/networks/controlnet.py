@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from pydantic import PositiveInt
@@ -19,11 +20,14 @@ class ControlNetConfig(TrunkConfig):
 
     Attributes:
         mask_channels: channels of the mask, its label ids as bits.
+        image_channels: 2 for a network that inpaints: the known image (0 where it is to be painted) and where that is;
+            0 for one that is told the mask alone, as the released ones.
         mask_encoder_channels: each entry after the first halves the axes; three of them bring the mask from
             image to latent resolution (factor 4).
     """
 
     mask_channels: PositiveInt = 8
+    image_channels: Literal[0, 2] = 0
     mask_encoder_channels: tuple[PositiveInt, ...] = (8, 32, 64)
 
     @property
@@ -38,16 +42,16 @@ class MaskEncoder(nn.Module):
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
         widths = config.mask_encoder_channels
-        self.conv_in = conv3(config.mask_channels, widths[0])
+        self.conv_in = conv3(config.mask_channels + config.image_channels, widths[0])
         blocks: list[nn.Module] = []
         for narrow, wide in pairwise(widths):
             blocks += [conv3(narrow, narrow), conv3(narrow, wide, stride=2)]
         self.blocks = nn.ModuleList(blocks)
         self.conv_out = zeroed(conv3(widths[-1], config.channels[0]))
 
-    def forward(self, mask_bits: Tensor) -> Tensor:
-        """`B 8 4X 4Y 4Z` -> `B C X Y Z`."""
-        h = F.silu(self.conv_in(mask_bits))
+    def forward(self, mask: Tensor) -> Tensor:
+        """`B 8 4X 4Y 4Z` (or 10 channels, with the image) -> `B C X Y Z`."""
+        h = F.silu(self.conv_in(mask))
         for block in self.blocks:
             h = F.silu(block(h))
         out: Tensor = self.conv_out(h)
@@ -92,29 +96,56 @@ class ControlNet(Trunk):
         net.load_state_dict(net.state_dict() | _encoder_weights(unet, net))
         return net
 
-    def forward(
-        self, x: Tensor, times: Tensor, mask_bits: Tensor, *, modality: Tensor | None = None
-    ) -> ControlResiduals:
+    def forward(self, x: Tensor, times: Tensor, mask: Tensor, *, modality: Tensor | None = None) -> ControlResiduals:
         """Compute what to add to the U-Net's features.
 
         Args:
             x: noisy latent, `B C X Y Z`; axes multiples of `config.size_multiple`.
             times: (B,), in [0, 1000].
-            mask_bits: label ids as bits, `B 8 4X 4Y 4Z`, zeros and ones.
+            mask: label ids as bits, `B 8 4X 4Y 4Z`, zeros and ones; a network with `image_channels` takes
+                `B 10 4X 4Y 4Z`, see `inpainting_mask`.
             modality: (B,) int64; not used by a network without that input.
 
         Raises:
             ValueError: an input is missing or a size does not fit.
         """
         expected = tuple(n * self.config.mask_compression for n in x.shape[2:])
-        if tuple(mask_bits.shape[2:]) != expected:
-            raise ValueError(f"the mask has size {tuple(mask_bits.shape[2:])}; this latent needs {expected}")
+        if tuple(mask.shape[2:]) != expected:
+            raise ValueError(f"the mask has size {tuple(mask.shape[2:])}; this latent needs {expected}")
         embedding = self.embed_time(times, modality, x.dtype)
-        h = self.conv_in(x) + self.mask_encoder(mask_bits.to(x.dtype))
+        h = self.conv_in(x) + self.mask_encoder(mask.to(x.dtype))
         features = self.encode(h, embedding, None)
         middle = self.middle_block(features[-1], embedding, None)
         down = tuple(zero(feature) for zero, feature in zip(self.zero_convs, features, strict=True))
         return ControlResiduals(down, self.zero_conv_middle(middle))
+
+
+def inpainting_mask(bits: Tensor, image: Tensor | None = None, region: Tensor | None = None) -> Tensor:
+    """Join what a network with `image_channels` is told.
+
+    Args:
+        bits: label ids as bits, `B 8 X Y Z`.
+        image: the image in [0, 1], `B 1 X Y Z`; only what lies outside the region is looked at.
+        region: 1 where to paint, 0 where the image is known, `B 1 X Y Z`. None, with the image: paint everything.
+
+    Returns:
+        `B 10 X Y Z`, in the dtype of `bits`.
+    """
+    if image is None or region is None:
+        everything = torch.ones_like(bits[:, :1])
+        return torch.cat([bits, torch.zeros_like(everything), everything], 1)
+    region = region.to(bits.dtype)
+    return torch.cat([bits, image.to(bits.dtype) * (1 - region), region], 1)
+
+
+def with_image_input(net: ControlNet) -> ControlNet:
+    """A copy of a network that is told the mask alone, ready to be told the image too, which it ignores at first."""
+    wider = ControlNet(net.config.model_copy(update={"image_channels": 2}))
+    tensors = net.state_dict()
+    key = "mask_encoder.conv_in.weight"
+    more = torch.zeros_like(tensors[key][:, : wider.config.image_channels])
+    wider.load_state_dict(tensors | {key: torch.cat([tensors[key], more], 1)})
+    return wider
 
 
 def _encoder_weights(unet: UNet, net: ControlNet) -> dict[str, Tensor]:

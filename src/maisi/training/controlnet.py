@@ -1,22 +1,30 @@
-"""The ControlNet stage: the U-Net frozen, its copy learns to follow label maps (paper, section 3.3, equation 4)."""
+"""The ControlNet stage: the U-Net frozen, its copy learns to follow label maps (paper, section 3.3, equation 4).
+
+Latents are scaled as the U-Net knows them, whichever views they are of.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maisi.anatomy import TUMORS
-from maisi.networks.controlnet import ControlNet, ControlNetConfig
+from maisi.data.tumor_examples import inpainting_region
+from maisi.errors import MaisiError
+from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask, with_image_input
 from maisi.networks.unet import TrunkConfig, UNet
 from maisi.training.denoising import DenoisingRun, DenoisingStage
 from maisi.training.latents import LatentBatch, mask_tensor
 from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.pictures import label_planes
-from maisi.weights.load import load_network
+from maisi.training.state import step_rng
+from maisi.weights.load import load_network, read_header
 
 
 class ControlNetRun(DenoisingRun):
@@ -28,6 +36,8 @@ class ControlNetRun(DenoisingRun):
         weighted_labels: ids whose voxels count `label_weight` times in the loss (the paper: tumours, x100).
         contrastive_weight: of the region-contrastive loss; 0 is off. It acts where label maps have tumours.
         contrastive_bound: a difference beyond it inside a tumour earns nothing more.
+        inpainting: share of the items that are told the image around a region, which they are to paint; the network
+            then inpaints as well as it follows masks. Needs views with `keep_image`.
     """
 
     unet: Path
@@ -36,6 +46,7 @@ class ControlNetRun(DenoisingRun):
     label_weight: float = Field(default=100.0, ge=1)
     contrastive_weight: float = Field(default=0.01, ge=0)
     contrastive_bound: float = Field(default=2.0, gt=0)
+    inpainting: float = Field(default=0.0, ge=0, le=1)
 
 
 def without_tumours(labels: Tensor) -> Tensor:
@@ -58,7 +69,9 @@ class ControlNetStage(DenoisingStage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.loop.seed)
             control = _initial(run, unet)
-        super().__init__(run, control, ControlNet(control.config), with_labels=True)
+        told = read_header(run.unet).metadata.get("maisi.scale_factor")
+        scale_factor = None if told is None else float(told)
+        super().__init__(run, control, ControlNet(control.config), with_labels=True, scale_factor=scale_factor)
         self.unet: nn.Module = unet.requires_grad_(False).to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
@@ -66,8 +79,32 @@ class ControlNetStage(DenoisingStage):
         assert batch.labels is not None
         return self._controlled(network, x, times, batch, batch.labels)
 
+    def batch(self, step: int) -> list[LatentBatch]:
+        """As `DenoisingStage.batch`, with what is to be painted."""
+        batches = super().batch(step)
+        return [self._with_regions(b, step_rng(self.seed, step * len(batches) + i, 5)) for i, b in enumerate(batches)]
+
+    def _with_regions(self, batch: LatentBatch, rng: np.random.Generator) -> LatentBatch:
+        """Draw the regions of the items that inpaint; the others' is everything."""
+        if not self.run.inpainting:
+            return batch
+        if batch.image is None or batch.labels is None:
+            raise MaisiError(
+                f"{self.run.data} keeps no images; inpainting needs views prepared with 'keep_image: true'."
+            )
+        regions = [
+            inpainting_region(labels.numpy(), rng)
+            if rng.random() < self.run.inpainting
+            else np.ones(labels.shape, bool)
+            for labels in batch.labels
+        ]
+        return replace(batch, region=torch.from_numpy(np.stack(regions))[:, None])
+
     def _controlled(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch, labels: Tensor) -> Tensor:
-        bits = mask_tensor(labels).to(self.device).contiguous(memory_format=self.layout)
+        bits = mask_tensor(labels).to(self.device)
+        if self.run.inpainting:
+            bits = inpainting_mask(bits, batch.image, batch.region)
+        bits = bits.contiguous(memory_format=self.layout)
         with self.autocast():
             x = x.contiguous(memory_format=self.layout)
             residuals = network(x, times, bits, modality=batch.conditions["modality"])
@@ -95,7 +132,8 @@ class ControlNetStage(DenoisingStage):
         return 1 + (self.run.label_weight - 1) * chosen if chosen.any() else None
 
     def validation_terms(self, batch: LatentBatch, index: int) -> dict[str, float]:
-        """Beside the loss, that of the U-Net alone: what the mask is worth."""
+        """Beside the loss, that of the U-Net alone: what the mask (and the image around a region) is worth."""
+        batch = self._with_regions(batch, step_rng(self.seed, index, 6))
         alone = _NoControl().to(self.device)
         without = self.perturbed_losses(alone, batch, index, stream=3)["loss"]
         return {**super().validation_terms(batch, index), "loss_without_mask": float(without)}
@@ -123,8 +161,10 @@ def _initial(run: ControlNetRun, unet: UNet) -> ControlNet:
     if run.init is not None:
         loaded = load_network(run.init, network="controlnet")
         assert isinstance(loaded, ControlNet)
-        return loaded.train()
+        widen = bool(run.inpainting) and not loaded.config.image_channels
+        return (with_image_input(loaded) if widen else loaded).train()
     shared = {name: getattr(unet.config, name) for name in TrunkConfig.model_fields}
+    shared["image_channels"] = 2 if run.inpainting else 0
     if run.mask_encoder_channels is not None:
         shared["mask_encoder_channels"] = run.mask_encoder_channels
     return ControlNet.from_unet(unet, ControlNetConfig(**shared)).train()

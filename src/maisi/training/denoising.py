@@ -56,16 +56,23 @@ class DenoisingStage(ABC):
 
     part: str
 
-    def __init__(self, run: DenoisingRun, network: nn.Module, averaged: nn.Module, with_labels: bool) -> None:
-        """Take the network to train and another one of its kind for the averaged weights."""
+    def __init__(
+        self,
+        run: DenoisingRun,
+        network: nn.Module,
+        averaged: nn.Module,
+        with_labels: bool,
+        scale_factor: float | None = None,
+    ) -> None:
+        """Take the network to train and another one of its kind for the averaged weights; see `LatentSource`."""
         self.settings = run
         self.seed = run.loop.seed
         self.device = resolve_device(run.loop.device)
         self.layout = feature_layout(self.device, run.loop.dtype)
         self.process: Process = run.process
         told = run.batches.model_copy(update={"drop_regions": 0.0})
-        self.source = LatentSource(run.data, "train", run.batches, self.seed, with_labels)
-        self.held_out = LatentSource(run.data, "validation", told, self.seed, with_labels)
+        self.source = LatentSource(run.data, "train", run.batches, self.seed, with_labels, scale_factor)
+        self.held_out = LatentSource(run.data, "validation", told, self.seed, with_labels, scale_factor)
         self.network: nn.Module = network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.averaged: nn.Module = averaged.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.trainee = Trainee(self.part, self.network, run.optimizer, run.loop.steps)
@@ -138,7 +145,7 @@ class DenoisingStage(ABC):
                 return self.predict(self.averaged, x, times, batch)
 
             z = sample(self.process, denoise, noise, steps=self.settings.sample_steps, solver="ddim")
-            image = decoder.decode(z / self.held_out.folder.scale_factor)[0, 0].clamp(0, 1)
+            image = decoder.decode(z / self.held_out.scale_factor)[0, 0].clamp(0, 1)
             rows += [*self.rows_above(batch), three_planes(image)]
         width = max(row.shape[2] for row in rows)
         return torch.cat([nn.functional.pad(row, (0, width - row.shape[2])) for row in rows], 1)
@@ -159,7 +166,7 @@ class DenoisingStage(ABC):
         """Write `PART.safetensors` with the averaged weights, the process and the scale factor."""
         self.averaged.load_state_dict(self.trainee.ema.values)
         metadata = {
-            "maisi.scale_factor": repr(self.source.folder.scale_factor),
+            "maisi.scale_factor": repr(self.source.scale_factor),
             "maisi.process": json.dumps(self.process.config()),
         }
         save_network(folder / f"{self.part}.safetensors", self.averaged, metadata=metadata)

@@ -45,21 +45,27 @@ class LatentBatch:
         conditions: keyword arguments of the U-Net: `spacing` (B, 3), `top_region` (B, 4), `bottom_region`
             (B, 4), `modality` (B,).
         labels: label maps `B X Y Z` uint8, where they were asked for.
+        image: the images `B 1 X Y Z` float32 in [0, 1], where labels were asked for and all views keep theirs.
+        region: 1 where an item is to be inpainted, `B 1 X Y Z`; None, or all 1: everywhere.
     """
 
     z: Tensor
     conditions: dict[str, Tensor]
     labels: Tensor | None
+    image: Tensor | None = None
+    region: Tensor | None = None
 
     def first(self) -> LatentBatch:
         """The first item alone."""
         conditions = {name: value[:1] for name, value in self.conditions.items()}
-        return LatentBatch(self.z[:1], conditions, None if self.labels is None else self.labels[:1])
+        rest = (None if t is None else t[:1] for t in (self.labels, self.image, self.region))
+        return LatentBatch(self.z[:1], conditions, *rest)
 
     def to(self, device: torch.device) -> LatentBatch:
         """Move everything."""
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
-        return LatentBatch(self.z.to(device), conditions, None if self.labels is None else self.labels.to(device))
+        rest = (None if t is None else t.to(device) for t in (self.labels, self.image, self.region))
+        return LatentBatch(self.z.to(device), conditions, *rest)
 
 
 def condition_tensors(conditions: list[Conditions]) -> dict[str, Tensor]:
@@ -82,9 +88,17 @@ class LatentSource:
     """Draws batches. All items of a batch have one size: the size is drawn first, then the items of that size."""
 
     def __init__(
-        self, folder: Path, split: Split, config: LatentBatchConfig, seed: int, with_labels: bool = False
+        self,
+        folder: Path,
+        split: Split,
+        config: LatentBatchConfig,
+        seed: int,
+        with_labels: bool = False,
+        scale_factor: float | None = None,
     ) -> None:
+        """Open a folder; `scale_factor` is the one to use in place of the folder's own."""
         self.folder = LatentFolder(folder)
+        self.scale_factor = self.folder.scale_factor if scale_factor is None else scale_factor
         self.config, self.seed, self.with_labels = config, seed, with_labels
         self.groups: dict[tuple[int, ...], list[LatentView]] = {}
         for view in self.folder.views(split):
@@ -118,12 +132,19 @@ class LatentSource:
 
     def collate(self, views: list[LatentView], hidden: list[bool], generator: torch.Generator) -> LatentBatch:
         """Load `views` as one batch; the regions of `hidden` items are not told."""
-        latents, labels, conditions = [], [], []
+        latents, labels, images, conditions = [], [], [], []
         for view, hide in zip(views, hidden, strict=True):
             stored = self.folder.load(view, with_labels=self.with_labels)
             noise = torch.randn(stored.mean.shape, generator=generator)
-            latents.append((stored.mean + torch.exp(0.5 * stored.log_variance) * noise) * self.folder.scale_factor)
+            latents.append((stored.mean + torch.exp(0.5 * stored.log_variance) * noise) * self.scale_factor)
             conditions.append(Conditions(view.spacing_mm, () if hide else view.regions, view.modality))
             if stored.labels is not None:
                 labels.append(stored.labels)
-        return LatentBatch(torch.stack(latents), condition_tensors(conditions), torch.stack(labels) if labels else None)
+            if stored.image is not None:
+                images.append(stored.image.float()[None])
+        return LatentBatch(
+            torch.stack(latents),
+            condition_tensors(conditions),
+            torch.stack(labels) if labels else None,
+            torch.stack(images) if len(images) == len(views) else None,
+        )

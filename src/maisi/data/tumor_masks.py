@@ -1,0 +1,302 @@
+"""Tumours in label maps: grown where a wish says, or a real one deformed. Knows no image and no network.
+
+A tumour is the set of host voxels that lie lowest in a field: an ellipsoid's norm around its centre, made irregular by
+smooth noise. The level is the one that gives the volume asked for, so a tumour has its size whatever it grows around,
+is connected, and never leaves its host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from maisi.anatomy import TUMORS, label_name
+from maisi.data.augment import SpatialRanges, apply, draw
+from maisi.errors import MaisiError
+from maisi.tumors import KINDS, TumorKind, TumorWish
+from maisi.volume import Volume
+
+Labels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Spacing = tuple[float, float, float]
+Slices = tuple[slice, ...]
+
+TRIES = 24
+"""Centres tried for one tumour, and draws for one deformation, before it is given up."""
+
+DEPTH = 0.7
+"""Share of its radius by which a tumour's centre lies inside its host at least: flatter hosts hold smaller tumours."""
+
+TOLERANCE = 0.03
+"""Of the volume, where voxels are small enough for that."""
+
+KEPT = 0.8
+"""Least share of its volume that a deformed tumour keeps (paper's augmentation of real tumour masks)."""
+
+
+@dataclass(frozen=True)
+class PlacedTumor:
+    """One tumour that was put into a label map.
+
+    Attributes:
+        kind: key of `maisi.tumors.KINDS`.
+        asked_mm: the diameter drawn from the wish.
+        diameter_mm: equivalent diameter of what is there: that of the ball with its volume.
+        centre_mm: its centre of mass in the world.
+        volume_ml: its volume.
+    """
+
+    kind: str
+    asked_mm: float
+    diameter_mm: float
+    centre_mm: tuple[float, float, float]
+    volume_ml: float
+
+
+def equivalent_diameter_mm(voxels: int, spacing_mm: Spacing) -> float:
+    """Diameter of the ball that has the volume of so many voxels."""
+    return float((6 * voxels * math.prod(spacing_mm) / math.pi) ** (1 / 3))
+
+
+def grow_tumors(
+    labels: Volume, wishes: Sequence[TumorWish], rng: np.random.Generator, anywhere: Mask | None = None
+) -> tuple[Volume, tuple[PlacedTumor, ...]]:
+    """Put tumours into a label map, one wish after the other, never over each other.
+
+    Args:
+        labels: uint8, any orientation, size and spacing.
+        wishes: what to grow.
+        rng: the only source of chance.
+        anywhere: voxels (X, Y, Z) that count as a host of every kind beside its own: for training where organs have no
+            labels.
+
+    Raises:
+        MaisiError: a host is not in the map, or too small (the message says what fits), or there is no room left.
+    """
+    array = labels.array.copy()
+    placed = []
+    for wish in wishes:
+        kind = KINDS[wish.kind]
+        for _ in range(wish.count):
+            low, high = wish.diameter_mm or kind.diameter_mm
+            diameter = float(rng.uniform(low, high))
+            fixed = wish.diameter_mm is not None
+            found = _hosts(array, kind.hosts, anywhere)
+            inside, box, reached = _grow(found, labels, kind, diameter, fixed, wish.centre_mm, rng)
+            array[box][inside] = kind.id
+            placed.append(_described(kind, reached, inside, box, labels))
+    return labels.with_array(array), tuple(placed)
+
+
+def largest_diameter_mm(labels: Labels, hosts: Sequence[int], spacing_mm: Spacing) -> float:
+    """The largest tumour that `grow_tumors` would put into the hosts, 0 where there are none."""
+    found = _hosts(labels, hosts)
+    return 0.0 if found is None else _fits(_depth(found[1], spacing_mm))
+
+
+def deform_tumor(
+    labels: Labels, tumor: int, hosts: Sequence[int], spacing_mm: Spacing, rng: np.random.Generator
+) -> Labels:
+    """Deform the tumours of one id inside their hosts: turned, zoomed, bent, closed; (X, Y, Z) in and out.
+
+    What a tumour leaves becomes the nearest host. At least `KEPT` of the volume stays; of `TRIES` draws the first that
+    does so is taken.
+
+    Raises:
+        MaisiError: there is no such tumour, or no draw fits the host.
+    """
+    inside = labels == tumor
+    if not inside.any():
+        raise MaisiError(f"The label map has no {label_name(tumor)} to deform; give one that has.")
+    box = _grown_box(ndimage.find_objects(inside.view(np.uint8))[0], labels.shape, 20.0, spacing_mm)
+    before, seen = inside[box], labels[box]
+    room = np.isin(seen, (*hosts, tumor))
+    ranges = SpatialRanges(
+        rotate_degrees=(25.0, 25.0, 25.0), zoom=(0.9, 1.2), zoom_axes=(0.15,) * 3, elastic_mm=4.0, elastic_grid_mm=15.0
+    )
+    for _ in range(TRIES):
+        parameters = draw(rng, ranges, seen.shape, spacing_mm)
+        moved = apply(before.astype(np.uint8), parameters, order=0) > 0
+        moved = ndimage.binary_closing(np.pad(moved, 2), iterations=2)[2:-2, 2:-2, 2:-2] & room
+        if moved.sum() >= KEPT * before.sum():
+            result = labels.copy()
+            result[box] = _refilled(seen, before, hosts, spacing_mm)
+            result[box][moved] = tumor
+            return result
+    raise MaisiError(f"The {label_name(tumor)} fits its host in none of {TRIES} deformations; leave it as it is.")
+
+
+def _refilled(seen: Labels, inside: Mask, hosts: Sequence[int], spacing_mm: Spacing) -> Labels:
+    """`seen` with the nearest host in place of what is `inside`."""
+    host = np.isin(seen, hosts)
+    if not host.any():
+        return np.where(inside, np.uint8(hosts[0]), seen)
+    nearest = ndimage.distance_transform_edt(~host, sampling=spacing_mm, return_distances=False, return_indices=True)
+    return np.where(inside, seen[tuple(nearest)], seen)
+
+
+def _fits(depth: NDArray[np.float32]) -> float:
+    return 2 * float(depth.max()) / DEPTH
+
+
+def _grow(
+    found: tuple[Slices, Mask] | None,
+    grid: Volume,
+    kind: TumorKind,
+    diameter: float,
+    fixed: bool,
+    centre_mm: tuple[float, float, float] | None,
+    rng: np.random.Generator,
+) -> tuple[Mask, Slices, float]:
+    """Voxels (of a box) of one tumour, the box, and the diameter grown; smaller than drawn unless it is `fixed`."""
+    if found is None:
+        names = ", ".join(label_name(host) for host in kind.hosts[:3]) + (" ..." if len(kind.hosts) > 3 else "")
+        raise MaisiError(
+            f"A {kind.name} tumour grows in {names}, which the mask does not hold; "
+            "give a mask that does, or another kind."
+        )
+    box, host = found
+    spacing = grid.spacing_mm
+    depth = _depth(host, spacing)
+    fits = _fits(depth)
+    if not fixed:
+        diameter = min(diameter, 0.9 * fits)
+    if diameter > fits:
+        raise MaisiError(
+            f"The mask holds {kind.name} tumours of up to {math.floor(fits)} mm, not of {diameter:.3g} mm; "
+            f"ask for at most {math.floor(fits)} mm."
+        )
+    voxels = round(math.pi / 6 * diameter**3 / math.prod(spacing))
+    if voxels < 1:
+        raise MaisiError(
+            f"A tumour of {diameter:.3g} mm is smaller than a voxel of {spacing[0]:.3g} x {spacing[1]:.3g} x "
+            f"{spacing[2]:.3g} mm; ask for a larger one or a finer mask."
+        )
+    centres = _centres(depth, DEPTH * diameter / 2, grid, box, centre_mm, rng)
+    for centre in centres:
+        part, level = _field(host, centre, diameter, kind, spacing, rng)
+        inside = _lowest(level, host[part], tuple(c - p.start for c, p in zip(centre, part, strict=True)), voxels)
+        if inside is not None:
+            offset = tuple(slice(p.start + b.start, p.stop + b.start) for p, b in zip(part, box, strict=True))
+            return inside, offset, diameter
+    raise MaisiError(
+        f"No room is left for a {kind.name} tumour of {diameter:.3g} mm; "
+        "ask for fewer or smaller ones, or another place."
+    )
+
+
+def _hosts(array: Labels, hosts: Sequence[int], anywhere: Mask | None = None) -> tuple[Slices, Mask] | None:
+    """The smallest box around the hosts with a layer of other voxels around it, and where in it they are."""
+    found = [box for id, box in enumerate(ndimage.find_objects(array), start=1) if id in hosts and box is not None]
+    free = None
+    if anywhere is not None:
+        free = anywhere & ~np.isin(array, list(TUMORS))
+        found += [box for box in ndimage.find_objects(free.view(np.uint8)) if box is not None]
+    if not found:
+        return None
+    box = tuple(
+        slice(max(0, min(b[a].start for b in found) - 1), min(n, max(b[a].stop for b in found) + 1))
+        for a, n in enumerate(array.shape)
+    )
+    inside = np.isin(array[box], hosts)
+    return box, inside if free is None else inside | free[box]
+
+
+def _depth(host: Mask, spacing: Spacing) -> NDArray[np.float32]:
+    """Distance of each host voxel to the nearest place outside, mm; 0 outside. The map's edge is no outside."""
+    if host.all():
+        return np.full(host.shape, max(n * s for n, s in zip(host.shape, spacing, strict=True)) / 2, np.float32)
+    return np.asarray(ndimage.distance_transform_edt(host, sampling=spacing), dtype=np.float32)
+
+
+def _centres(
+    depth: NDArray[np.float32],
+    least: float,
+    grid: Volume,
+    box: Slices,
+    centre_mm: tuple[float, float, float] | None,
+    rng: np.random.Generator,
+) -> list[tuple[int, ...]]:
+    """Voxels of the box that may be a centre: at random, or the nearest to a place first."""
+    allowed = np.argwhere(depth >= min(least, float(depth.max())))
+    if centre_mm is None:
+        chosen = allowed[rng.permutation(len(allowed))[:TRIES]]
+    else:
+        corner = np.array([part.start for part in box])
+        world = (allowed + corner) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+        distance = np.linalg.norm(world - np.array(centre_mm), axis=1)
+        chosen = allowed[np.argsort(distance, kind="stable")[:TRIES]]
+    return [tuple(int(i) for i in row) for row in chosen]
+
+
+def _field(
+    host: Mask, centre: tuple[int, ...], diameter: float, kind: TumorKind, spacing: Spacing, rng: np.random.Generator
+) -> tuple[Slices, NDArray[np.float32]]:
+    """A box around the centre and the field in it: 1 on the surface of an ellipsoid of the diameter, roughened."""
+    axes = rng.uniform(1.0, kind.elongation, 3)
+    axes *= (diameter / 2) / np.prod(axes) ** (1 / 3)
+    turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    roughness = rng.uniform(*kind.roughness)
+    reach = 2.0 * float(axes.max()) + 2 * max(spacing)
+    middle = tuple(slice(c, c + 1) for c in centre)
+    part = _grown_box(middle, host.shape, reach, spacing)
+    steps = [(np.arange(p.start, p.stop) - c) * s for p, c, s in zip(part, centre, spacing, strict=True)]
+    places = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1) @ turn
+    level = np.linalg.norm(places / axes, axis=-1)
+    noise = _noise(level.shape, diameter / 4, spacing, rng) + 0.5 * _noise(level.shape, diameter / 9, spacing, rng)
+    return part, (level * np.exp(roughness * noise)).astype(np.float32)
+
+
+def _noise(shape: tuple[int, ...], scale_mm: float, spacing: Spacing, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Smooth noise of standard deviation 1, correlated over `scale_mm`."""
+    smooth = ndimage.gaussian_filter(rng.standard_normal(shape), [scale_mm / s for s in spacing], mode="wrap")
+    deviation = float(smooth.std())
+    return smooth / deviation if deviation > 1e-12 else smooth
+
+
+def _lowest(level: NDArray[np.float32], host: Mask, centre: tuple[int, ...], voxels: int) -> Mask | None:
+    """The connected set around the centre, below some level in the host, that has (nearly) so many voxels."""
+    values = np.sort(level[host])
+    if len(values) < voxels:
+        return None
+    low, high = voxels - 1, len(values) - 1
+    best: Mask | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        inside = _connected(host & (level <= values[middle]), centre)
+        count = int(inside.sum())
+        if best is None or abs(count - voxels) < abs(int(best.sum()) - voxels):
+            best = inside
+        if count == voxels:
+            break
+        low, high = (middle + 1, high) if count < voxels else (low, middle - 1)
+    if best is None or abs(int(best.sum()) - voxels) > max(TOLERANCE * voxels, 0.5):
+        return None
+    return best
+
+
+def _connected(inside: Mask, centre: tuple[int, ...]) -> Mask:
+    parts, _ = ndimage.label(inside)
+    own = parts[centre]
+    return np.asarray(parts == own) if own else np.zeros_like(inside)
+
+
+def _grown_box(box: Slices, shape: Sequence[int], margin_mm: float, spacing: Spacing) -> Slices:
+    """A box, larger by a margin on each side, within the array."""
+    more = [math.ceil(margin_mm / s) for s in spacing]
+    return tuple(slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(box, more, shape, strict=True))
+
+
+def _described(kind: TumorKind, asked: float, inside: Mask, box: Slices, grid: Volume) -> PlacedTumor:
+    corner = np.array([part.start for part in box])
+    middle = grid.affine[:3, :3] @ (np.argwhere(inside).mean(axis=0) + corner) + grid.affine[:3, 3]
+    count = int(inside.sum())
+    volume = count * math.prod(grid.spacing_mm) / 1000
+    x, y, z = (round(float(v), 2) for v in middle)
+    reached = equivalent_diameter_mm(count, grid.spacing_mm)
+    return PlacedTumor(kind.name, round(asked, 3), round(reached, 3), (x, y, z), round(volume, 4))

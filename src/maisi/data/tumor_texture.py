@@ -1,0 +1,146 @@
+"""What a tumour looks like in CT: painted by rule, and measured. Knows no network.
+
+Painting makes the examples from which networks learn to inpaint, and serves where no such network is at hand: the level
+of the kind's look against its host, inhomogeneity, the grain of the scan, an edge as soft as the scan's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from maisi.anatomy import TUMORS
+from maisi.tumors import Look, TumorKind, kind_of
+from maisi.volume import Array, Volume
+
+Mask = NDArray[np.bool_]
+Spacing = tuple[float, float, float]
+
+EDGE_MM = 0.8
+"""Standard deviation of the blur at a tumour's border."""
+
+SHELL_MM = (2.0, 10.0)
+"""A host is measured this far from its tumour: not in the blurred border, not beyond its neighbourhood."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A tumour against its host, HU.
+
+    Attributes:
+        tumor_hu: mean of the tumour without its outermost voxels (with them where it has no others).
+        host_hu: median of the host around it.
+    """
+
+    tumor_hu: float
+    host_hu: float
+
+    @property
+    def hu(self) -> float:
+        """Tumour minus host."""
+        return self.tumor_hu - self.host_hu
+
+
+def paint_tumors(image: Volume, labels: Volume, rng: np.random.Generator, host: Mask | None = None) -> Volume:
+    """Paint every tumour of a label map into a CT on the same grid; voxels further than its blurred edge stay.
+
+    Args:
+        image: HU, int16 or float.
+        labels: uint8.
+        rng: draws the looks and the noise.
+        host: voxels to measure host tissue in where a tumour's own hosts are not around it.
+    """
+    hu = image.array.astype(np.float32)
+    for id in (id for id in TUMORS if (labels.array == id).any()):
+        parts, _ = ndimage.label(labels.array == id)
+        for number, box in enumerate(ndimage.find_objects(parts), start=1):
+            wide = _wider(box, labels.shape, SHELL_MM[1] + 4 * EDGE_MM, labels.spacing_mm)
+            inside = parts[wide] == number
+            around = _host(labels.array[wide], id)
+            if host is not None and not around.any():
+                around = host[wide] & (labels.array[wide] != id)
+            hu[wide] = _painted(hu[wide], inside, around, kind_of(id), labels.spacing_mm, rng)
+    if image.array.dtype.kind != "f":
+        limits = np.iinfo(image.array.dtype)
+        hu = np.clip(np.rint(hu), limits.min, limits.max)
+    return image.with_array(hu.astype(image.array.dtype))
+
+
+def draw_look(kind: TumorKind, rng: np.random.Generator) -> Look:
+    """One of the kind's looks, by their shares."""
+    shares = np.array([look.share for look in kind.looks])
+    return kind.looks[int(rng.choice(len(shares), p=shares / shares.sum()))]
+
+
+def contrast(image: Array, labels: NDArray[np.uint8], tumor: int, spacing_mm: Spacing) -> Contrast | None:
+    """Measure the tumours of one id against their hosts; None where either is absent. (X, Y, Z) arrays."""
+    box = ndimage.find_objects((labels == tumor).view(np.uint8))
+    if not box:
+        return None
+    wide = _wider(box[0], labels.shape, SHELL_MM[1], spacing_mm)
+    hu, seen = image[wide], labels[wide]
+    inside = seen == tumor
+    around = _shell(inside, _host(seen, tumor), spacing_mm)
+    if not around.any():
+        return None
+    core = ndimage.binary_erosion(inside)
+    return Contrast(float(hu[core if core.any() else inside].mean()), float(np.median(hu[around])))
+
+
+def _painted(
+    hu: NDArray[np.float32], inside: Mask, host: Mask, kind: TumorKind, spacing: Spacing, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """`hu` with one tumour in it."""
+    look = draw_look(kind, rng)
+    around = _shell(inside, host, spacing)
+    sample = hu[around] if around.any() else hu[inside]
+    level, grain = _level(sample, look, rng), _grain(hu, around, spacing)
+    scale = (6 * inside.sum() * math.prod(spacing) / math.pi) ** (1 / 3) / 5
+    texture = look.texture_hu * _noise(hu.shape, scale, spacing, rng) + grain * _noise(hu.shape, 0.6, spacing, rng)
+    weight = ndimage.gaussian_filter(inside.astype(np.float32), [EDGE_MM / s for s in spacing], truncate=3.0)
+    return (hu + weight * (level + texture - hu)).astype(np.float32)
+
+
+def _level(sample: NDArray[np.float32], look: Look, rng: np.random.Generator) -> float:
+    """Mean HU of a tumour with this look among such a host."""
+    if look.hu is not None:
+        return float(rng.uniform(*look.hu))
+    assert look.contrast_hu is not None
+    return float(np.median(sample)) + float(rng.uniform(*look.contrast_hu))
+
+
+def _grain(hu: NDArray[np.float32], around: Mask, spacing: Spacing) -> float:
+    """Standard deviation of the scan's noise in the host, HU: what a light blur takes away, at most 30."""
+    if not around.any():
+        return 0.0
+    fine = (hu - ndimage.gaussian_filter(hu, [0.8 / s for s in spacing]))[around]
+    return float(min(1.4826 * np.median(np.abs(fine - np.median(fine))), 30.0))
+
+
+def _noise(shape: Sequence[int], scale_mm: float, spacing: Spacing, rng: np.random.Generator) -> NDArray[Any]:
+    """Smooth noise of standard deviation 1."""
+    smooth = ndimage.gaussian_filter(rng.standard_normal(tuple(shape)), [scale_mm / s for s in spacing], mode="wrap")
+    return smooth / max(float(smooth.std()), 1e-6)
+
+
+def _host(seen: NDArray[np.uint8], tumor: int) -> Mask:
+    return np.isin(seen, TUMORS[tumor])
+
+
+def _shell(inside: Mask, host: Mask, spacing: Spacing) -> Mask:
+    """Host voxels within `SHELL_MM` of a tumour; the whole neighbourhood where none is that far away."""
+    distance = ndimage.distance_transform_edt(~inside, sampling=spacing)
+    near = host & (distance <= SHELL_MM[1]) & ~inside
+    shell = near & (distance >= SHELL_MM[0])
+    return shell if shell.any() else near
+
+
+def _wider(box: Sequence[slice], shape: Sequence[int], margin_mm: float, spacing: Spacing) -> tuple[slice, ...]:
+    more = [math.ceil(margin_mm / s) for s in spacing]
+    return tuple(slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(box, more, shape, strict=True))
