@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "maisi"
 
 LEVELS = (
-    ("errors", "config", "volume", "anatomy", "conditions", "request"),
+    ("errors", "config", "volume", "anatomy", "conditions", "tumors", "request"),
     ("io", "layers", "device"),
     ("networks", "diffusion"),
     ("data", "weights", "splitting"),
@@ -29,7 +29,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "tool
 FORBIDDEN_IMPORTS = {"monai"}
 """The reference implementation is for tests of parity only."""
 
-WITHOUT_TORCH = {"errors", "config", "volume", "anatomy", "conditions", "request"}
+WITHOUT_TORCH = {"errors", "config", "volume", "anatomy", "conditions", "tumors", "request"}
 
 
 def modules() -> list[Path]:

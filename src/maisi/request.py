@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,9 +12,10 @@ import numpy as np
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from maisi.anatomy import parse_modality, sort_regions
+from maisi.anatomy import label_id, label_name, parse_modality, sort_regions
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
+from maisi.tumors import TumorWish, parse_tumors
 
 SPACING_RANGE_MM = (0.3, 10.0)
 SIZE_RANGE = (1, 1024)
@@ -90,6 +92,30 @@ def _show(numbers: list[float]) -> str:
     return ",".join(f"{number:g}" for number in numbers)
 
 
+def _wishes(value: object) -> tuple[Any, ...]:
+    items = [] if value is None else [value] if isinstance(value, str) else _sequence(value)
+    try:
+        return parse_tumors(item if not isinstance(item, dict) else TumorWish.model_validate(item) for item in items)
+    except MaisiError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """Label names, each as the vocabulary spells it."""
+    items = [] if value is None else [value] if isinstance(value, str) else _sequence(value)
+    names = [part.strip() for item in items for part in str(item).split(",") if part.strip()]
+    try:
+        return tuple(dict.fromkeys(label_name(label_id(name)) for name in names))
+    except MaisiError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
+
+def _sequence(value: object) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{value!r} is no list of words")
+    return list(value)
+
+
 class Request(Config):
     """One order for synthetic volumes. Where it is written to is not part of it.
 
@@ -99,7 +125,16 @@ class Request(Config):
         spacing: mm along X, Y, Z; None as for `size`.
         seed: with the item's number it decides the noise, and so every byte of the item.
         count: how many items.
-        mask: a label map that the image is to follow; its grid is then the image's.
+        mask: a label map that the image is to follow; its grid is then the image's. With `image`: that image's labels.
+        structure: names of structures that the volume is to show; without `mask` one is found that has them.
+        tumor: tumours to grow in the mask, see `maisi.tumors.parse_tumor`.
+        anatomy_size: structure -> factor on its volume, 0.3 to 2.
+        keep: names of the structures that the written labels keep; () is all.
+        library: folder of label maps to find a mask in.
+        image: a real CT to paint into (inpainting).
+        removal: paint healthy tissue where the labels have tumours (inpainting); `tumor` "none" says the same.
+        by: who paints (inpainting): the model's networks, or rules that need none.
+        retries: how often an item that fails its check is made anew, at most; the best is kept.
         model: the name of a carried model, or a model folder.
         steps: denoising steps; None takes the model's default.
         modality: a key of `anatomy.MODALITIES`.
@@ -114,12 +149,28 @@ class Request(Config):
     seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     count: int = Field(default=1, ge=1, le=100_000)
     mask: Path | None = None
+    structure: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    tumor: Annotated[tuple[TumorWish, ...], BeforeValidator(_wishes)] = ()
+    anatomy_size: Mapping[str, float] = {}
+    keep: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    library: Path | None = None
+    image: Path | None = None
+    removal: bool = False
+    by: Literal["network", "rules"] = "network"
+    retries: int = Field(default=2, ge=0, le=10)
     model: str = Field(default="tiny", min_length=1)
     steps: int | None = Field(default=None, ge=1, le=1000)
     modality: Annotated[str, BeforeValidator(_modality)] = "ct"
     guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
     fov: Literal["given", "auto"] = "given"
     solver: str | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _none_is_removal(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tumor") in ("none", ["none"], ("none",)):
+            return {**values, "tumor": (), "removal": True}
+        return values
 
     @pydantic.model_validator(mode="after")
     def _check_fov(self) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,8 @@ from maisi.cli.options import (
 from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
-    from maisi.generation.job import Job
-    from maisi.generation.output import Destination
-    from maisi.weights.registry import ModelFolder
+    from maisi.generation.output import Destination, Item
+    from maisi.request import Request
 
 
 @click.command()
@@ -51,58 +51,107 @@ def generate(
     from maisi.request import Request
 
     request = Request.parse(**wishes)
-    if first < 0:
-        raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
-    from maisi.generation.job import make_job
+    _require_first(first)
+    from maisi.generation.job import make_job, weights_used
+    from maisi.generation.output import destination
     from maisi.weights.registry import find_model
 
     limit = parsed_memory(memory)
     folder = find_model(request.model)
     job = make_job(request, folder.config)
-    place = _destination(output, job, folder, first)
+    order = _order(request, first, weights_used(folder, job.labels is not None))
+    place = destination(output, order, range(first, first + request.count))
     for note in job.notes:
         click.echo(f"Note: {note}", err=True)
-    if only_plan:
+    if only_plan or place.missing:
         from maisi.generation.pipeline import Model
 
-        click.echo(str(Model(folder, device, precision, limit).footprint(job)))
-        return
-    if place.missing:
-        _make_items(job, place, folder, device, precision, limit)
+        model = Model(folder, device, precision, limit)
+        if only_plan:
+            click.echo(str(model.footprint(job)))
+            return
+        plan = model.prepare(job).decode
+        _fill(place, lambda number, report: model.item(job, plan, number, report))
     click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
 
 
-def _destination(output: Path, job: Job, folder: ModelFolder, first: int) -> Destination:
-    from maisi.generation.job import weights_used
-    from maisi.generation.output import destination
+def _require_first(first: int) -> None:
+    if first < 0:
+        raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
+
+
+def _order(request: Request, first: int, weights: Mapping[str, str]) -> dict[str, Any]:
+    """What decides every byte of a folder's items."""
     from maisi.weights.load import sha256
 
-    request = job.request
-    order = {
+    given = {"mask_sha256": request.mask, "image_sha256": request.image}
+    return {
         "request": request.model_dump(mode="json"),
         "first": first,
-        "mask_sha256": None if request.mask is None else sha256(request.mask),
-        "weights_sha256": weights_used(folder, job),
+        **{name: None if path is None else sha256(path) for name, path in given.items()},
+        "weights_sha256": dict(weights),
     }
-    return destination(output, order, range(first, first + request.count))
 
 
-def _make_items(
-    job: Job, place: Destination, folder: ModelFolder, device: str, precision: str, memory: int | None
-) -> None:
-    from maisi.generation.pipeline import Model
-
-    model = Model(folder, device, precision, memory)
-    plan = model.prepare(job).decode
+def _fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None]], Item]) -> None:
+    """Make and write the items that are missing."""
     place.begin()
     try:
         with progress() as report:
             for number in place.missing:
-                item = model.item(job, plan, number, partial(report, f"{number:04d}"))
-                item.save(place.item_folder(number))
+                make(number, partial(report, f"{number:04d}")).save(place.item_folder(number))
     except BaseException:
         place.withdraw()
         raise
 
 
-COMMANDS = (generate,)
+@click.command()
+@click.argument("image", type=FILE, metavar="CT")
+@click.option("--labels", "mask", type=FILE, help="Label map of the CT, on its grid.  [default: lungs, bone by rules]")
+@click.option("--tumor", multiple=True, metavar="WISH", help="Such as liver:25mm; may be repeated. none: remove them.")
+@click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")
+@click.option("--first", type=int, default=0, show_default=True, help="Number of the first item.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same volume.")
+@click.option("--by", default="network", show_default=True, help="network, or rules: painted without any network.")
+@click.option("--model", default="tiny", show_default=True, help="A carried model's name, or a model folder.")
+@click.option("--region", multiple=True, metavar="NAME", help="Body region.  [default: as the labels tell]")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
+@click.option("--solver", help="Solver of the denoising.  [default: the model's]")
+@click.option("--guidance", type=float, default=0.0, show_default=True, help="Strengthens the tumour; 0 is off.")
+@click.option("--retries", type=int, default=2, show_default=True, help="Further attempts at a tumour too faint.")
+@running_options
+@click.option("--memory", metavar="AMOUNT", help="What the process may use, such as 6GiB.  [default: all that is free]")
+@output_option("Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.")
+def inpaint(output: Path, device: str, precision: str, memory: str | None, first: int, **wishes: Any) -> None:
+    """Paint tumours into a real CT, or take them out; outside the painted region not a voxel changes.
+
+    \b
+    maisi inpaint ct.nii.gz --labels seg.nii.gz --tumor liver:25mm -n 5 -o out/
+    maisi inpaint ct.nii.gz --tumor lung:8-15mmx2 --by rules -o out/
+    """
+    from maisi.request import Request
+
+    request = Request.parse(**wishes)
+    _require_first(first)
+    from maisi.generation.inpaint_job import make_inpaint_job
+    from maisi.generation.job import weights_used
+    from maisi.generation.output import destination
+    from maisi.weights.registry import find_model
+
+    limit, folder = parsed_memory(memory), find_model(request.model)
+    job = make_inpaint_job(request, folder.config)
+    by_network = request.by == "network"
+    order = _order(request, first, weights_used(folder, masked=True) if by_network else {})
+    place = destination(output, order, range(first, first + request.count))
+    for note in job.notes:
+        click.echo(f"Note: {note}", err=True)
+    if place.missing:
+        from maisi.generation.inpaint import inpaint_item
+        from maisi.generation.pipeline import Model
+
+        model = Model(folder, device, precision, limit) if by_network else None
+        _fill(place, lambda number, report: inpaint_item(model, job, number, report))
+    click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
+
+
+COMMANDS = (generate, inpaint)

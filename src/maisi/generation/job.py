@@ -123,9 +123,9 @@ def padded_size(size: Triple, multiple: int) -> Triple:
     return (x, y, z)
 
 
-def weights_used(folder: ModelFolder, job: Job) -> dict[str, str]:
-    """File name -> hash of the networks that a job needs."""
-    parts: tuple[Part, ...] = ("autoencoder", "unet", *(() if job.labels is None else ("controlnet",)))
+def weights_used(folder: ModelFolder, masked: bool) -> dict[str, str]:
+    """File name -> hash of the networks that are needed, with or without a mask to follow."""
+    parts: tuple[Part, ...] = ("autoencoder", "unet", *(("controlnet",) if masked else ()))
     return {folder.config.files[part]: folder.config.sha256[folder.config.files[part]] for part in parts}
 
 

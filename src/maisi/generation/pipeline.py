@@ -31,7 +31,7 @@ from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
 from maisi.generation.output import Item
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
-from maisi.networks.controlnet import ControlNet
+from maisi.networks.controlnet import ControlNet, inpainting_mask
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.request import Request, item_seed
 from maisi.splitting.forecast import forecast, scratch_of
@@ -82,6 +82,19 @@ class Footprint:
     def __str__(self) -> str:
         """Describe it in three lines."""
         return f"weights: {gib(self.weights_bytes)}\ndenoise: about {gib(self.denoise_bytes)} a step\n{self.decode}"
+
+
+@dataclass(frozen=True)
+class Known:
+    """The part of an image that inpainting leaves as it is, on a job's padded grid.
+
+    Attributes:
+        image: `1 1 X Y Z` in [0, 1].
+        region: 1 where to paint, `1 1 X Y Z`.
+    """
+
+    image: Tensor
+    region: Tensor
 
 
 class Model:
@@ -240,33 +253,34 @@ class Model:
         decode = codec.coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
         return Footprint(sum(weights.values()), denoise, decode)
 
-    def noise(self, job: Job, number: int) -> tuple[Tensor, torch.Generator]:
+    def noise(self, padded: Triple, seed: int) -> tuple[Tensor, torch.Generator]:
         """Draw the starting noise of an item on the CPU, float32 `1 4 X/4 Y/4 Z/4`, and return its generator too."""
-        generator = torch.Generator().manual_seed(item_seed(job.request.seed, number))
+        generator = torch.Generator().manual_seed(seed)
         config = self.autoencoder.config
-        shape = (1, config.latent_channels, *(n // config.compression for n in job.padded))
+        shape = (1, config.latent_channels, *(n // config.compression for n in padded))
         return torch.randn(shape, generator=generator), generator
 
-    def denoiser(self, job: Job) -> Denoiser:
-        """The networks with everything they are told, guided if the request says so."""
-        bits = self._bits(job.padded_labels())
-        conditional = self._conditioned(job.conditions, bits)
-        if job.request.guidance == 0:
+    def denoiser(self, job: Job, known: Known | None = None, guidance: float | None = None) -> Denoiser:
+        """The networks with everything they are told, guided if the request (or `guidance`) says so."""
+        scale = job.request.guidance if guidance is None else guidance
+        told = self._mask(job.padded_labels(), known)
+        conditional = self._conditioned(job.conditions, told)
+        if scale == 0:
             return conditional
-        if bits is not None:
-            healthy = self._bits(job.padded_labels_without_tumors())
+        if told is not None:
+            healthy = self._mask(job.padded_labels_without_tumors(), known)
             if healthy is None:
                 return conditional
-            return guided(conditional, self._conditioned(job.conditions, healthy), job.request.guidance)
+            return guided(conditional, self._conditioned(job.conditions, healthy), scale)
         modality = "unknown" if codec.is_mr(job.conditions.modality) else job.conditions.modality
         nothing = Conditions(job.conditions.spacing_mm, (), modality)
-        return guided(conditional, self._conditioned(nothing, None), job.request.guidance)
+        return guided(conditional, self._conditioned(nothing, None), scale)
 
     @torch.inference_mode()
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
         """Make one item of a prepared job; `plan` is how `prepare` said that it is decoded."""
         started = time.perf_counter()
-        noise, generator = self.noise(job, number)
+        noise, generator = self.noise(job.padded, item_seed(job.request.seed, number))
         latent = sample(
             self.process,
             self.denoiser(job),
@@ -303,30 +317,33 @@ class Model:
             number=number,
             seed=item_seed(job.request.seed, number),
             timings_s={**timings, "total": sum(timings.values())},
-            weights_sha256=weights_used(self.folder, job),
+            weights_sha256=weights_used(self.folder, job.labels is not None),
             peak_memory_bytes=peak_memory(self.device),
             details=details,
         )
 
-    def _conditioned(self, conditions: Conditions, bits: Tensor | None) -> Denoiser:
-        """The U-Net (and the ControlNet, with the bits of a mask) as a function of the noisy latent and the time."""
+    def _conditioned(self, conditions: Conditions, mask: Tensor | None) -> Denoiser:
+        """The U-Net (and the ControlNet, with what it is told) as a function of the noisy latent and the time."""
         arrays = stack([conditions])
         told = {name: torch.from_numpy(value).to(self.device) for name, value in vars(arrays).items()}
         modality = told["modality"]
 
         def denoise(x: Tensor, times: Tensor) -> Tensor:
             x = x.to(self.dtype).contiguous(memory_format=self.layout)
-            residuals = None if bits is None else self.controlnet(x, times, bits, modality=modality)
+            residuals = None if mask is None else self.controlnet(x, times, mask, modality=modality)
             prediction: Tensor = self.unet(x, times, **told, residuals=residuals)
             return prediction.float()
 
         return denoise
 
-    def _bits(self, labels: np.ndarray[Any, np.dtype[np.uint8]] | None) -> Tensor | None:
+    def _mask(self, labels: np.ndarray[Any, np.dtype[np.uint8]] | None, known: Known | None) -> Tensor | None:
+        """What the ControlNet is told: label bits, and the known image if it looks at one."""
         if labels is None:
             return None
-        bits = torch.from_numpy(mask_bits(labels))[None].to(self.device, self.dtype)
-        return bits.contiguous(memory_format=self.layout)
+        told = torch.from_numpy(mask_bits(labels))[None]
+        if self.controlnet.config.image_channels:
+            told = inpainting_mask(told, *(() if known is None else (known.image, known.region)))
+        return told.to(self.device, self.dtype).contiguous(memory_format=self.layout)
 
     def _network(self, part: Part) -> nn.Module:
         return codec.fast_layout(self.folder.load(part, self.device, self.dtype))
@@ -338,6 +355,7 @@ class Model:
         """Forecast of one step; with a mask its bits and their features count too."""
         nowhere = torch.device("meta")
         nets = {part: build_network(part, h.config, part) for part, h in headers.items() if part != "autoencoder"}
+        told_channels = 8 + int(headers["controlnet"].config.get("image_channels", 0)) if "controlnet" in nets else 0
         latent = (1, config.latent_channels, *(n // config.compression for n in job.padded))
 
         def filled(*shape: int) -> Tensor:
@@ -349,8 +367,8 @@ class Model:
             told = {name: torch.from_numpy(value).to(nowhere) for name, value in vars(arrays).items()}
             x, times, residuals = filled(*latent), torch.empty(1, device=nowhere), None
             if "controlnet" in nets:
-                bits = filled(1, 8, *job.padded)
-                residuals = nets["controlnet"](x, times, bits, modality=told["modality"])
+                mask = filled(1, told_channels, *job.padded)
+                residuals = nets["controlnet"](x, times, mask, modality=told["modality"])
             nets["unet"](x, times, **told, residuals=residuals)
 
         for net in nets.values():
@@ -374,14 +392,14 @@ class RememberingEncoder(nn.Module):
         self.encoder = encoder
         self._answers: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
-    def forward(self, bits: Tensor) -> Tensor:
+    def forward(self, mask: Tensor) -> Tensor:
         """As the encoder; a tensor is encoded once as long as somebody holds it."""
         self._answers = [pair for pair in self._answers if pair[0]() is not None]
         for asked, answer in self._answers:
-            if asked() is bits:
+            if asked() is mask:
                 return answer
-        answer = cast(Tensor, self.encoder(bits))
-        self._answers.append((weakref.ref(bits), answer))
+        answer = cast(Tensor, self.encoder(mask))
+        self._answers.append((weakref.ref(mask), answer))
         return answer
 
 

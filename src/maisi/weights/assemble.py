@@ -26,6 +26,7 @@ def assemble(
     steps: int | None = None,
     solver: str | None = None,
     half: bool = False,
+    crop_spacing_mm: tuple[float, float] | None = None,
 ) -> ModelConfig:
     """Make a model folder.
 
@@ -37,6 +38,7 @@ def assemble(
         steps: default number of denoising steps.
         solver: default solver.
         half: store float16, half the size.
+        crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
 
     Raises:
         MaisiError: a file is missing, damaged or another network, no scale factor is known, or the folder exists.
@@ -64,6 +66,7 @@ def assemble(
             "sha256": {f"{part}.safetensors": sha256(part_folder / f"{part}.safetensors") for part in files},
             "size_multiple": size_multiple(headers["autoencoder"], headers["unet"]),
             "field_of_view": [view.model_dump() for view in views],
+            "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,
             "solver": solver or usual_solver,
         }

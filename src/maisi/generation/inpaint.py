@@ -1,0 +1,319 @@
+"""Tumours painted into a real CT, or taken out of one, on the CT's own grid.
+
+    grow tumours in the labels -> crop -> encode -> denoise, the known part put back at each step -> decode
+    -> match the surroundings -> blend
+
+Each tumour is painted on a crop around it, at a spacing the model knows; what lies outside the painted region keeps
+every bit. Without networks (`by="rules"`) tumours are painted by `data.tumor_texture`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as F
+
+from maisi.anatomy import TUMORS, regions_present
+from maisi.conditions import Conditions
+from maisi.data.preprocess import HU_MIN, resample_to_grid
+from maisi.data.tumor_masks import PlacedTumor, grow_tumors
+from maisi.data.tumor_texture import Contrast, contrast, paint_tumors
+from maisi.device import peak_memory
+from maisi.diffusion.sampler import sample
+from maisi.generation import codec
+from maisi.generation.inpaint_job import InpaintJob
+from maisi.generation.job import Job, padded_size, weights_used
+from maisi.generation.masks import ids_of, without_tumors
+from maisi.generation.output import Item
+from maisi.generation.pipeline import Known, Model, Progress
+from maisi.request import item_seed
+from maisi.splitting.plan import Plan, Task
+from maisi.tumors import Look, kind_of
+from maisi.volume import Volume
+
+Triple = tuple[int, int, int]
+Mask = NDArray[np.bool_]
+
+MARGIN_MM = 4.0
+"""Around a tumour that much is repainted (at least two voxels) and blended, so that it sits in its surroundings."""
+
+CONTEXT_MM = 30.0
+"""Around the repainted region the networks see at least that much."""
+
+LEAST_CROP = 48
+"""Voxels along each axis of a crop, at least."""
+
+STRONGER = 1.5
+"""Added to the guidance at each further attempt."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A piece of the CT on a grid that the networks take.
+
+    Attributes:
+        job: size, spacing, regions and labels of the crop.
+        image: HU, float32.
+        region: where to paint.
+    """
+
+    job: Job
+    image: Volume
+    region: Mask
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One result with what was measured on it; `shortfall` is 0 where every tumour has the contrast of its kind."""
+
+    image: Volume
+    contrast_hu: Mapping[int, float]
+    shortfall: float
+    guidance: float
+
+
+def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Progress) -> Item:
+    """Make one item of a checked job; `model` None paints by rule.
+
+    Attempts are made, each with more guidance, until every tumour has at least half the contrast of its kind, at most
+    `retries` times more than once; the best is kept.
+    """
+    started = time.perf_counter()
+    labels, placed = new_labels(job, number)
+    changed = labels.array != job.labels.array
+    attempts: list[Attempt] = []
+    for attempt in range(1 + (0 if job.removal else job.request.retries)):
+        guidance = job.request.guidance + attempt * STRONGER
+        if model is None:
+            image = paint_tumors(job.image, _only(labels, changed), _rng(job, number, attempt, 2))
+        else:
+            image = painted(model, job, labels, changed, number, attempt, guidance, progress)
+        attempts.append(_measured(image, labels, placed, guidance))
+        if attempts[-1].shortfall == 0:
+            break
+    best = min(attempts, key=lambda a: a.shortfall)
+    seconds = time.perf_counter() - started
+    details = {
+        "size": list(job.image.shape),
+        "spacing_mm": list(job.image.spacing_mm),
+        "regions": list(regions_present(ids_of(labels.array))),
+        "tumors": [asdict(tumor) for tumor in placed],
+        "removed": job.removal,
+        "contrast_hu": {str(id): round(hu, 1) for id, hu in best.contrast_hu.items()},
+        "contrast_as_usual": best.shortfall == 0,
+        "attempts": len(attempts),
+        "guidance": best.guidance,
+        "painted_by": "rules" if model is None else "network",
+        "painted_voxels": int((best.image.array != job.image.array).sum()),
+        "notes": list(job.notes),
+    }
+    return Item(
+        image=best.image,
+        labels=labels,
+        request=job.request,
+        number=number,
+        seed=item_seed(job.request.seed, number),
+        timings_s={"total": seconds},
+        weights_sha256={} if model is None else weights_used(model.folder, masked=True),
+        peak_memory_bytes=None if model is None else peak_memory(model.device),
+        details=details,
+    )
+
+
+def new_labels(job: InpaintJob, number: int) -> tuple[Volume, tuple[PlacedTumor, ...]]:
+    """The labels of an item: with the tumours asked for, or without any."""
+    if job.removal:
+        return job.labels.with_array(without_tumors(job.labels.array, job.labels.spacing_mm)), ()
+    return grow_tumors(job.labels, job.request.tumor, _rng(job, number, 0, 1))
+
+
+def painted(
+    model: Model,
+    job: InpaintJob,
+    labels: Volume,
+    changed: Mask,
+    number: int,
+    attempt: int,
+    guidance: float,
+    progress: Progress,
+) -> Volume:
+    """The CT with each changed part of its labels repainted by the networks."""
+    image = job.image.array.astype(np.float32)
+    margin = max(MARGIN_MM, 2 * max(labels.spacing_mm))
+    parts, count = ndimage.label(_near(changed, margin, labels.spacing_mm) <= margin)
+    for index, box in enumerate(ndimage.find_objects(parts), start=1):
+        inside = changed.copy()
+        inside[parts != index] = False
+        crop = make_crop(model, job, labels, inside, box, margin)
+        seed = item_seed(item_seed(job.request.seed, number), attempt * 1000 + index)
+        values = _paint_crop(model, crop, seed, guidance, progress)
+        _blend(image, job.image, labels, crop, values, inside[box], box, margin, np.random.default_rng(seed))
+        progress("inpaint", index, count)
+    result = np.where(parts > 0, np.rint(image), job.image.array)
+    return job.image.with_array(result.astype(job.image.array.dtype))
+
+
+def make_crop(
+    model: Model, job: InpaintJob, labels: Volume, inside: Mask, box: tuple[slice, ...], margin: float
+) -> Crop:
+    """Lay a grid of usable size and spacing around one part; axes as those of the image, in RAS+ order."""
+    spacing = _crop_spacing(model, labels.to_ras())
+    ends = np.array([[part.start, part.stop - 1] for part in box], dtype=np.float64)
+    corners = np.array(np.meshgrid(*ends)).reshape(3, -1)
+    world = labels.affine[:3, :3] @ corners + labels.affine[:3, 3:]
+    ras = labels.to_ras().affine
+    directions = ras[:3, :3] / np.linalg.norm(ras[:3, :3], axis=0)
+    local = np.linalg.inv(directions) @ world
+    extent = local.max(axis=1) - local.min(axis=1)
+    wanted = [max(LEAST_CROP, math.ceil((e + 2 * CONTEXT_MM) / s)) for e, s in zip(extent, spacing, strict=True)]
+    size = padded_size((wanted[0], wanted[1], wanted[2]), model.folder.config.size_multiple)
+    affine = np.eye(4)
+    affine[:3, :3] = directions * np.array(spacing)
+    middle = directions @ ((local.max(axis=1) + local.min(axis=1)) / 2)
+    affine[:3, 3] = middle - affine[:3, :3] @ ((np.array(size) - 1) / 2)
+    like = Volume(np.broadcast_to(np.uint8(0), size), affine)
+    image = resample_to_grid(job.image.with_array(job.image.array.astype(np.float32)), like, order=1, fill=HU_MIN)
+    seen = resample_to_grid(labels, like, order=0, fill=0)
+    part = resample_to_grid(labels.with_array(inside.astype(np.uint8)), like, order=0, fill=0).array > 0
+    region = _near(part, margin, spacing) <= margin
+    regions = job.request.region or regions_present(ids_of(labels.array))
+    inner = Job(
+        request=job.request,
+        conditions=Conditions(spacing, regions, job.request.modality),
+        size=size,
+        padded=size,
+        labels=seen,
+        steps=job.steps,
+        solver=job.solver,
+    )
+    return Crop(inner, image, region)
+
+
+@torch.inference_mode()
+def _paint_crop(model: Model, crop: Crop, seed: int, guidance: float, progress: Progress) -> NDArray[np.float32]:
+    """HU of the crop as the networks repaint it, matched to what is known."""
+    image = torch.from_numpy(codec.normalised(crop.image.array, "ct"))[None, None]
+    region = torch.from_numpy(crop.region.astype(np.float32))[None, None]
+    config = model.autoencoder.config
+
+    def plan(task: Task) -> Plan:
+        return codec.coding_plan(config, task, crop.job.size, model.device, model.dtype, model.memory)
+
+    mean, _ = codec.encode_tensor(model.autoencoder, image, plan("encode"))
+    scale = model.folder.config.scale_factor
+    known = mean[None].to(model.device) * scale
+    noise, generator = model.noise(crop.job.padded, seed)
+    noise = noise.to(model.device)
+    paint = F.adaptive_max_pool3d(region, tuple(noise.shape[2:])).to(model.device)
+
+    def put_back(x: Tensor, times: Tensor) -> Tensor:
+        there, _ = model.process.perturb(known, noise, times)
+        return paint * x + (1 - paint) * there
+
+    latent = sample(
+        model.process,
+        model.denoiser(crop.job, Known(image, region), guidance),
+        noise,
+        steps=crop.job.steps,
+        solver=crop.job.solver,
+        generators=[generator],
+        progress=lambda done, steps: progress("denoise", done, steps),
+        after_step=put_back,
+    )
+    latent = paint * latent + (1 - paint) * known
+    decoded = codec.decode_tensor(model.autoencoder, latent / scale, "ct", plan("decode")).astype(np.float32)
+    return _matched(decoded, crop)
+
+
+def _matched(decoded: NDArray[np.float32], crop: Crop) -> NDArray[np.float32]:
+    """Shift what was decoded by how far it is off around the region, smoothly."""
+    spacing = crop.job.conditions.spacing_mm
+    outside = (~crop.region).astype(np.float32)
+    sigma = [6.0 / s for s in spacing]
+    off = np.clip(crop.image.array - decoded, -100, 100) * outside
+    weight = ndimage.gaussian_filter(outside, sigma)
+    return (decoded + ndimage.gaussian_filter(off, sigma) / np.maximum(weight, 1e-3)).astype(np.float32)
+
+
+def _blend(
+    image: NDArray[np.float32],
+    original: Volume,
+    labels: Volume,
+    crop: Crop,
+    values: NDArray[np.float32],
+    inside: Mask,
+    box: tuple[slice, ...],
+    margin: float,
+    rng: np.random.Generator,
+) -> None:
+    """Write a repainted part into `image`: fully inside, less and less towards the region's border, with the grain."""
+    corner = np.eye(4)
+    corner[:3, 3] = [part.start for part in box]
+    like = Volume(np.broadcast_to(np.uint8(0), inside.shape), original.affine @ corner)
+    new = resample_to_grid(Volume(values, crop.image.affine), like, order=1, fill=HU_MIN).array
+    seen = resample_to_grid(crop.image, like, order=1, fill=HU_MIN).array
+    distance = _near(inside, margin, labels.spacing_mm)
+    t = np.clip(distance / margin, 0, 1)
+    weight = 1 - t * t * (3 - 2 * t)
+    # what the crop's coarser grid and the networks leave out is grain: noise that belongs to this scan
+    fine = image[box] - seen
+    sigma = float(min(1.4826 * np.median(np.abs(fine - np.median(fine))), 30.0))
+    grain = sigma * rng.standard_normal(new.shape).astype(np.float32)
+    image[box] = image[box] + weight * (new + grain - image[box])
+
+
+def _measured(image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], guidance: float) -> Attempt:
+    """Contrast of each kind that was placed, and by how much of half the usual one it falls short."""
+    found: dict[int, float] = {}
+    shortfall = 0.0
+    for id in sorted({id for id in TUMORS if any(kind_of(id).name == tumor.kind for tumor in placed)}):
+        measured = contrast(image.array, labels.array, id, labels.spacing_mm)
+        if measured is not None:
+            found[id] = measured.hu
+            shortfall += min(_short_of(look, measured) for look in kind_of(id).looks)
+    return Attempt(image, found, shortfall, guidance)
+
+
+def _short_of(look: Look, measured: Contrast) -> float:
+    """0 where a contrast has the sign and at least half the size of a look's smallest, else what share is missing."""
+    low, high = look.contrast_hu or tuple(v - measured.host_hu for v in look.hu or (0.0, 0.0))
+    least = min((low, high), key=abs)
+    return 0.0 if least == 0 else max(0.0, 1 - measured.hu / (0.5 * least))
+
+
+def _crop_spacing(model: Model, ras: Volume) -> tuple[float, float, float]:
+    low, high = model.folder.config.crop_spacing_mm or (0.0, math.inf)
+    x, y, z = (min(max(s, low), high) for s in ras.spacing_mm)
+    return (x, y, z)
+
+
+def _near(inside: Mask, reach: float, spacing: tuple[float, float, float]) -> NDArray[np.float32]:
+    """Distance in mm to the nearest voxel inside, exact up to `reach`; more than that beyond."""
+    result = np.full(inside.shape, np.float32(reach) * 2, np.float32)
+    found = ndimage.find_objects(inside.view(np.uint8))
+    if not found:
+        return result
+    more = [math.ceil(reach / s) + 1 for s in spacing]
+    wide = tuple(
+        slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(found[0], more, inside.shape, strict=True)
+    )
+    result[wide] = ndimage.distance_transform_edt(~inside[wide], sampling=spacing)
+    return result
+
+
+def _only(labels: Volume, changed: Mask) -> Volume:
+    """Labels whose tumours are the new ones alone."""
+    old = np.isin(labels.array, list(TUMORS)) & ~changed
+    return labels.with_array(np.where(old, np.uint8(0), labels.array))
+
+
+def _rng(job: InpaintJob, number: int, attempt: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([item_seed(job.request.seed, number), attempt, stream])

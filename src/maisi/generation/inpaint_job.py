@@ -1,0 +1,100 @@
+"""From a request with an image to a checked job of inpainting; nothing is painted yet. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from maisi.anatomy import TUMORS
+from maisi.data.segmentation import segment
+from maisi.data.tumor_masks import grow_tumors
+from maisi.errors import MaisiError
+from maisi.generation.masks import checked_mask, ids_of
+from maisi.io.nifti import read_volume
+from maisi.request import Request
+from maisi.volume import Volume
+from maisi.weights.registry import ModelConfig
+
+
+@dataclass(frozen=True)
+class InpaintJob:
+    """A complete order for tumours in one CT; its items differ in where they grow and how they look.
+
+    Attributes:
+        request: what was asked for.
+        image: the CT, HU, as it is stored.
+        labels: its label map (uint8) on the same grid.
+        steps: denoising steps.
+        solver: name of the solver.
+        notes: sentences for the user.
+    """
+
+    request: Request
+    image: Volume
+    labels: Volume
+    steps: int
+    solver: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def removal(self) -> bool:
+        """Whether tumours are taken out rather than put in."""
+        return self.request.removal
+
+
+def make_inpaint_job(
+    request: Request, model: ModelConfig, image: Volume | None = None, labels: Volume | None = None
+) -> InpaintJob:
+    """Check an order of inpainting.
+
+    Args:
+        request: with `image`, and `mask` for its labels; without labels lungs, bone and body are found by rules.
+        model: content of the model's `model.json`.
+        image: a CT in memory, in place of `request.image`.
+        labels: label map in memory, in place of `request.mask`.
+
+    Raises:
+        MaisiError: nothing is asked for, the files cannot be used or lie on different grids, a tumour has no host or no
+            room, there is nothing to remove, or the model follows no masks.
+    """
+    if not request.tumor and not request.removal:
+        raise MaisiError(
+            "No tumour is asked for; say which, such as --tumor liver:25mm, or --tumor none to remove some."
+        )
+    if model.controlnet is None and request.by == "network":
+        raise MaisiError(
+            f"The model '{model.name}' follows no masks; choose one that does, or paint by rules (--by rules)."
+        )
+    ct = _image(request, image)
+    given, notes = request.mask if labels is None else labels, list[str]()
+    if given is None:
+        notes.append("Without labels, lungs, airway, bone and body were found by rules; other organs are unknown.")
+        mask = segment(ct)
+    else:
+        mask = checked_mask(given)
+    if not ct.same_grid(mask, tolerance_mm=0.05):
+        raise MaisiError(
+            f"CT ({_shape(ct)}) and labels ({_shape(mask)}) lie on different grids; resample the labels to the CT's."
+        )
+    if request.removal:
+        if not TUMORS.keys() & ids_of(mask.array):
+            raise MaisiError("The labels hold no tumour to remove; give labels with one.")
+    else:
+        grow_tumors(mask, request.tumor, np.random.default_rng(0))
+    steps, solver = request.steps or model.default_steps, request.solver or model.solver
+    return InpaintJob(request, ct, mask, steps, solver, tuple(notes))
+
+
+def _image(request: Request, image: Volume | None) -> Volume:
+    if image is not None:
+        return image
+    if request.image is None:
+        raise MaisiError("There is no CT to paint into; give one.")
+    return read_volume(Path(request.image))
+
+
+def _shape(volume: Volume) -> str:
+    voxels = " x ".join(str(n) for n in volume.shape)
+    return f"{voxels} voxels of {' x '.join(f'{s:.3g}' for s in volume.spacing_mm)} mm"
