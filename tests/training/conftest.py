@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, PreparedIndex
-from maisi.data.views import ViewConfig, cache_latents
+from maisi.data.views import TumorViews, ViewConfig, cache_latents
 from maisi.io.files import write_json
 from maisi.networks.autoencoder import AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig
@@ -93,6 +93,17 @@ def latents(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def pairs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Views with images and simulated tumours."""
+    folder = tmp_path_factory.mktemp("pairs")
+    kind = ViewConfig(
+        size=(16, 16, 16), spacing_mm=(5, 7), views=2, tumors=TumorViews(share=1.0), vary_names=0.5, keep_image=True
+    )
+    cache_latents(PreparedFolder(prepared), [kind], encode, "0" * 64, folder)
+    return folder
+
+
 def loop(steps: int) -> LoopConfig:
     return LoopConfig(steps=steps, seed=3, log_every=1, validate_every=2, checkpoint_every=2, device="cpu")
 
@@ -151,3 +162,8 @@ def controlnet_run(latents: Path, unet_file: Path) -> ControlNetRun:
         optimizer=OptimizerConfig(learning_rate=1e-3),
         validation_batches=1,
     )
+
+
+@pytest.fixture
+def inpainting_run(controlnet_run: ControlNetRun, pairs: Path) -> ControlNetRun:
+    return controlnet_run.model_copy(update={"data": pairs, "inpainting": 0.5})

@@ -39,9 +39,10 @@ def train(stage_class: Any, config: Any, folder: Path, steps: int) -> dict[str, 
     return dict(load_checkpoint(path).tensors)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "controlnet"])
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "controlnet", "inpainting"])
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    classes = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage, "controlnet": ControlNetStage}
+    classes = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage}
+    classes |= dict.fromkeys(("controlnet", "inpainting"), ControlNetStage)
     config = request.getfixturevalue(f"{name}_run")
     whole = train(classes[name], config, tmp_path / "whole", 4)
     part = train(classes[name], config, tmp_path / "parts", 3)
@@ -49,7 +50,8 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, request: pytest
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert any(not torch.equal(whole[key], part[key]) for key in whole)
-    assert (tmp_path / "whole" / f"{'unet' if name == 'diffusion' else name}.safetensors").is_file()
+    file = {"diffusion": "unet", "inpainting": "controlnet"}.get(name, name)
+    assert (tmp_path / "whole" / f"{file}.safetensors").is_file()
 
 
 def test_resuming_with_other_settings_is_refused(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
@@ -114,6 +116,32 @@ def test_training_lowers_the_loss(autoencoder_run: AutoencoderRun) -> None:
     stage = AutoencoderStage(quick)
     losses = [stage.update(stage.batch(step), step)["l1"] for step in range(40)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_inpainting_paints_a_region_of_some_items_and_all_of_the_others(inpainting_run: ControlNetRun) -> None:
+    stage = ControlNetStage(inpainting_run)
+    shares = [float(region.float().mean()) for step in range(12) for region in stage.batch(step)[0].region]
+    whole = sum(share == 1 for share in shares)
+    assert 4 <= whole <= 20
+    assert all(0 < share <= 1 for share in shares)
+    assert stage.network.config.image_channels == 2
+
+
+def test_inpainting_needs_the_images(controlnet_run: ControlNetRun) -> None:
+    stage = ControlNetStage(controlnet_run.model_copy(update={"inpainting": 0.5}))
+    with pytest.raises(MaisiError, match="keep_image: true"):
+        stage.batch(0)
+
+
+def test_latents_of_a_controlnet_are_scaled_as_its_unet_knows_them(
+    controlnet_run: ControlNetRun, diffusion_run: DiffusionRun, tmp_path: Path
+) -> None:
+    run(DiffusionStage(diffusion_run), diffusion_run.loop, diffusion_run, tmp_path / "unet")
+    told = controlnet_run.model_copy(update={"unet": tmp_path / "unet" / "unet.safetensors"})
+    ours, own = ControlNetStage(told).source, ControlNetStage(controlnet_run).source
+    assert own.scale_factor == own.folder.scale_factor
+    assert ours.scale_factor == DiffusionStage(diffusion_run).source.scale_factor
+    assert torch.allclose(ours.batch(1).z / ours.scale_factor, own.batch(1).z / own.scale_factor)
 
 
 def test_controlnet_leaves_the_unet_alone(controlnet_run: ControlNetRun) -> None:

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from maisi.anatomy import BODY
+from maisi.data.phantom import phantom
+from maisi.data.tumor_masks import KEPT, deform_tumor, equivalent_diameter_mm, grow_tumors, largest_diameter_mm
+from maisi.errors import MaisiError
+from maisi.tumors import KINDS, TumorWish, parse_tumors
+from maisi.volume import Volume
+
+WITH_EVERY_HOST = ("liver:24mm", "pancreas:12mm", "lung:12mm", "colon:14mm", "bone:10mm", "kidney:16mm")
+
+
+@pytest.fixture(scope="module")
+def torso() -> Volume:
+    return phantom((128, 112, 96), (2.6, 2.6, 3.5), ("chest", "abdomen"), 2)[1]
+
+
+def ball_host(radius_mm: float = 30, spacing=(2.0, 2.5, 3.0), size=(40, 32, 28)) -> Volume:
+    """A liver like a ball in a body that fills the map."""
+    steps = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(size, spacing, strict=True)]
+    x, y, z = np.meshgrid(*steps, indexing="ij")
+    array = np.where(x**2 + y**2 + z**2 <= radius_mm**2, 1, BODY).astype(np.uint8)
+    return Volume.from_spacing(array, spacing)
+
+
+@pytest.mark.parametrize("wish", WITH_EVERY_HOST)
+def test_a_tumour_has_its_size_stays_in_its_host_and_is_one_piece(torso, wish) -> None:
+    kind = KINDS[parse_tumors([wish])[0].kind]
+    grown, placed = grow_tumors(torso, parse_tumors([wish]), np.random.default_rng(5))
+    new = grown.array != torso.array
+    assert (grown.array[new] == kind.id).all()
+    assert np.isin(torso.array[new], kind.hosts).all()
+    assert ndimage.label(new)[1] == 1
+    diameter = equivalent_diameter_mm(int(new.sum()), torso.spacing_mm)
+    assert diameter == pytest.approx(placed[0].diameter_mm, abs=1e-3)
+    assert diameter == pytest.approx(placed[0].asked_mm, rel=0.05)
+    assert placed[0].volume_ml == pytest.approx(math.pi / 6 * diameter**3 / 1000, rel=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), diameter=st.floats(6, 60), count=st.integers(1, 4))
+def test_growth_is_bounded_and_never_leaves_the_host(seed, diameter, count) -> None:
+    host = ball_host()
+    wish = TumorWish(kind="liver", diameter_mm=(diameter, diameter), count=count)
+    try:
+        grown, placed = grow_tumors(host, [wish], np.random.default_rng(seed))
+    except MaisiError as error:
+        if "ask for" not in str(error):
+            raise
+        return
+    new = grown.array != host.array
+    assert len(placed) == count
+    assert (host.array[new] == 1).all()
+    assert set(np.unique(grown.array)) <= {1, 26, BODY}
+    for tumor in placed:
+        assert tumor.diameter_mm == pytest.approx(diameter, rel=0.04)
+
+
+def test_the_same_seed_grows_the_same_tumour_and_another_does_not(torso) -> None:
+    wishes = parse_tumors(["liver:20mm", "lung:10-20mmx2"])
+    first, second, other = (grow_tumors(torso, wishes, np.random.default_rng(s))[0].array for s in (1, 1, 2))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_a_place_is_kept_to(torso) -> None:
+    liver = np.argwhere(torso.array == 1).mean(axis=0)
+    wanted = torso.affine[:3, :3] @ liver + torso.affine[:3, 3]
+    wish = TumorWish(kind="liver", diameter_mm=(20, 20), centre_mm=(wanted[0], wanted[1], wanted[2]))
+    _, placed = grow_tumors(torso, [wish], np.random.default_rng(0))
+    assert np.linalg.norm(np.array(placed[0].centre_mm) - wanted) < 20
+
+
+def test_orientation_does_not_matter_to_the_world(torso) -> None:
+    """A map stored the other way round gets tumours of the same size in the same host."""
+    affine = torso.affine @ np.diag([-1.0, -1, 1, 1])
+    affine[:3, 3] = torso.affine[:3, :3] @ [torso.shape[0] - 1, torso.shape[1] - 1, 0] + torso.affine[:3, 3]
+    flipped = Volume(np.ascontiguousarray(torso.array[::-1, ::-1]), affine)
+    centre = (60.0, 20.0, 300.0)
+    wish = TumorWish(kind="liver", diameter_mm=(20, 20), centre_mm=centre)
+    (one,), (two,) = (grow_tumors(v, [wish], np.random.default_rng(0))[1] for v in (torso, flipped))
+    assert np.linalg.norm(np.array(one.centre_mm) - np.array(two.centre_mm)) < 8
+    assert one.diameter_mm == pytest.approx(two.diameter_mm, rel=0.02)
+
+
+def test_what_does_not_fit_is_told_with_what_would(torso) -> None:
+    host = ball_host()
+    fits = largest_diameter_mm(host.array, (1,), host.spacing_mm)
+    assert fits == pytest.approx(60 / 0.7, rel=0.1)
+    with pytest.raises(MaisiError, match=f"up to {math.floor(fits)} mm, not of 120 mm"):
+        grow_tumors(host, parse_tumors(["liver:120mm"]), np.random.default_rng(0))
+    with pytest.raises(MaisiError, match="grows in pancreas, which the mask does not hold"):
+        grow_tumors(host, parse_tumors(["pancreas:10mm"]), np.random.default_rng(0))
+    with pytest.raises(MaisiError, match=r"smaller than a voxel of 2 x 2\.5 x 3 mm"):
+        grow_tumors(host, parse_tumors(["liver:2mm"]), np.random.default_rng(0))
+    assert largest_diameter_mm(host.array, (4,), host.spacing_mm) == 0
+
+
+def test_without_a_size_the_tumour_fits_whatever_the_host() -> None:
+    small = ball_host(radius_mm=8)
+    _, (tumor,) = grow_tumors(small, parse_tumors(["liver"]), np.random.default_rng(3))
+    assert tumor.diameter_mm < 24
+
+
+def test_tumours_grow_anywhere_for_training() -> None:
+    host = ball_host()
+    soft = host.array == BODY
+    soft[:, :, :14] = False
+    bare = host.with_array(np.full(host.shape, BODY, np.uint8))
+    grown, _ = grow_tumors(bare, parse_tumors(["kidney:15mm"]), np.random.default_rng(0), anywhere=soft)
+    assert (grown.array == 140).any()
+    assert not (grown.array == 140)[~soft].any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_deformed_tumour_keeps_its_volume_and_its_host(seed) -> None:
+    host = ball_host()
+    labels = grow_tumors(host, parse_tumors(["liver:20mm"]), np.random.default_rng(1))[0].array
+    rng = np.random.default_rng(seed)
+    deformed = deform_tumor(labels, 26, (1,), host.spacing_mm, rng)
+    assert (deformed == 26).sum() >= KEPT * (labels == 26).sum()
+    assert np.array_equal(np.isin(deformed, (1, 26)), host.array == 1)
+    assert not np.array_equal(deformed, labels)
+
+
+def test_a_map_without_the_tumour_cannot_deform_it() -> None:
+    host = ball_host()
+    with pytest.raises(MaisiError, match="no hepatic tumor to deform"):
+        deform_tumor(host.array, 26, (1,), host.spacing_mm, np.random.default_rng(0))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from maisi.data.phantom import phantom
+from maisi.errors import MaisiError
+from maisi.generation.inpaint import MARGIN_MM, inpaint_item, make_crop, new_labels, painted
+from maisi.generation.inpaint_job import make_inpaint_job
+from maisi.networks.controlnet import ControlNet, inpainting_mask, with_image_input
+from maisi.request import Request
+from maisi.volume import Volume
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def abdomen() -> tuple[Volume, Volume]:
+    """Coarse along z and stored as LPS, as scans are."""
+    image, labels = phantom((72, 64, 30), (4.0, 4.2, 6.0), ("abdomen",), 1)
+    affine = np.diag([-4.0, -4.2, 6.0, 1.0])
+    affine[:3, 3] = (140, 130, 50)
+    return tuple(Volume(np.ascontiguousarray(v.array[::-1, ::-1]), affine) for v in (image, labels))
+
+
+def job_of(model, abdomen, **wishes):
+    image, labels = abdomen
+    request = Request.parse(**{"tumor": "liver:30mm", "retries": 0, "steps": 2} | wishes)
+    return make_inpaint_job(request, model.folder.config, image, labels)
+
+
+@pytest.mark.parametrize("by", ["network", "rules"])
+def test_outside_the_painted_region_every_bit_stays(model, abdomen, by) -> None:
+    job = job_of(model, abdomen, by=by)
+    item = inpaint_item(model if by == "network" else None, job, 0, silent)
+    image, labels = abdomen
+    tumor = item.labels.array == 26
+    assert item.image.same_grid(image)
+    assert item.image.array.dtype == image.array.dtype
+    distance = ndimage.distance_transform_edt(~tumor, sampling=image.spacing_mm)
+    far = distance > max(MARGIN_MM, 2 * max(image.spacing_mm))
+    assert np.array_equal(item.image.array[far], image.array[far])
+    assert (item.image.array[tumor] != image.array[tumor]).mean() > 0.5
+    assert np.array_equal(item.labels.array[~tumor], labels.array[~tumor])
+    assert (labels.array[tumor] == 1).all()
+    assert item.details["tumors"][0]["diameter_mm"] == pytest.approx(30, rel=0.05)
+    assert item.details["painted_by"] == by
+
+
+def test_an_item_depends_on_seed_and_number_alone(model, abdomen) -> None:
+    one = inpaint_item(model, job_of(model, abdomen, seed=4, count=5), 3, silent)
+    two = inpaint_item(model, job_of(model, abdomen, seed=4), 3, silent)
+    other = inpaint_item(model, job_of(model, abdomen, seed=4), 2, silent)
+    assert np.array_equal(one.image.array, two.image.array)
+    assert not np.array_equal(one.labels.array, other.labels.array)
+
+
+def test_two_tumours_far_apart_are_painted_on_two_crops(model, abdomen) -> None:
+    job = job_of(model, abdomen, tumor=["liver:20mm", "kidney:16mm"])
+    labels, placed = new_labels(job, 0)
+    assert [tumor.kind for tumor in placed] == ["liver", "kidney"]
+    seen = []
+    changed = labels.array != job.labels.array
+    result = painted(model, job, labels, changed, 0, 0, 0.0, lambda stage, done, total: seen.append((stage, total)))
+    assert ("inpaint", 2) in seen
+    assert (result.array != job.image.array)[labels.array == 140].any()
+
+
+def test_a_crop_shows_what_lies_there(model, abdomen) -> None:
+    image, labels = abdomen
+    job = job_of(model, abdomen)
+    new, _ = new_labels(job, 0)
+    changed = new.array != labels.array
+    box = ndimage.find_objects(changed.astype(np.uint8))[0]
+    crop = make_crop(model, job, new, changed, box, 12.0)
+    assert all(n % model.folder.config.size_multiple == 0 for n in crop.job.size)
+    assert crop.job.labels.same_grid(crop.image)
+    tumor = crop.job.labels.array == 26
+    assert tumor.sum() * np.prod(crop.image.spacing_mm) == pytest.approx(
+        changed.sum() * np.prod(image.spacing_mm), rel=0.15
+    )
+    assert crop.region[tumor].all()
+    world = crop.image.affine[:3, :3] @ np.argwhere(tumor).mean(0) + crop.image.affine[:3, 3]
+    wanted = image.affine[:3, :3] @ np.argwhere(changed).mean(0) + image.affine[:3, 3]
+    assert np.abs(world - wanted).max() < 3
+
+
+def test_removal_takes_the_tumours_out_of_the_labels(model, abdomen) -> None:
+    job = job_of(model, abdomen)
+    with_tumor = inpaint_item(None, job_of(model, abdomen, by="rules"), 0, silent)
+    removal = make_inpaint_job(
+        Request.parse(tumor="none", steps=2), model.folder.config, with_tumor.image, with_tumor.labels
+    )
+    item = inpaint_item(model, removal, 0, silent)
+    assert np.array_equal(item.labels.array, job.labels.array)
+    assert item.details["removed"] is True
+    assert (item.image.array != with_tumor.image.array).any()
+    with pytest.raises(MaisiError, match="no tumour to remove"):
+        job_of(model, abdomen, tumor="none")
+
+
+def test_attempts_are_bounded_and_the_best_is_kept(model, abdomen) -> None:
+    item = inpaint_item(model, job_of(model, abdomen, retries=2, guidance=0.5), 1, silent)
+    assert 1 <= item.details["attempts"] <= 3
+    assert item.details["guidance"] in (0.5, 2.0, 3.5)
+    alone = inpaint_item(model, job_of(model, abdomen, retries=0, guidance=0.5), 1, silent)
+    assert np.array_equal(item.labels.array, alone.labels.array)
+
+
+def test_bad_orders_are_refused_before_any_network(model, abdomen) -> None:
+    image, labels = abdomen
+    config = model.folder.config
+    shifted = Volume(labels.array, labels.affine + np.array([[0, 0, 0, 9.0]] + [[0.0] * 4] * 3))
+    for wishes, ct, mask, sentence in (
+        ({}, image, labels, "No tumour is asked for"),
+        ({"tumor": "liver:25mm"}, None, labels, "no CT to paint into"),
+        ({"tumor": "liver:25mm"}, image, shifted, "lie on different grids"),
+        ({"tumor": "liver:190mm"}, image, labels, "ask for at most"),
+        (
+            {"tumor": "lung:9mm"},
+            image,
+            labels.with_array(np.where(labels.array == 1, 1, 200).astype(np.uint8)),
+            "grows",
+        ),
+    ):
+        with pytest.raises(MaisiError, match=sentence):
+            make_inpaint_job(Request.parse(**wishes), config, ct, mask)
+
+
+def test_a_network_that_looks_at_the_image_starts_as_one_that_does_not(model) -> None:
+    import torch
+
+    plain = model.folder.load("controlnet")
+    assert isinstance(plain, ControlNet)
+    wider = with_image_input(plain).eval()
+    generator = torch.Generator().manual_seed(0)
+    x, bits = torch.randn(1, 4, 8, 8, 4, generator=generator), torch.ones(1, 8, 32, 32, 16)
+    image, region = torch.rand(1, 1, 32, 32, 16, generator=generator), torch.zeros(1, 1, 32, 32, 16)
+    region[..., 4:9] = 1
+    told = inpainting_mask(bits, image, region)
+    assert torch.equal(told[:, 8:9] * region, torch.zeros_like(region))
+    times, modality = torch.tensor([400.0]), torch.tensor([1])
+    with torch.no_grad():
+        a, b = plain(x, times, bits, modality=modality), wider(x, times, told, modality=modality)
+        c = wider(x, times, inpainting_mask(bits), modality=modality)
+    assert torch.allclose(a.middle, b.middle, atol=1e-6)
+    assert torch.allclose(a.middle, c.middle, atol=1e-6)
