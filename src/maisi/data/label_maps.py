@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,9 +132,7 @@ def translated(labels: Array, table: Mapping[int, int]) -> Mask:
     """Replace each id by `table[id]` (0 to 255), as uint8 of the same shape; every id must be in the table."""
     keys = np.array(sorted(table), dtype=np.int64)
     values = np.array([table[int(key)] for key in keys], dtype=np.uint8)
-    order = "C" if labels.flags.c_contiguous else "F"
-    result = np.empty(labels.shape, np.uint8, order=order)  # type: ignore[call-overload]
-    flat = result.reshape(-1, order=order)  # type: ignore[call-overload]
+    flat = np.empty(labels.size, np.uint8)
     low = int(keys[0]) if keys.size else 0
     lut = np.zeros(int(keys[-1]) - low + 1, np.uint8) if keys.size and keys[-1] - low < _LARGEST_LUT else None
     if lut is not None:
@@ -144,7 +142,7 @@ def translated(labels: Array, table: Mapping[int, int]) -> Mask:
         ours = values[np.searchsorted(keys, chunk)] if lut is None else lut[chunk.astype(np.intp) - low]
         flat[start : start + len(chunk)] = ours
         start += len(chunk)
-    return result
+    return flat.reshape(labels.shape, order=_order(labels))
 
 
 def counts(labels: Mask) -> NDArray[np.int64]:
@@ -199,10 +197,15 @@ _RANKS = dict.fromkeys(range(256), 3) | dict.fromkeys(TUMORS, 4) | {TARGET_VOLUM
 
 
 def _chunks(labels: Array) -> Iterator[Array]:
-    """Yield all values, some at a time: in C order where the array is stored so, else in Fortran order."""
-    flat = labels.reshape(-1, order="C" if labels.flags.c_contiguous else "F")
+    """Yield all values, some at a time, in the order of `_order`."""
+    flat = labels.reshape(-1, order=_order(labels))
     for start in range(0, flat.size, _CHUNK):
         yield flat[start : start + _CHUNK]
+
+
+def _order(labels: Array) -> Literal["C", "F"]:
+    """Order in which an array is read without a copy, where there is one: volumes read from files are Fortran's."""
+    return "C" if labels.flags.c_contiguous else "F"
 
 
 def _frozen(table: dict[int, Any]) -> Mapping[int, Any]:
