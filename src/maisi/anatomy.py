@@ -138,6 +138,11 @@ def label_name(id: int) -> str:
     return _NAMES[id]
 
 
+def label_names(ids: Iterable[int]) -> dict[int, str]:
+    """Return id -> name of those `ids` that have one, the background left out."""
+    return {id: _NAMES[id] for id in sorted(ids) if id in _NAMES and id != BACKGROUND}
+
+
 def label_id(name: str) -> int:
     """Return the id of a label name; case, '-', '_' and the order of the words don't matter ('kidney_left').
 

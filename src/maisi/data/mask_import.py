@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, OPPOSITE, label_name, name_key, opposite
+from maisi.anatomy import BACKGROUND, BODY, OPPOSITE, label_name, name_key, opposite
 from maisi.data.label_maps import VOCABULARIES, Vocabulary, counts, ids_in, merge, translated, vocabulary
 from maisi.data.preprocess import resample, resample_to_grid
 from maisi.data.segmentation import envelope
@@ -33,6 +33,10 @@ CLOSED_MM = 30.0
 """Labels of a slice that lie less than this apart (and slices that do) are in one body; limbs farther off are not."""
 
 HULL_SPACING_MM = 3.0
+
+CLEARLY_MM = 10.0
+"""A left structure that lies so far to the right of its counterpart is worth a word; parts of vessels cross over."""
+
 GRID_TOLERANCE_MM = 0.05
 
 VERTEBRAE = (127, *range(33, 57))
@@ -380,7 +384,7 @@ def _name_share(names: Mapping[int, str], words: Vocabulary) -> float:
 def _order_share(found: Mapping[int, Found], words: Vocabulary) -> tuple[float, int]:
     """Share of anatomical orders that hold under a vocabulary, and their number: sides, and heights of vertebrae."""
     ours = _ours(found, words.to)
-    tests = [left.centre[0] < right.centre[0] for left, right in _sides(ours, {}).values()]
+    tests = [left.centre[0] < right.centre[0] for left, right in _sides(ours, words.custom).values()]
     spine = [ours[id].centre[2] for id in VERTEBRAE if id in ours]
     tests += [low < high for low, high in pairwise(spine)]
     return (sum(map(bool, tests)) / len(tests) if tests else 0.0), len(tests)
@@ -455,7 +459,7 @@ def _custom_names(sources: Sequence[Source]) -> dict[int, str]:
 
 
 def _name(id: int, custom: Mapping[int, str]) -> str:
-    return custom[id] if id in custom else label_name(id) if id in KNOWN_IDS else f"label {id}"
+    return custom.get(id) or label_name(id)
 
 
 def _body(mask: NDArray[np.uint8], grid: Volume, ct: Volume | None) -> tuple[Bools, str]:
@@ -494,9 +498,8 @@ def _ml(voxels: int, grid: Volume) -> float:
 def _warnings(
     structures: Iterable[Structure], found: Mapping[int, Found], custom: Mapping[int, str]
 ) -> tuple[str, ...]:
-    wrong = [
-        _name(id, custom) for id, (left, right) in _sides(found, custom).items() if left.centre[0] > right.centre[0]
-    ]
+    sides = _sides(found, custom).items()
+    wrong = [_name(id, custom) for id, (left, right) in sides if left.centre[0] > right.centre[0] + CLEARLY_MM]
     notes = [f"{name} lies to the right of its counterpart" for name in wrong]
     for structure in structures:
         if structure.outside is not None and structure.outside > 0.05:
