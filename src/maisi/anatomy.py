@@ -139,8 +139,8 @@ def label_name(id: int) -> str:
 
 
 def label_names(ids: Iterable[int]) -> dict[int, str]:
-    """Return id -> name of those `ids` that have one, the background left out."""
-    return {id: _NAMES[id] for id in sorted(ids) if id in _NAMES and id != BACKGROUND}
+    """Return id -> name of those `ids` that mean something (`KNOWN_IDS`), the background left out."""
+    return {id: _NAMES[id] for id in sorted(ids) if id in KNOWN_IDS and id != BACKGROUND}
 
 
 def label_id(name: str) -> int:

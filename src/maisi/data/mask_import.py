@@ -233,11 +233,15 @@ def hu_fault(array: Array) -> str | None:
     return None
 
 
-def census(labels: Volume) -> dict[int, Found]:
-    """Count the voxels of each id and find their centre in mm (RAS+); the background is left out."""
+def census(labels: Volume, name: str = "The mask") -> dict[int, Found]:
+    """Count the voxels of each id and find their centre in mm (RAS+); the background is left out.
+
+    Raises:
+        MaisiError: more than 256 different values; it speaks of `name`.
+    """
     ids = ids_in(labels.array)
     if len(ids) > 256:
-        raise MaisiError(f"The mask holds {len(ids)} different values, so it is no label map; give one.")
+        raise MaisiError(f"{name} holds {len(ids)} different values, so it is no label map; give one.")
     codes = labels.array
     if codes.dtype != np.uint8:
         codes = translated(codes, {id: code for code, id in enumerate(ids)})
@@ -274,7 +278,7 @@ def hull(labels: Volume) -> Bools:
         parts, count = ndimage.label(near)
         for part in range(1, count + 1):
             together = (parts == part) & (work.array[:, :, k] != 0)
-            body[:, :, k] |= convex(together, offset_coordinates=False)  # type: ignore[no-untyped-call]
+            body[:, :, k] |= convex(together)  # type: ignore[no-untyped-call]
     reach = round(CLOSED_MM / 2 / sz)
     if reach:
         between = ndimage.maximum_filter1d(body.view(np.uint8), 2 * reach + 1, axis=2, mode="constant")
@@ -299,7 +303,7 @@ def _translate(
 ) -> tuple[NDArray[np.uint8], SourceReport]:
     """Bring one source into our ids and onto the grid."""
     words, labels = source.vocabulary, source.labels
-    found = census(labels)
+    found = census(labels, source.name)
     if not found:
         raise MaisiError(f"{source.name} is empty (all 0); give a mask with labels in it.")
     _check_vocabulary(source, found)
