@@ -48,6 +48,7 @@ LEFT_OF = ((3, 1), (12, 1), (6, 7))
 _LINGULA = {31: 28}
 """The middle lobe's counterpart on the left is a part of the upper lobe."""
 
+_GUESS = "the body is a guess from the labels alone; a CT (--ct) would show it"
 _SURE, _DOUBTFUL, _ENOUGH = 0.9, 0.7, 6
 _OFFSET_HU = 1024
 
@@ -97,6 +98,7 @@ class SourceReport:
         dropped: their class -> why; only those that the mask holds.
         swapped: whether left and right were exchanged.
         resampled: whether it was brought to another grid.
+        kept: share of its labelled volume that lies on the grid of the result, about 1 but for what is outside.
     """
 
     name: str
@@ -105,6 +107,7 @@ class SourceReport:
     dropped: Mapping[str, str]
     swapped: bool
     resampled: bool
+    kept: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ class ImportReport:
         """Return all of it as plain lines to read."""
         text = []
         for source in self.sources:
-            how = ", left and right exchanged" * source.swapped + ", resampled" * source.resampled
+            how = ", left and right exchanged" * source.swapped
+            how += f", resampled ({source.kept:.0%} of its volume is on the grid)" * source.resampled
             text.append(f"{source.name}: {len(source.mapped)} classes of {source.vocabulary} taken over{how}")
             text += [f"  dropped: {name}: {reason}" for name, reason in source.dropped.items()]
         size = " x ".join(str(n) for n in self.shape)
@@ -211,7 +215,7 @@ def import_masks(
         structures=(*structures, whole),
         body=body,
         pairs=len(_sides(found, custom)),
-        warnings=_warnings(structures, found, custom),
+        warnings=(*((_GUESS,) if body == "labels" else ()), *_warnings(structures, found, custom)),
     )
     return grid.with_array(mask), report
 
@@ -308,7 +312,7 @@ def _translate(
         raise MaisiError(f"{source.name} is empty (all 0); give a mask with labels in it.")
     _check_vocabulary(source, found)
     to = {id: words.to[id] for id in (BACKGROUND, *found)}
-    swapped = _check_sides(source, _ours(found, to), custom, swap_sides)
+    swapped = _check_sides(source, found, custom, swap_sides)
     if swapped:
         other = _opposites(custom)
         to = {theirs: other.get(ours, ours) for theirs, ours in to.items()}
@@ -320,8 +324,13 @@ def _translate(
         dropped={words.name_of(theirs): words.dropped.get(theirs, "") for theirs in sorted(found) if not to[theirs]},
         swapped=swapped,
         resampled=resampled,
+        kept=_volume_ml(aligned) / _volume_ml(labels) if resampled else 1.0,
     )
     return translated(aligned.array, to), report
+
+
+def _volume_ml(labels: Volume) -> float:
+    return _ml(int(np.count_nonzero(labels.array)), labels)
 
 
 def _aligned(labels: Volume, grid: Volume, name: str, to_grid: bool) -> tuple[Volume, bool]:
@@ -338,7 +347,7 @@ def _aligned(labels: Volume, grid: Volume, name: str, to_grid: bool) -> tuple[Vo
 
 
 def _axes_only(volume: Volume) -> Volume:
-    """The grid in RAS+, with an array that takes no memory."""
+    """The grid with its axes along RAS+, without the values."""
     return Volume(np.broadcast_to(np.uint8(0), volume.shape), volume.affine).to_ras()
 
 
@@ -356,7 +365,7 @@ def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:
     """
     words = source.vocabulary
     unknown = [id for id in sorted(found) if id not in words.to]
-    others = [v for v in map(vocabulary, VOCABULARIES) if v.name != words.name and found.keys() <= v.to.keys()]
+    others = _others(source, found)
     if unknown:
         fits = sorted(others, key=lambda v: (_name_share(source.names, v), _order_share(found, v)[0]))
         mend = f"use --from {fits[-1].name}, which has them all" if fits else "use --from TABLE.json that maps them"
@@ -377,6 +386,12 @@ def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:
                     f"{source.name}: as {words.name}, its vertebrae and sides are in disorder, as {other.name} "
                     f"they are in order; use --from {other.name}."
                 )
+
+
+def _others(source: Source, found: Mapping[int, Found]) -> list[Vocabulary]:
+    """Other vocabularies that have all ids of the mask."""
+    known = [vocabulary(name) for name in VOCABULARIES if name != source.vocabulary.name]
+    return [words for words in known if found.keys() <= words.to.keys()]
 
 
 def _name_share(names: Mapping[int, str], words: Vocabulary) -> float:
@@ -408,28 +423,31 @@ def _ours(found: Mapping[int, Found], to: Mapping[int, int]) -> dict[int, Found]
     return result
 
 
-def _check_sides(source: Source, ours: Mapping[int, Found], custom: Mapping[int, str], swap: bool) -> bool:
+def _check_sides(source: Source, found: Mapping[int, Found], custom: Mapping[int, str], swap: bool) -> bool:
     """Say whether the names of the sides are to be exchanged.
 
     Raises:
         MaisiError: most pairs lie on the wrong sides, and nobody asked for a swap; or the body itself is mirrored,
             which exchanging names can't mend.
     """
+    ours = _ours(found, source.vocabulary.to)
     pairs = _sides(ours, custom)
     wrong = [left.centre[0] > right.centre[0] for left, right in pairs.values()]
     if not pairs or 2 * sum(wrong) <= len(wrong):
         return False
     count = f"{sum(wrong)} of {len(wrong)} paired structures"
+    ordered = [v.name for v in _others(source, found) if _order_share(found, v)[0] >= _SURE]
+    instead = f", or say --from {ordered[0]} if that is what its ids mean" if ordered else ""
     organs = [ours[a].centre[0] > ours[b].centre[0] for a, b in LEFT_OF if a in ours and b in ours]
     if organs and 2 * sum(organs) > len(organs):
         raise MaisiError(
             f"{source.name} is mirrored: {count} and its unpaired organs lie on the wrong side of each other; "
-            "mend the affine in the file's header (of the CT, too, if it is mirrored)."
+            f"mend the affine in its header (and the CT's, if that is mirrored){instead}."
         )
     if not swap:
         raise MaisiError(
             f"{source.name} has left and right swapped against its affine ({count} lie on the wrong side); "
-            "add --swap-sides to exchange their names."
+            f"add --swap-sides to exchange their names{instead}."
         )
     return True
 
