@@ -1,7 +1,8 @@
 """Names and colours of labels for other programs: a NIfTI extension, and 3D Slicer's colour table.
 
 The extension is that of TotalSegmentator's files: the XML of Caret's label tables, under the code 0. Readers such as
-TotalSegmentator's own take the first extension, so it stands before every other. The colour table is a text file:
+TotalSegmentator's own take the first extension, so it stands before every other. 3D Slicer does not read it; for that
+there is the colour table, a text file:
 https://slicer.readthedocs.io/en/latest/developer_guide/modules/colors.html. Knows no file.
 """
 
