@@ -24,6 +24,9 @@ UNNAMED_BONE = 133
 
 MANDIBLE = 138
 
+TARGET_VOLUME = 139
+"""Where a radiotherapy is aimed at: no anatomy, so it speaks only where nothing else does."""
+
 REGIONS = ("head-neck", "chest", "abdomen", "lower-body")
 """Body regions from top to bottom; their order is that of the one-hot vectors."""
 
@@ -118,11 +121,12 @@ def _words(name: str) -> str:
     return " ".join(name.lower().translate(str.maketrans("-_,", "   ")).split())
 
 
-def _sorted_words(name: str) -> str:
+def name_key(name: str) -> str:
+    """Return the form in which names are compared: case, '-', '_', ',' and the order of the words don't matter."""
     return " ".join(sorted(_words(name).split()))
 
 
-_IDS = {_sorted_words(name): id for id, name in _NAMES.items()}
+_IDS = {name_key(name): id for id, name in _NAMES.items()}
 
 
 def label_name(id: int) -> str:
@@ -136,16 +140,37 @@ def label_name(id: int) -> str:
     return _NAMES[id]
 
 
+def label_names(ids: Iterable[int]) -> dict[int, str]:
+    """Return id -> name of those `ids` that mean something (`KNOWN_IDS`), the background left out."""
+    return {id: _NAMES[id] for id in sorted(ids) if id in KNOWN_IDS and id != BACKGROUND}
+
+
 def label_id(name: str) -> int:
     """Return the id of a label name; case, '-', '_' and the order of the words don't matter ('kidney_left').
 
     Raises:
         MaisiError: nothing has that name; the message tells the nearest that exists.
     """
-    key = _sorted_words(name)
+    key = name_key(name)
     if key not in _IDS:
         raise MaisiError(f"No label is called '{name}'{_nearest(name, _NAMES.values())}; see `maisi labels`.")
     return _IDS[key]
+
+
+def opposite(name: str) -> str:
+    """Return a structure's name with left and right exchanged ('left rib 1' -> 'right rib 1'), word by word."""
+    other = {"left": "right", "right": "left"}
+    return " ".join(other.get(word, word) for word in name_key(name).split())
+
+
+OPPOSITE: Mapping[int, int] = MappingProxyType(
+    {
+        label.id: _IDS[name_key(opposite(label.name))]
+        for label in LABELS + EXTENSION
+        if name_key(opposite(label.name)) in _IDS and label.side
+    }
+)
+"""Id of a paired structure -> id of the one on the other side."""
 
 
 def parse_region(name: str) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maisi.anatomy import BODY, label_id
+from maisi.anatomy import BODY, TARGET_VOLUME, label_id
 from maisi.data.manifest import Case, CaseList
-from maisi.data.prepare import TARGET_VOLUME, body_box, label_map, prepare
+from maisi.data.prepare import body_box, label_map, prepare
 from maisi.data.prepared import PreparedFolder
 from maisi.data.segmentation import AIRWAY
 from maisi.errors import MaisiError

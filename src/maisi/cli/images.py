@@ -103,6 +103,8 @@ def decode(
 @output_option("Folder to make, with image.nii.gz, labels.nii.gz and preview.png.")
 def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: int, output: Path) -> None:
     """Draw a body of simple shapes as CT with its label map: data for trying things out anywhere."""
+    from maisi.anatomy import label_names
+    from maisi.data.label_maps import ids_in
     from maisi.data.phantom import phantom as draw
     from maisi.io.files import new_folder
     from maisi.io.nifti import write_volume
@@ -116,7 +118,8 @@ def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: 
     with new_folder(output) as part:
         image, mask = draw(request.size, request.spacing, request.region, request.seed)
         write_volume(part / "image.nii.gz", image, description="phantom made by maisi")
-        write_volume(part / "labels.nii.gz", mask, description="phantom made by maisi")
+        names = label_names(ids_in(mask.array))
+        write_volume(part / "labels.nii.gz", mask, description="phantom made by maisi", names=names)
         preview(part / "preview.png", image, mask, title=f"Phantom: {', '.join(request.region)}; seed {seed}")
     click.echo(str(output))
 
@@ -130,9 +133,13 @@ def segment(ct: Path, output: Path) -> None:
 
     require_new(output, *VOLUME_ENDINGS)
     volume = read_volume(ct)
+    from maisi.anatomy import label_names
+    from maisi.data.label_maps import ids_in
     from maisi.data.segmentation import segment as segment_volume
 
-    write_volume(output, segment_volume(volume), description="labels made by maisi", synthetic=False)
+    labels = segment_volume(volume)
+    names = label_names(ids_in(labels.array))
+    write_volume(output, labels, description="labels made by maisi", synthetic=False, names=names)
     click.echo(str(output))
 
 

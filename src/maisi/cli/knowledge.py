@@ -11,7 +11,8 @@ import click
 @click.command()
 @click.argument("query", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with tumours, their hosts and the regions' markers.")
-def labels(query: Sequence[str], as_json: bool) -> None:
+@click.option("--slicer", "as_colors", is_flag=True, help="As a colour table for 3D Slicer (save it as .ctbl).")
+def labels(query: Sequence[str], as_json: bool, as_colors: bool) -> None:
     """List the ids and names of the anatomy, all or those that QUERY (words or an id) is in."""
     from maisi.anatomy import EXTENSION, LABELS, REGION_MARKERS, TUMORS, label_id
 
@@ -26,6 +27,11 @@ def labels(query: Sequence[str], as_json: bool) -> None:
         markers = {region: list(ids) for region, ids in REGION_MARKERS.items()}
         names = {str(row.id): row.name for row in rows}
         click.echo(json.dumps({"labels": names, "tumor_hosts": hosts, "region_markers": markers}, indent=2))
+        return
+    if as_colors:
+        from maisi.io.label_names import slicer_color_table
+
+        click.echo(slicer_color_table({row.id: row.name for row in rows}), nl=False)
         return
     for row in rows:
         click.echo(f"{row.id:3d}  {row.name}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maisi.anatomy import BODY, label_id
+from maisi.anatomy import BODY
 from maisi.data.label_maps import apply_map, label_table, merge
 from maisi.data.manifest import Case, CaseList
 from maisi.data.prepared import INDEX, PreparedCase, PreparedIndex
@@ -26,8 +26,6 @@ from maisi.volume import Array, Volume
 
 MARGIN_VOXELS = 6
 """Air kept around the body."""
-
-TARGET_VOLUME = label_id("target volume")
 
 STORED_HU = (-1024, 3071)
 """Range of a CT's 12 bits; metal beyond it is clipped."""
@@ -105,17 +103,10 @@ def prepare_case(case: Case, split: str, out: Path) -> PreparedCase:
 
 
 def label_map(case: Case, ct: Volume) -> NDArray[np.uint8]:
-    """Given labels in maisi's ids over rule-based ones over the body, on the grid of `ct`.
-
-    A target volume is no anatomy: it speaks only where nothing else does.
-    """
+    """Given labels in maisi's ids over rule-based ones over the body, on the grid of `ct`."""
     rules = segment(ct).array
     given = _given_labels(case, ct)
-    layers = [rules]
-    if given is not None:
-        target = given == TARGET_VOLUME
-        layers = [np.where(target, 0, given).astype(np.uint8), rules, target.astype(np.uint8) * TARGET_VOLUME]
-    return merge(layers, body=rules == BODY)
+    return merge([rules] if given is None else [given, rules], body=rules == BODY)
 
 
 def _given_labels(case: Case, image: Volume) -> NDArray[np.uint8] | None:

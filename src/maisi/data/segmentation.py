@@ -32,6 +32,9 @@ AIRWAY = label_id("airway")
 WORKING_SPACING_MM = 1.5
 """Finer scans are segmented at this spacing: less noise, bounded memory and time."""
 
+ENVELOPE_VOXELS = 24_000_000
+"""The envelope of a larger scan is found on a grid of about so many voxels, and refined."""
+
 AIR_HU = -500.0  # half-way between air and soft tissue: where a blurred surface lies
 LUNG_HU = -400.0  # below: air or parenchyma
 GAS_HU = -965.0  # a region with a lower median is pure gas: bowel, sinus, trachea
@@ -79,6 +82,27 @@ def _segment_ras(hu: Array, spacing: Spacing) -> NDArray[np.uint8]:
     left, right, airway = _air_spaces(hu, body, spacing)
     inner[left], inner[right], inner[airway] = LEFT_LUNG, RIGHT_LUNG, AIRWAY
     return labels
+
+
+def envelope(ct: Volume) -> Volume:
+    """Find the body (see `body_envelope`) on the grid of `ct`, whatever its orientation, size and spacing.
+
+    Large scans are segmented on a coarser grid. There the inside of the body is taken over, and in the layer of one
+    coarse voxel about its surface each fine voxel's own HU decides.
+
+    Returns:
+        bool on the grid of `ct`.
+    """
+    ras = ct.to_ras()
+    target = max(WORKING_SPACING_MM, float(np.prod(ras.spacing_mm) * ras.array.size / ENVELOPE_VOXELS) ** (1 / 3))
+    x, y, z = (max(s, target) for s in ras.spacing_mm)
+    work = resample(ras, (x, y, z)) if (x, y, z) != ras.spacing_mm else ras
+    body = body_envelope(work.array, work.spacing_mm)
+    if work is ras:
+        return ct.with_array(resample_to_grid(ras.with_array(body.view(np.uint8)), ct, order=0).array != 0)
+    code = ndimage.binary_dilation(body).view(np.uint8) + ndimage.binary_erosion(body, border_value=1).view(np.uint8)
+    fine = resample_to_grid(work.with_array(code), ct, order=0).array
+    return ct.with_array((fine == 2) | ((fine == 1) & (ct.array > AIR_HU)))
 
 
 def body_envelope(hu: Array, spacing: Spacing) -> Mask:

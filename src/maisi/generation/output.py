@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maisi.anatomy import label_names
+from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
 from maisi.io.files import new_folder, write_json
 from maisi.io.nifti import write_volume
@@ -65,7 +67,8 @@ def save_item(folder: Path, item: Item) -> Path:
     with new_folder(folder) as part:
         write_volume(part / "image.nii.gz", item.image)
         if item.labels is not None:
-            write_volume(part / "labels.nii.gz", item.labels)
+            names = label_names(ids_in(item.labels.array))
+            write_volume(part / "labels.nii.gz", item.labels, names=names)
         preview(part / "preview.png", item.image, item.labels, title=_title(item))
         write_record(
             part / "record.json",

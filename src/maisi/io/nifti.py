@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 import maisi
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
+from maisi.io.label_names import EXTENSION_CODE, label_table_xml, names_in_xml
 from maisi.io.nrrd import read_nrrd, read_nrrd_header, write_nrrd
 from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader, read_some, read_voxels, skip, stored_bytes
 from maisi.volume import Volume
@@ -97,7 +98,36 @@ def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
     return volume.with_array(array.astype(np.uint8 if low >= 0 and high <= 255 else np.int32))
 
 
-def write_volume(path: Path, volume: Volume, *, description: str | None = None, synthetic: bool = True) -> None:
+def read_label_names(path: Path) -> dict[int, str]:
+    """Return the label names in a file's header (id -> name), as TotalSegmentator and `write_volume` leave them.
+
+    {} for a file without them, and for NRRD.
+
+    Raises:
+        MaisiError: as `read_header`.
+    """
+    header = read_header(path)
+    if _kind(header.path) == "nrrd":
+        return {}
+    try:
+        with _open(header.path) as stream:
+            data = _read_exactly(stream, header.offset, header.path)
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+    for content in _extensions(data):
+        if names := names_in_xml(content):
+            return names
+    return {}
+
+
+def write_volume(
+    path: Path,
+    volume: Volume,
+    *,
+    description: str | None = None,
+    synthetic: bool = True,
+    names: Mapping[int, str] | None = None,
+) -> None:
     """Write a volume to .nii, .nii.gz or .nrrd, atomically; the same volume gives the same bytes.
 
     Args:
@@ -106,6 +136,7 @@ def write_volume(path: Path, volume: Volume, *, description: str | None = None, 
         description: text for the header, at most 79 ASCII characters; None writes `SYNTHETIC`, or "made by
             maisi" where `synthetic` is false.
         synthetic: whether nobody's body is shown; stands in the header either way.
+        names: of a label map: id -> name, which NIfTI files keep in their header, with colours.
 
     Raises:
         MaisiError: unknown ending, values that int16 cannot hold, or a place that cannot be written to.
@@ -119,7 +150,7 @@ def write_volume(path: Path, volume: Volume, *, description: str | None = None, 
         fields = {key: json.dumps(value).strip('"') for key, value in note.items()}
         write_nrrd(path, stored, text, fields)
         return
-    header = _nifti_header(stored, text, json.dumps(note))
+    header = _nifti_header(stored, text, json.dumps(note), names)
     with atomic_path(path) as part, part.open("wb") as file:
         if kind == "nii":
             _write_nifti(file, header, stored.array)
@@ -233,7 +264,23 @@ def _storable(array: NDArray[Any]) -> NDArray[Any]:
     return (np.rint(array) if array.dtype.kind == "f" else array).astype(np.int16, copy=False)
 
 
-def _nifti_header(volume: Volume, description: str, comment: str) -> Nifti1Header:
+def _extensions(header: bytes) -> Iterator[bytes]:
+    """Yield the contents of the extensions in all that stands before the voxels; stop where they are damaged."""
+    big = int.from_bytes(header[:4], "little") not in _HEADERS
+    start = int.from_bytes(header[:4], "big" if big else "little") + 4
+    if len(header) < start or not header[start - 4]:
+        return
+    while start + 8 <= len(header):
+        size = int.from_bytes(header[start : start + 4], "big" if big else "little")
+        if not 8 <= size <= len(header) - start:
+            return
+        yield header[start + 8 : start + size]
+        start += size
+
+
+def _nifti_header(
+    volume: Volume, description: str, comment: str, names: Mapping[int, str] | None = None
+) -> Nifti1Header:
     header = Nifti1Header(endianness="<")
     header.set_data_shape(volume.shape)
     header.set_data_dtype(volume.array.dtype)
@@ -242,6 +289,8 @@ def _nifti_header(volume: Volume, description: str, comment: str) -> Nifti1Heade
     header.set_xyzt_units("mm")
     header.set_slope_inter(1.0, 0.0)
     header["descrip"] = description.encode("ascii", "replace")[:79]
+    if names:
+        header.extensions.append(Nifti1Extension(EXTENSION_CODE, label_table_xml(names)))
     header.extensions.append(Nifti1Extension(_COMMENT, comment.encode("utf-8")))
     return header
 

@@ -1,0 +1,51 @@
+"""Results for other programs: `export`."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from maisi.cli.options import FILE, output_option, progress, require_new
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=FILE)
+@click.option("--to", "to", required=True, metavar="FORMAT", help="nnunet, msd, auto3dseg, monai or torchio.")
+@output_option("Folder to make.")
+@click.option("--keep", metavar="LABELS", help="Names or ids with commas between, in this order.  [default: all]")
+@click.option("--folds", type=int, default=5, show_default=True, help="Folds of an Auto3DSeg list.")
+def export(folders: Sequence[Path], to: str, output: Path, keep: str | None, folds: int) -> None:
+    """Make a data set of the pairs of image and mask in FOLDERS, which `maisi generate` made.
+
+    Labels get the values 1, 2, ...; export.json says what they were. Tumours that are not kept count as the organ
+    that they grow in.
+    """
+    from maisi.generation.export import export as write
+
+    require_new(output, "")
+    wanted = None if keep is None else [_label(word) for word in next(csv.reader([keep], skipinitialspace=True), [])]
+    with progress() as report:
+        made = write(
+            folders, output, to, wanted, folds, report=lambda case, done, total: report("export", case, done, total)
+        )
+    left_out = f"; {made.without_mask} items without a mask left out" if made.without_mask else ""
+    click.echo(f"{made.folder}: {len(made.cases)} pairs, {len(made.ids)} labels{left_out}")
+    if to == "nnunet" and not re.fullmatch(r"Dataset\d{3}_\w+", output.name):
+        click.echo("Note: nnU-Net looks for folders called DatasetNNN_Name, such as Dataset501_Synthetic.", err=True)
+
+
+def _label(word: str) -> int:
+    from maisi.anatomy import label_id, label_name
+
+    word = word.strip()
+    if not word.isdigit():
+        return label_id(word)
+    label_name(int(word))  # or the error that the id has no name
+    return int(word)
+
+
+COMMANDS = (export,)
