@@ -37,7 +37,7 @@ VIEWS = (
 def main(autoencoder: Path, unet: Path, controlnet: Path, folder: Path) -> None:
     """Write weights, hashes and `model.json`; the model card is written by hand."""
     files = {"autoencoder": autoencoder, "unet": unet, "controlnet": controlnet}
-    config = assemble(files, folder, "tiny", views=VIEWS, steps=20, half=True)  # type: ignore[arg-type]
+    config = assemble(files, folder, "tiny", views=VIEWS, steps=20, half=True, crop_spacing_mm=(1.8, 3.2))  # type: ignore[arg-type]
     size = sum((folder / file).stat().st_size for file in config.sha256)
     print(f"{folder}: {size / 1e6:.1f} MB of weights")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Conditions", "MaisiError", "Request", "Volume", "__version__", "load"]
+__all__ = ["Conditions", "MaisiError", "Request", "Volume", "__version__", "inpaint", "load"]
 
 if TYPE_CHECKING:
     from maisi.conditions import Conditions
     from maisi.errors import MaisiError
+    from maisi.generation.inpaint import inpaint
     from maisi.generation.pipeline import load
     from maisi.request import Request
     from maisi.volume import Volume
@@ -19,6 +20,7 @@ _HOMES = {
     "MaisiError": "maisi.errors",
     "Request": "maisi.request",
     "Volume": "maisi.volume",
+    "inpaint": "maisi.generation.inpaint",
     "load": "maisi.generation.pipeline",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,9 @@ MAX_VOXELS = 2 * 512 * 512 * 768
 """Twice the largest volume of the paper."""
 
 SEED_LIMIT = 2**63
+
+ORGAN_SIZE_RANGE = (0.3, 2.0)
+"""Factors on the volume of a structure that may be asked for."""
 
 
 def _items(value: object) -> list[Any]:
@@ -110,6 +113,54 @@ def _names(value: object) -> tuple[str, ...]:
         raise ValueError(str(error).rstrip(".")) from None
 
 
+def _organ_sizes(value: object) -> dict[str, float]:
+    try:
+        return parse_anatomy_sizes(value if isinstance(value, Mapping) else _sequence(value or ()))
+    except MaisiError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
+
+def parse_anatomy_sizes(wishes: Mapping[str, float] | Iterable[str]) -> dict[str, float]:
+    """Read factors on the volumes of structures: {'pancreas': 0.7} or 'pancreas=0.7'; 'kidney' means both.
+
+    Raises:
+        MaisiError: no structure is called so, or a factor is no number from 0.3 to 2.
+    """
+    pairs = wishes.items() if isinstance(wishes, Mapping) else [_pair(text) for text in wishes]
+    sizes: dict[str, float] = {}
+    for name, given in pairs:
+        low, high = ORGAN_SIZE_RANGE
+        try:
+            factor = float(given)
+        except ValueError:
+            factor = math.nan
+        if not low <= factor <= high:
+            raise MaisiError(
+                f"'{name}={given}' is no size; give a factor on the usual volume from {low:g} to {high:g}."
+            )
+        sizes |= dict.fromkeys(_sides(name), factor)
+    return sizes
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, factor = str(text).partition("=")
+    if not equals:
+        raise MaisiError(f"'{text}' is no size of a structure; write it like pancreas=0.7.")
+    return name.strip(), factor.strip()
+
+
+def _sides(name: str) -> list[str]:
+    """The label of a name, or those of both sides."""
+    try:
+        return [label_name(label_id(name))]
+    except MaisiError:
+        try:
+            return [label_name(label_id(f"{side} {name}")) for side in ("left", "right")]
+        except MaisiError:
+            pass
+        raise
+
+
 def _sequence(value: object) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{value!r} is no list of words")
@@ -151,7 +202,7 @@ class Request(Config):
     mask: Path | None = None
     structure: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
     tumor: Annotated[tuple[TumorWish, ...], BeforeValidator(_wishes)] = ()
-    anatomy_size: Mapping[str, float] = {}
+    anatomy_size: Annotated[dict[str, float], BeforeValidator(_organ_sizes)] = Field(default={})
     keep: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
     library: Path | None = None
     image: Path | None = None

@@ -11,8 +11,9 @@ import pytest
 
 from maisi.anatomy import BODY, LUNGS, OPPOSITE, label_id
 from maisi.data.label_maps import custom_vocabulary, translated, vocabulary
-from maisi.data.mask_import import GROWN_MM, Source, census, hu_fault, hull, import_masks
+from maisi.data.mask_import import GROWN_MM, Source, census, hull, import_masks
 from maisi.data.phantom import phantom
+from maisi.data.preprocess import hu_fault
 from maisi.data.segmentation import body_envelope, envelope
 from maisi.errors import MaisiError
 from maisi.io.nifti import read_label_names, read_labels, read_volume

@@ -117,6 +117,7 @@ def test_bad_orders_are_refused_before_any_network(model, abdomen) -> None:
     for wishes, ct, mask, sentence in (
         ({}, image, labels, "No tumour is asked for"),
         ({"tumor": "liver:25mm"}, None, labels, "no CT to paint into"),
+        ({"tumor": "liver:25mm"}, image.with_array(image.array + 1024), labels, "offset by 1024; subtract that"),
         ({"tumor": "liver:25mm"}, image, shifted, "lie on different grids"),
         ({"tumor": "liver:190mm"}, image, labels, "ask for at most"),
         (

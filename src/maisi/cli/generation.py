@@ -30,10 +30,18 @@ if TYPE_CHECKING:
 @click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")
 @click.option("--first", type=int, default=0, show_default=True, help="Number of the first item.")
 @click.option("--mask", type=FILE, help="Label map (NIfTI, NRRD) to follow; the image has its grid.")
+@click.option("--structure", multiple=True, metavar="NAME", help="To be shown; without --mask, finds one that has it.")
+@click.option("--tumor", multiple=True, metavar="WISH", help="Such as liver:25mm or lung:8-15mmx3; may be repeated.")
+@click.option(
+    "--anatomy-size", multiple=True, metavar="NAME=FACTOR", help="Volume of a structure, such as pancreas=0.7."
+)
+@click.option("--keep", multiple=True, metavar="NAMES", help="Structures that the written labels keep.  [default: all]")
+@click.option("--library", type=FILE, help="Folder of label maps (maisi mask library) to find one in.")
 @click.option("--model", default="tiny", show_default=True, help="A carried model's name, or a model folder.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--solver", help="Solver of the denoising.  [default: the model's]")
 @click.option("--guidance", type=float, default=0.0, show_default=True, help="Strength of guidance; 0 is off.")
+@click.option("--retries", type=int, default=2, show_default=True, help="Further attempts at what fails its check.")
 @click.option("--fov", default="given", show_default=True, help="given, or auto: size and spacing from the regions.")
 @click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR the model knows.")
 @running_options
@@ -47,6 +55,7 @@ def generate(
     \b
     maisi generate --region chest --size 128,128,128 --spacing 3,3,3 -o out/
     maisi generate --mask labels.nii.gz -o out/
+    maisi generate --region abdomen --structure liver --tumor liver:25mm -n 4 -o out/
     """
     from maisi.request import Request
 

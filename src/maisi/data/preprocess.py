@@ -24,6 +24,7 @@ HU_MIN, HU_MAX = -1000.0, 1000.0
 MR_PERCENTILES = (0.0, 99.5)
 TRAINING_MULTIPLE = 128
 LARGEST_SIZE = 4096  # voxels per axis that resampling will make
+OFFSET_HU = 1024  # what scanners add to HU to store them unsigned
 
 
 def window_ct(hu: Array) -> NDArray[np.float32]:
@@ -57,6 +58,23 @@ def nearest_multiple(size: Triple, multiple: int = TRAINING_MULTIPLE) -> Triple:
     """Round each axis to the nearest multiple, at least one: the size at which diffusion is trained."""
     x, y, z = (max(1, round(n / multiple)) * multiple for n in size)
     return (x, y, z)
+
+
+def hu_fault(array: Array) -> str | None:
+    """Say why the values of a CT can't be HU, and the mend; None where they can. Looks at every fourth voxel."""
+    values = array[::4, ::4, ::4]
+    low, high = float(values.min()), float(values.max())
+    if high <= 1.5 and low >= -1.5:
+        return f"its values run from {low:g} to {high:g}, so they were scaled; give the CT before that"
+    if low < -100:
+        return None
+    dark = values[values < 300]
+    if low >= 0 and dark.size > 0.02 * values.size and high > 300 and float(np.median(dark)) <= 60:
+        air = float(np.median(dark))
+        return f"all values are at least 0 and air has {air:g}, so they are offset by {OFFSET_HU}; subtract that"
+    if low >= 0 and high <= 255:
+        return f"its values run from {low:g} to {high:g}, which are grey values; give the CT before that"
+    return None
 
 
 def resample(volume: Volume, spacing_mm: Spacing | None = None, order: int = 1, size: Triple | None = None) -> Volume:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +31,12 @@ from maisi.data.tumor_texture import Contrast, contrast, paint_tumors
 from maisi.device import peak_memory
 from maisi.diffusion.sampler import sample
 from maisi.generation import codec
-from maisi.generation.inpaint_job import InpaintJob
+from maisi.generation.inpaint_job import InpaintJob, make_inpaint_job
 from maisi.generation.job import Job, padded_size, weights_used
 from maisi.generation.masks import ids_of, without_tumors
 from maisi.generation.output import Item
-from maisi.generation.pipeline import Known, Model, Progress
-from maisi.request import item_seed
+from maisi.generation.pipeline import Known, Model, Progress, load, silent
+from maisi.request import Request, item_seed
 from maisi.splitting.plan import Plan, Task
 from maisi.tumors import Look, kind_of
 from maisi.volume import Volume
@@ -78,6 +80,39 @@ class Attempt:
     contrast_hu: Mapping[int, float]
     shortfall: float
     guidance: float
+
+
+def inpaint(
+    image: Volume | Path | str,
+    labels: Volume | Path | str | None = None,
+    *,
+    tumor: Sequence[str] | str,
+    model: Model | str | Path = "tiny",
+    item: int = 0,
+    progress: Progress | None = None,
+    **wishes: Any,
+) -> Item:
+    """Paint tumours into a CT (HU), or take them out of it.
+
+    Args:
+        image: the CT, in memory or a file.
+        labels: its label map on the same grid; without one lungs, airway, bone and body are found by rules.
+        tumor: such as "liver:25mm" (see `maisi.tumors.parse_tumor`), or "none": healthy tissue in their place.
+        model: an opened model, or the name or folder of one.
+        item: number of the item.
+        progress: told how far it is.
+        wishes: further attributes of `Request`: seed, guidance, retries, steps, solver, region, by.
+
+    Raises:
+        MaisiError: something asked for cannot be made; said before any network runs.
+    """
+    opened = model if isinstance(model, Model) else load(model)
+    given = {"image": image, "mask": labels}
+    files = {name: Path(value) for name, value in given.items() if isinstance(value, (str, Path))}
+    held = {name: value if isinstance(value, Volume) else None for name, value in given.items()}
+    request = Request.parse(tumor=tumor, model=opened.name, **files, **wishes)
+    job = make_inpaint_job(request, opened.folder.config, held["image"], held["mask"])
+    return inpaint_item(opened if request.by == "network" else None, job, item, progress or silent)
 
 
 def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Progress) -> Item:

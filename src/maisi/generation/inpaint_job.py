@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from maisi.anatomy import TUMORS
+from maisi.data.preprocess import hu_fault
 from maisi.data.segmentation import segment
 from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
@@ -68,6 +69,8 @@ def make_inpaint_job(
             f"The model '{model.name}' follows no masks; choose one that does, or paint by rules (--by rules)."
         )
     ct = _image(request, image)
+    if fault := hu_fault(ct.array):
+        raise MaisiError(f"The CT does not hold HU: {fault}.")
     given, notes = request.mask if labels is None else labels, list[str]()
     if given is None:
         notes.append("Without labels, lungs, airway, bone and body were found by rules; other organs are unknown.")

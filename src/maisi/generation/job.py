@@ -7,18 +7,22 @@ to what was asked for. Without a mask the volume's centre is the world's origin;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maisi.anatomy import BODY, TUMORS, regions_present
+from maisi.anatomy import BODY, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
-from maisi.data.preprocess import resample_to_grid
+from maisi.data.mask_deform import scale_organ
+from maisi.data.mask_sources import find_mask
+from maisi.data.preprocess import HU_MIN, resample_to_grid
+from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
 from maisi.generation.masks import checked_mask, ids_of, without_tumors
-from maisi.request import Request
+from maisi.request import Request, item_seed
+from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
 from maisi.weights.registry import ModelConfig, ModelFolder, Part
 
@@ -36,7 +40,9 @@ class Job:
         conditions: what the networks are told.
         size: voxels along X, Y, Z of the volume, RAS+.
         padded: voxels of the grid that the networks work on.
-        labels: the mask as it was given (uint8, own orientation), or None.
+        labels: the mask as it was given or found (uint8, own orientation), or None.
+        mask_source: where the mask is from, for the record.
+        placed: tumours that were grown in it.
         steps: denoising steps.
         solver: name of the solver.
         notes: sentences for the user: what was filled in, what the model does not know.
@@ -50,6 +56,38 @@ class Job:
     steps: int
     solver: str
     notes: tuple[str, ...] = ()
+    mask_source: str = ""
+    placed: tuple[PlacedTumor, ...] = ()
+
+    def of_item(self, number: int) -> Job:
+        """The job of one item: its own mask where masks are found, organs of the sizes asked for, its own tumours.
+
+        Raises:
+            MaisiError: a tumour has no host or no room, or a structure cannot have that size.
+        """
+        request, labels, source = self.request, self.labels, self.mask_source
+        if labels is None:
+            return self
+        seed = item_seed(request.seed, number)
+        if source and number:
+            labels, source = _found(request, self.size, self.conditions.spacing_mm, number)
+        for name, factor in request.anatomy_size.items():
+            labels = labels.with_array(scale_organ(labels.array, labels.spacing_mm, label_id(name), factor))
+        labels, placed = grow_tumors(labels, request.tumor, np.random.default_rng([seed, 1]))
+        return replace(self, labels=labels, mask_source=source, placed=placed)
+
+    def kept_labels(self) -> Volume | None:
+        """The labels to write: those the image follows, filtered to the structures to `keep`."""
+        if self.labels is None or not self.request.keep:
+            return self.labels
+        ids = [label_id(name) for name in self.request.keep]
+        return self.labels.with_array(np.where(np.isin(self.labels.array, ids), self.labels.array, np.uint8(0)))
+
+    def outside_body(self, image: Volume) -> Volume:
+        """The image with air where a mask with a body says that there is none of it."""
+        if self.labels is None or not (self.labels.array == BODY).any():
+            return image
+        return image.with_array(np.where(self.labels.array == 0, np.int16(HU_MIN), image.array))
 
     @property
     def margins(self) -> tuple[tuple[int, int], ...]:
@@ -91,11 +129,17 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
         MaisiError: the mask cannot be used, differs from the size or spacing asked for, or the model has no ControlNet;
             size or spacing are open and nothing says what they should be.
     """
-    given = request.mask if mask is None else mask
-    if given is not None and model.controlnet is None:
-        raise MaisiError(f"The model '{model.name}' follows no masks; leave the mask out or choose another model.")
-    labels = None if given is None else checked_mask(given)
+    given, source = request.mask if mask is None else mask, ""
+    wishes = bool(request.structure or request.tumor or request.anatomy_size or request.library)
+    if (given is not None or wishes) and model.controlnet is None:
+        raise MaisiError(
+            f"The model '{model.name}' follows no masks; leave masks and structures out or choose another model."
+        )
     adviser = Adviser.of(model)
+    labels = None if given is None else checked_mask(given)
+    if labels is None and wishes:
+        size, spacing = _grid(request, adviser)
+        labels, source = _found(request, size, spacing, 0)
     if labels is None:
         regions, notes = request.region, list[str]()
         size, spacing = _grid(request, adviser)
@@ -105,7 +149,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
     if None in (request.size, request.spacing) or request.fov == "auto":
         notes.append(f"Size {_show(size)} at {_show(spacing)} mm.")
     notes += adviser.warnings(regions, size, spacing)
-    return Job(
+    job = Job(
         request=request,
         conditions=Conditions(spacing, regions, request.modality),
         size=size,
@@ -114,7 +158,17 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
         steps=request.steps or model.default_steps,
         solver=request.solver or model.solver,
         notes=tuple(notes),
+        mask_source=source,
     )
+    _ = job.of_item(0)
+    return job
+
+
+def _found(request: Request, size: Triple, spacing: Spacing, number: int) -> tuple[Volume, str]:
+    """A mask for an item that has none, with what is to be in it, and where it is from."""
+    hosts = tuple(KINDS[wish.kind].hosts for wish in request.tumor)
+    ids = tuple(label_id(name) for name in (*request.structure, *request.anatomy_size))
+    return find_mask(request.region, ids, hosts, size, spacing, item_seed(request.seed, number), request.library)
 
 
 def padded_size(size: Triple, multiple: int) -> Triple:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -145,6 +145,11 @@ class Model:
         seed: int = 0,
         item: int = 0,
         mask: Volume | Path | str | None = None,
+        structure: Sequence[str] = (),
+        tumor: Sequence[str] | str = (),
+        anatomy_size: Mapping[str, float] | None = None,
+        keep: Sequence[str] = (),
+        library: Path | str | None = None,
         modality: str = "ct",
         steps: int | None = None,
         solver: str | None = None,
@@ -161,6 +166,11 @@ class Model:
             seed: decides the noise, together with `item`.
             item: number of the item; items of one seed differ as those of different seeds do.
             mask: a label map to follow, in memory or a file; the image has its grid.
+            structure: names of structures to show; without a mask one is found that has them.
+            tumor: tumours to grow in the mask, such as "liver:25mm"; see `maisi.tumors.parse_tumor`.
+            anatomy_size: structure -> factor on its volume in the mask.
+            keep: structures that the item's labels keep; () is all.
+            library: folder of label maps to find a mask in.
             modality: see `anatomy.MODALITIES`.
             steps: denoising steps; None for the model's default.
             solver: name of the solver; None for the model's default.
@@ -177,7 +187,11 @@ class Model:
             "size": size,
             "spacing": spacing,
             "seed": seed,
-            "modality": modality,
+            "structure": tuple(structure),
+            "tumor": tumor,
+            "anatomy_size": anatomy_size or {},
+            "keep": tuple(keep),
+            "library": library,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
         job = self.job(mask, **wishes)
@@ -204,7 +218,7 @@ class Model:
             MaisiError: as `prepare`.
         """
         plan = self.prepare(job).decode
-        return (self.item(job, plan, number, progress or _silent) for number in numbers)
+        return (self.item(job, plan, number, progress or silent) for number in numbers)
 
     def prepare(self, job: Job) -> Footprint:
         """Check solver, steps and memory, then load what the job needs; return how much memory it will take.
@@ -280,6 +294,7 @@ class Model:
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
         """Make one item of a prepared job; `plan` is how `prepare` said that it is decoded."""
         started = time.perf_counter()
+        job = job.of_item(number)
         noise, generator = self.noise(job.padded, item_seed(job.request.seed, number))
         latent = sample(
             self.process,
@@ -294,6 +309,7 @@ class Model:
         progress("decode", 0, 1)
         unscaled = latent / self.folder.config.scale_factor
         image = job.place(codec.decode_tensor(self.autoencoder, unscaled, job.conditions.modality, plan))
+        image = image if codec.is_mr(job.conditions.modality) else job.outside_body(image)
         progress("decode", 1, 1)
         timings = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
         return self._finished(job, plan, number, image, timings)
@@ -308,11 +324,13 @@ class Model:
             "device": str(self.device),
             "precision": str(self.dtype).removeprefix("torch."),
             "decoding": str(plan),
+            "mask_source": job.mask_source,
+            "tumors": [asdict(tumor) for tumor in job.placed],
             "notes": list(job.notes),
         }
         return Item(
             image=image,
-            labels=job.labels,
+            labels=job.kept_labels(),
             request=job.request,
             number=number,
             seed=item_seed(job.request.seed, number),
@@ -403,5 +421,5 @@ class RememberingEncoder(nn.Module):
         return answer
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
     """Say nothing."""
