@@ -106,6 +106,7 @@ class Request(Config):
         guidance: strength of classifier-free guidance; 0 is off.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
         solver: name of a solver; None takes the model's default.
+        retries: how often an item that follows a mask is made again where the quality check does not pass.
     """
 
     region: Annotated[tuple[str, ...], BeforeValidator(_regions)] = ()
@@ -120,6 +121,7 @@ class Request(Config):
     guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
     fov: Literal["given", "auto"] = "given"
     solver: str | None = None
+    retries: int = Field(default=2, ge=0, le=10)
 
     @pydantic.model_validator(mode="after")
     def _check_fov(self) -> Request:
@@ -137,7 +139,11 @@ class Request(Config):
         return parse_config(cls, values, "The request")
 
 
-def item_seed(seed: int, item: int) -> int:
-    """Return the seed of one item, from 0 to 2**63 - 1: whatever the batch, the device and the count."""
-    state = np.random.SeedSequence((seed, item)).generate_state(1, np.uint64)
+def item_seed(seed: int, item: int, attempt: int = 0) -> int:
+    """Return the seed of one item, from 0 to 2**63 - 1: whatever the batch, the device and the count.
+
+    An item that is made again takes another `attempt`; the first is 0.
+    """
+    again = (attempt,) if attempt else ()
+    state = np.random.SeedSequence((seed, item), spawn_key=again).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

@@ -30,6 +30,7 @@ from maisi.errors import MaisiError
 from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
 from maisi.generation.output import Item
+from maisi.generation.retry import best_of
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet
 from maisi.networks.unet import UNet, UNetConfig
@@ -137,6 +138,7 @@ class Model:
         solver: str | None = None,
         guidance: float = 0.0,
         fov: Literal["given", "auto"] = "given",
+        retries: int = 2,
         progress: Progress | None = None,
     ) -> Item:
         """Make one synthetic volume.
@@ -154,6 +156,7 @@ class Model:
             guidance: 0 is off. With a mask it strengthens the tumours: away from the same mask with the tumours
                 replaced by their host organs. Without one it strengthens region and modality: away from none.
             fov: "auto" picks size and spacing from the regions.
+            retries: how often an item with a mask is made again, at most, where the quality check does not pass.
             progress: told how far it is.
 
         Raises:
@@ -167,6 +170,7 @@ class Model:
             "modality": modality,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
+        wishes["retries"] = retries
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
 
@@ -240,9 +244,9 @@ class Model:
         decode = codec.coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
         return Footprint(sum(weights.values()), denoise, decode)
 
-    def noise(self, job: Job, number: int) -> tuple[Tensor, torch.Generator]:
+    def noise(self, job: Job, number: int, attempt: int = 0) -> tuple[Tensor, torch.Generator]:
         """Draw the starting noise of an item on the CPU, float32 `1 4 X/4 Y/4 Z/4`, and return its generator too."""
-        generator = torch.Generator().manual_seed(item_seed(job.request.seed, number))
+        generator = torch.Generator().manual_seed(item_seed(job.request.seed, number, attempt))
         config = self.autoencoder.config
         shape = (1, config.latent_channels, *(n // config.compression for n in job.padded))
         return torch.randn(shape, generator=generator), generator
@@ -262,11 +266,14 @@ class Model:
         nothing = Conditions(job.conditions.spacing_mm, (), modality)
         return guided(conditional, self._conditioned(nothing, None), job.request.guidance)
 
-    @torch.inference_mode()
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
-        """Make one item of a prepared job; `plan` is how `prepare` said that it is decoded."""
+        """Make one item of a prepared job, the best of its attempts; `plan` is how `prepare` said it is decoded."""
+        return best_of(lambda attempt: self._attempt(job, plan, number, attempt, progress), job.request.retries)
+
+    @torch.inference_mode()
+    def _attempt(self, job: Job, plan: Plan, number: int, attempt: int, progress: Progress) -> Item:
         started = time.perf_counter()
-        noise, generator = self.noise(job, number)
+        noise, generator = self.noise(job, number, attempt)
         latent = sample(
             self.process,
             self.denoiser(job),
@@ -282,9 +289,11 @@ class Model:
         image = job.place(codec.decode_tensor(self.autoencoder, unscaled, job.conditions.modality, plan))
         progress("decode", 1, 1)
         timings = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
-        return self._finished(job, plan, number, image, timings)
+        return self._finished(job, plan, number, attempt, image, timings)
 
-    def _finished(self, job: Job, plan: Plan, number: int, image: Volume, timings: Mapping[str, float]) -> Item:
+    def _finished(
+        self, job: Job, plan: Plan, number: int, attempt: int, image: Volume, timings: Mapping[str, float]
+    ) -> Item:
         details = {
             "regions": list(job.conditions.regions),
             "size": list(job.size),
@@ -301,7 +310,7 @@ class Model:
             labels=job.labels,
             request=job.request,
             number=number,
-            seed=item_seed(job.request.seed, number),
+            seed=item_seed(job.request.seed, number, attempt),
             timings_s={**timings, "total": sum(timings.values())},
             weights_sha256=weights_used(self.folder, job),
             peak_memory_bytes=peak_memory(self.device),
