@@ -107,7 +107,7 @@ class QualityRanges(Config):
         tumors: name of a tumour -> contrast with its host.
         smallest_ml: organs of which the label map has less are not judged.
         stray_share: of the voxels outside the body, how many may be no air.
-        seam: how many times a plane may jump as far as its neighbours.
+        seam: how many times as far as its neighbours a plane may jump.
         saturated_share: how many voxels may have the highest HU that networks make, or more.
         agreement: structure -> smallest Dice of what rules find in the image with the label map.
         agreement_ml: structures of which the label map has less are not looked for.
@@ -118,7 +118,7 @@ class QualityRanges(Config):
     tumors: dict[str, ContrastRange] = Field(default_factory=dict)
     smallest_ml: float = Field(default=1.0, ge=0)
     stray_share: float = Field(default=0.2, ge=0, le=1)
-    seam: float = Field(default=4.0, gt=0)
+    seam: float = Field(default=3.0, gt=0)
     saturated_share: float = Field(default=0.02, ge=0, le=1)
     agreement: dict[str, float] = Field(default_factory=lambda: {"lungs": 0.8, "skeleton": 0.4, "body": 0.9})
     agreement_ml: float = Field(default=500.0, ge=0)
@@ -225,7 +225,7 @@ class Finding:
         """The finding as one sentence."""
         where = f" ({self.detail})" if self.detail else ""
         verdict = "as it should be" if self.passed else "but should not be"
-        return f"{self.name} is {self.value:.4g}{where}, {verdict}: {self.range}."
+        return f"{self.name[0].upper()}{self.name[1:]} is {self.value:.4g}{where}, {verdict}: {self.range}."
 
 
 @dataclass(frozen=True)
@@ -383,6 +383,11 @@ def _require_comparable(image: Volume, labels: Volume) -> None:
         raise MaisiError(
             f"The image ({_size(image)}) and the label map ({_size(labels)}) lie on different grids; "
             "resample the label map to the image first."
+        )
+    ids = np.unique(labels.array)
+    if ids[0] < 0 or ids[-1] > 255 or not np.array_equal(ids, np.rint(ids)):
+        raise MaisiError(
+            "The label map holds values other than ids from 0 to 255; give one in the ids of `maisi labels`."
         )
     body = labels.array > 0
     if not body.any():

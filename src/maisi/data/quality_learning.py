@@ -136,8 +136,8 @@ def _looser(values: Sequence[float], limit: float) -> float:
 
 
 def _lower(values: Sequence[float], limit: float) -> float:
-    """A lower limit that the values keep, not above the carried one."""
-    return _short(min(limit, np.percentile(values, 0.5) / LIMIT_FACTOR)) if values else limit
+    """A lower limit (of a Dice: what counts is its distance from 1) that the values keep, not above the carried one."""
+    return _short(max(0.0, min(limit, 1 - LIMIT_FACTOR * (1 - np.percentile(values, 0.5))))) if values else limit
 
 
 def _short(value: Any) -> float:

@@ -31,8 +31,7 @@ COMPARED_SPACING_MM = 4.0
 """Structures are looked for by rules at this spacing or a coarser one: 0.4 s for 128^3 voxels of 3 mm."""
 
 NEIGHBOURS = 4  # planes on each side that a jump is compared with
-FLOOR_HU = 1.0  # a jump below is nothing, however smooth the image
-CAP_HU = 100.0  # an edge between organs counts no more than this, so that a flat surface does not look like a seam
+FLOOR_HU = 2.0  # added to theirs: a jump of less is nothing, however smooth the image
 PLANE = 256  # lines along each axis of a plane that are looked at
 
 
@@ -68,7 +67,7 @@ def stray_share(ct: Volume, body: Mask, margin_voxels: int = 1) -> float:
 
 
 def plane_jumps(image: Array, axis: int, air_below: float | None = AIR_HU) -> NDArray[np.float64]:
-    """Return the mean absolute jump (100 HU at most count) from each plane along an axis to the next.
+    """Return how far three quarters of a plane's voxels differ from the next plane's, at least, along an axis.
 
     Large planes are looked at along every second, third, ... line only, `PLANE` of them at least.
 
@@ -79,25 +78,27 @@ def plane_jumps(image: Array, axis: int, air_below: float | None = AIR_HU) -> ND
             makes no jump. None: all count.
 
     Returns:
-        One number fewer than planes; NaN where fewer than a tenth as many pairs count as in the fullest planes.
+        25th percentile of the absolute differences, one number fewer than planes; NaN where fewer than a tenth as many
+        pairs count as in the fullest planes.
     """
     lines = tuple(slice(None, None, 1 if a == axis else max(1, n // PLANE)) for a, n in enumerate(image.shape))
     planes = np.moveaxis(image[lines], axis, 0)
-    sums, counts = np.zeros((2, len(planes) - 1))
+    jumps, counts = np.full(len(planes) - 1, np.nan), np.zeros(len(planes) - 1)
     for i, (before, behind) in enumerate(pairwise(planes)):
-        jump = np.minimum(np.abs(behind.astype(np.float32) - before), CAP_HU)
+        jump = np.abs(behind.astype(np.float32) - before)
         if air_below is not None:
             jump = jump[(before > air_below) & (behind > air_below)]
-        sums[i], counts[i] = jump.sum(dtype=np.float64), jump.size
-    enough = (counts > 0) & (counts >= 0.1 * counts.max(initial=0))
-    return np.where(enough, sums / np.maximum(counts, 1), np.nan)
+        if jump.size:
+            jumps[i], counts[i] = np.percentile(jump, 25), jump.size
+    jumps[counts < 0.1 * counts.max(initial=0)] = np.nan
+    return jumps
 
 
 def seam(image: Array, axis: int, air_below: float | None = AIR_HU) -> tuple[float, int]:
     """Return how many times larger than its neighbours' the largest jump between two planes is, and where.
 
-    Volumes that are put together of parts show seams: one plane across which everything jumps. Found is what jumps by
-    some five times the noise; less is not told from anatomy.
+    Volumes that are put together of parts show seams: one plane across which everything jumps. The surface of an organ
+    may be as flat, but is blurred, so that the planes beside it jump too; a seam that is blended is not found.
 
     Args:
         image: (X, Y, Z), finite.
@@ -105,19 +106,23 @@ def seam(image: Array, axis: int, air_below: float | None = AIR_HU) -> tuple[flo
         air_below: as in `plane_jumps`.
 
     Returns:
-        The ratio of the mean absolute jump to the median of the four before and the four behind it (to which 1 HU
-        is added, so that the smoothest image has no seams), and the index of the plane behind the jump. (0, 0)
-        where there are too few planes to compare.
+        The ratio of the jump (see `plane_jumps`) to the larger of the two beside it, or to the median of the four
+        before and the four behind where that is more; 2 HU are added to it, so that the smoothest image has no seams.
+        And the index of the plane behind the jump. (0, 0) where there are too few planes to compare.
     """
     jumps = plane_jumps(image, axis, air_below)
     places = np.flatnonzero(np.isfinite(jumps))
     jumps = jumps[places]
-    if len(jumps) < 3:
+    ratios = [jumps[i] / (_usual_jump(jumps, i) + FLOOR_HU) for i in range(1, len(jumps) - 1)]
+    if not ratios:
         return 0.0, 0
-    around = [np.r_[jumps[max(0, i - NEIGHBOURS) : i], jumps[i + 1 : i + 1 + NEIGHBOURS]] for i in range(len(jumps))]
-    ratios = jumps / (np.array([np.median(neighbours) for neighbours in around]) + FLOOR_HU)
     worst = int(np.argmax(ratios))
-    return float(ratios[worst]), int(places[worst]) + 1
+    return float(ratios[worst]), int(places[worst + 1]) + 1
+
+
+def _usual_jump(jumps: NDArray[np.float64], at: int) -> float:
+    around = np.r_[jumps[max(0, at - NEIGHBOURS) : at], jumps[at + 1 : at + 1 + NEIGHBOURS]]
+    return float(max(jumps[at - 1], jumps[at + 1], np.median(around)))
 
 
 def contrast(image: Array, labels: Array, tumor: int, hosts: Sequence[int], spacing_mm: Spacing) -> float | None:
@@ -133,7 +138,7 @@ def contrast(image: Array, labels: Array, tumor: int, hosts: Sequence[int], spac
     Returns:
         HU, negative for a tumour darker than its host; None where either has fewer than 8 voxels.
     """
-    places = ndimage.find_objects(labels == tumor)
+    places = ndimage.find_objects((labels == tumor).view(np.uint8))
     if not places:
         return None
     reach = [int(np.ceil(RING_MM[1] / s)) for s in spacing_mm]
