@@ -146,13 +146,9 @@ class QualityRanges(Config):
         return self
 
 
+@lru_cache
 def carried_ranges() -> QualityRanges:
     """Return the ranges that the package carries: HU of the paper's training data, and rules."""
-    return _carried()
-
-
-@lru_cache
-def _carried() -> QualityRanges:
     text = resources.files("maisi.data").joinpath("organ_hu_ranges.json").read_text(encoding="utf-8")
     return QualityRanges.model_validate_json(text)
 
