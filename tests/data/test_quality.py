@@ -193,7 +193,7 @@ def test_without_a_mask_only_values_and_seams_are_judged(trunk) -> None:
     assert not judge(split(*trunk), None).passed
 
 
-@given(st.floats(-2000, 2000), st.floats(0, 500), st.floats(1, 500))
+@given(st.integers(-2000, 2000), st.integers(0, 500), st.integers(1, 500))
 def test_the_violation_grows_with_the_distance(low, width, further) -> None:
     near, far = (Finding("median", "liver", low + width + d, low, low + width) for d in (further, 2 * further))
     assert Finding("median", "liver", low + width / 2, low, low + width).passed
