@@ -25,6 +25,7 @@ def test_defaults():
         "guidance": 0.0,
         "fov": "given",
         "solver": None,
+        "retries": 2,
     }
 
 

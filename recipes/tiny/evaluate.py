@@ -34,14 +34,15 @@ import torch
 from numpy.typing import NDArray
 
 import maisi
+from maisi.data.agreement import dice_by_group, joint_counts
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
 from maisi.data.preprocess import HU_MAX, HU_MIN, crop_or_pad, resample
+from maisi.data.quality_measures import stray_share
 from maisi.data.segmentation import segment
 from maisi.device import resolve_device, resolve_precision
 from maisi.errors import MaisiError
-from maisi.evaluation.agreement import dice_by_group, joint_counts
 from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, fid, pooled
-from maisi.evaluation.intensity import HuHistogram, stray_share, total_variation, wasserstein_hu
+from maisi.evaluation.intensity import HuHistogram, total_variation, wasserstein_hu
 from maisi.evaluation.pictures import Tile, contact_sheet
 from maisi.evaluation.reconstruction import compare
 from maisi.generation import codec

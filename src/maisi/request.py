@@ -185,7 +185,7 @@ class Request(Config):
         image: a real CT to paint into (inpainting).
         removal: paint healthy tissue where the labels have tumours (inpainting); `tumor` "none" says the same.
         by: who paints (inpainting): the model's networks, or rules that need none.
-        retries: how often an item that fails its check is made anew, at most; the best is kept.
+        retries: how often an item that follows a mask is made again, at most, where its check does not pass.
         model: the name of a carried model, or a model folder.
         steps: denoising steps; None takes the model's default.
         modality: a key of `anatomy.MODALITIES`.
@@ -208,13 +208,13 @@ class Request(Config):
     image: Path | None = None
     removal: bool = False
     by: Literal["network", "rules"] = "network"
-    retries: int = Field(default=2, ge=0, le=10)
     model: str = Field(default="tiny", min_length=1)
     steps: int | None = Field(default=None, ge=1, le=1000)
     modality: Annotated[str, BeforeValidator(_modality)] = "ct"
     guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
     fov: Literal["given", "auto"] = "given"
     solver: str | None = None
+    retries: int = Field(default=2, ge=0, le=10)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -239,7 +239,11 @@ class Request(Config):
         return parse_config(cls, values, "The request")
 
 
-def item_seed(seed: int, item: int) -> int:
-    """Return the seed of one item, from 0 to 2**63 - 1: whatever the batch, the device and the count."""
-    state = np.random.SeedSequence((seed, item)).generate_state(1, np.uint64)
+def item_seed(seed: int, item: int, attempt: int = 0) -> int:
+    """Return the seed of one item, from 0 to 2**63 - 1: whatever the batch, the device and the count.
+
+    An item that is made again takes another `attempt`; the first is 0.
+    """
+    again = (attempt,) if attempt else ()
+    state = np.random.SeedSequence((seed, item), spawn_key=again).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

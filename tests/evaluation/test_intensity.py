@@ -3,8 +3,7 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 from maisi.errors import MaisiError
-from maisi.evaluation.intensity import BIN_HU, BINS, HuHistogram, stray_share, total_variation, wasserstein_hu
-from maisi.volume import Volume
+from maisi.evaluation.intensity import BIN_HU, BINS, HuHistogram, total_variation, wasserstein_hu
 
 
 def samples(mean, seed, count=4000):
@@ -67,36 +66,3 @@ def test_an_empty_mask_is_explained():
     empty = HuHistogram.of(np.zeros((2, 2, 2)), np.zeros((2, 2, 2), bool))
     with pytest.raises(MaisiError, match="empty"):
         wasserstein_hu(empty, empty)
-
-
-def body_in_air():
-    hu = np.full((20, 20, 20), -1000, np.int16)
-    hu[5:15, 5:15, 5:15] = 40
-    return hu, hu > -500
-
-
-def test_stray_share_counts_what_stands_in_the_air():
-    hu, body = body_in_air()
-    assert stray_share(Volume.from_spacing(hu, (2, 2, 2)), body) == 0
-    hu[0, :, :] = -300
-    outside = 20**3 - 12**3
-    assert stray_share(Volume.from_spacing(hu, (2, 2, 2)), body) == pytest.approx(400 / outside)
-
-
-def test_the_blurred_surface_is_not_stray():
-    hu, body = body_in_air()
-    hu[4, 5:15, 5:15] = -600
-    volume = Volume.from_spacing(hu, (2, 2, 2))
-    assert stray_share(volume, body) == 0
-    assert stray_share(volume, body, margin_voxels=0) == pytest.approx(100 / (20**3 - 10**3))
-
-
-def test_a_body_that_fills_the_volume_leaves_no_stray():
-    hu = np.full((5, 5, 5), 40, np.int16)
-    assert stray_share(Volume.from_spacing(hu, (1, 1, 1)), hu > 0) == 0
-
-
-def test_a_mask_of_another_grid_is_refused():
-    volume = Volume.from_spacing(np.zeros((5, 5, 5)), (1, 1, 1))
-    with pytest.raises(MaisiError, match="one grid"):
-        stray_share(volume, np.zeros((5, 5, 4), bool))

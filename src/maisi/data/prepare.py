@@ -16,7 +16,7 @@ from maisi.anatomy import BODY
 from maisi.data.label_maps import apply_map, label_table, merge
 from maisi.data.manifest import Case, CaseList
 from maisi.data.prepared import INDEX, PreparedCase, PreparedIndex
-from maisi.data.preprocess import HU_MIN, window_mr
+from maisi.data.preprocess import HU_MIN, STORED_HU, window_mr
 from maisi.data.regions import regions_of
 from maisi.data.segmentation import segment
 from maisi.errors import MaisiError
@@ -26,9 +26,6 @@ from maisi.volume import Array, Volume
 
 MARGIN_VOXELS = 6
 """Air kept around the body."""
-
-STORED_HU = (-1024, 3071)
-"""Range of a CT's 12 bits; metal beyond it is clipped."""
 
 
 def prepare(

@@ -21,6 +21,9 @@ Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 HU_MIN, HU_MAX = -1000.0, 1000.0
+STORED_HU = (-1024, 3071)
+"""Range of a CT's 12 bits; metal beyond it is clipped."""
+
 MR_PERCENTILES = (0.0, 99.5)
 TRAINING_MULTIPLE = 128
 LARGEST_SIZE = 4096  # voxels per axis that resampling will make

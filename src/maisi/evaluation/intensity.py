@@ -1,4 +1,4 @@
-"""Are the HU right? Distances between HU histograms, and what stands in the air around the body."""
+"""Are the HU right? Distances between HU histograms."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from maisi.data.preprocess import HU_MAX, HU_MIN
 from maisi.errors import MaisiError
-from maisi.volume import Volume
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 BIN_HU = 10.0
 BINS = round((HU_MAX - HU_MIN) / BIN_HU)
-AIR_HU = -800.0
-"""Below this a voxel is air: the threshold of MAISI's body envelope."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +58,3 @@ def wasserstein_hu(a: HuHistogram, b: HuHistogram) -> float:
 def total_variation(a: HuHistogram, b: HuHistogram) -> float:
     """Return the total variation distance: the share of voxels (0 to 1) whose bin would have to change."""
     return float(np.abs(a.shares() - b.shares()).sum() / 2)
-
-
-def stray_share(ct: Volume, body: Mask, margin_voxels: int = 1) -> float:
-    """Return the share of non-air voxels (over -800 HU) among those outside the body.
-
-    Args:
-        ct: HU.
-        body: the body envelope on the grid of `ct`, as from `maisi.data.segmentation.segment(ct).array > 0`.
-        margin_voxels: this many voxels around the envelope don't count: the skin's surface is blurred.
-
-    Returns:
-        0 to 1; 0 where the body fills the volume.
-    """
-    if body.shape != ct.shape:
-        raise MaisiError(f"The mask has shape {body.shape}, the CT {ct.shape}; bring them to one grid.")
-    size = 2 * margin_voxels + 1
-    near = ndimage.maximum_filter(body.astype(np.uint8), size=size).astype(bool)
-    outside = ct.array[~near]
-    return float((outside > AIR_HU).mean()) if outside.size else 0.0

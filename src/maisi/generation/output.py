@@ -34,7 +34,7 @@ class Item:
         labels: the mask it follows, on the same grid, or None.
         request: what was asked for.
         number: which item of the request it is, from 0.
-        seed: seed of its noise, made of the request's seed and `number`.
+        seed: seed of its noise, made of the request's seed, `number` and, where it was made again, the attempt.
         timings_s: stage -> seconds.
         weights_sha256: file name of each network used -> hash.
         peak_memory_bytes: the most memory the process has used.

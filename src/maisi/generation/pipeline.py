@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -30,6 +30,7 @@ from maisi.errors import MaisiError
 from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
 from maisi.generation.output import Item
+from maisi.generation.retry import best_of
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet, inpainting_mask
 from maisi.networks.unet import UNet, UNetConfig
@@ -155,6 +156,7 @@ class Model:
         solver: str | None = None,
         guidance: float = 0.0,
         fov: Literal["given", "auto"] = "given",
+        retries: int = 2,
         progress: Progress | None = None,
     ) -> Item:
         """Make one synthetic volume.
@@ -177,6 +179,7 @@ class Model:
             guidance: 0 is off. With a mask it strengthens the tumours: away from the same mask with the tumours
                 replaced by their host organs. Without one it strengthens region and modality: away from none.
             fov: "auto" picks size and spacing from the regions.
+            retries: how often an item with a mask is made again, at most, where the quality check does not pass.
             progress: told how far it is.
 
         Raises:
@@ -194,6 +197,7 @@ class Model:
             "library": library,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
+        wishes["retries"] = retries
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
 
@@ -267,7 +271,7 @@ class Model:
         decode = codec.coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
         return Footprint(sum(weights.values()), denoise, decode)
 
-    def noise(self, padded: Triple, seed: int) -> tuple[Tensor, torch.Generator]:
+    def noise((self, padded: Triple, seed: int) -> tuple[Tensor, torch.Generator]:
         """Draw the starting noise of an item on the CPU, float32 `1 4 X/4 Y/4 Z/4`, and return its generator too."""
         generator = torch.Generator().manual_seed(seed)
         config = self.autoencoder.config
@@ -290,12 +294,16 @@ class Model:
         nothing = Conditions(job.conditions.spacing_mm, (), modality)
         return guided(conditional, self._conditioned(nothing, None), scale)
 
-    @torch.inference_mode()
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
-        """Make one item of a prepared job; `plan` is how `prepare` said that it is decoded."""
+        """Make one item of a prepared job, the best of its attempts; `plan` is how `prepare` said it is decoded."""
+        own = job.of_item(number)
+        best = best_of(lambda attempt: self._attempt(own, plan, number, attempt, progress), job.request.retries)
+        return replace(best, labels=own.kept_labels())
+
+    @torch.inference_mode()
+    def _attempt(self, job: Job, plan: Plan, number: int, attempt: int, progress: Progress) -> Item:
         started = time.perf_counter()
-        job = job.of_item(number)
-        noise, generator = self.noise(job.padded, item_seed(job.request.seed, number))
+        noise, generator = self.noise(job.padded, item_seed(job.request.seed, number, attempt))
         latent = sample(
             self.process,
             self.denoiser(job),
@@ -312,9 +320,11 @@ class Model:
         image = image if codec.is_mr(job.conditions.modality) else job.outside_body(image)
         progress("decode", 1, 1)
         timings = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
-        return self._finished(job, plan, number, image, timings)
+        return self._finished(job, plan, number, attempt, image, timings)
 
-    def _finished(self, job: Job, plan: Plan, number: int, image: Volume, timings: Mapping[str, float]) -> Item:
+    def _finished(
+        self, job: Job, plan: Plan, number: int, attempt: int, image: Volume, timings: Mapping[str, float]
+    ) -> Item:
         details = {
             "regions": list(job.conditions.regions),
             "size": list(job.size),
@@ -330,10 +340,10 @@ class Model:
         }
         return Item(
             image=image,
-            labels=job.kept_labels(),
+            labels=job.labels,
             request=job.request,
             number=number,
-            seed=item_seed(job.request.seed, number),
+            seed=item_seed(job.request.seed, number, attempt),
             timings_s={**timings, "total": sum(timings.values())},
             weights_sha256=weights_used(self.folder, job.labels is not None),
             peak_memory_bytes=peak_memory(self.device),

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from maisi.anatomy import BODY, UNNAMED_BONE, label_id
+from maisi.data.agreement import dice_by_group, dice_by_label, joint_counts
 from maisi.errors import MaisiError
-from maisi.evaluation.agreement import dice_by_group, dice_by_label, joint_counts
 
 
 def two_maps(seed=0):

@@ -1,0 +1,94 @@
+"""`maisi quality`: judge an image by its label map, and learn from cases what is normal."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from maisi.cli.options import FILE, output_option, progress, require_new
+
+if TYPE_CHECKING:
+    from maisi.data.quality import QualityRanges, QualityReport
+
+NOT_PASSED = 1
+"""Exit code of a check that was done and did not pass."""
+
+
+class _CheckUnlessNamed(click.Group):
+    """A group whose command `check` needs no name: `maisi quality IMAGE LABELS`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["check", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_CheckUnlessNamed, subcommand_metavar="IMAGE LABELS | learn SOURCE")
+def quality() -> None:
+    """Judge a CT by its label map, or learn from cases what is normal.
+
+    \b
+    maisi quality image.nii.gz labels.nii.gz [--ranges ranges.json] [--json]
+    maisi quality learn cases.json -o ranges.json
+    """
+
+
+@quality.command(short_help="Judge IMAGE by LABELS; `check` may be left out.")
+@click.argument("image", type=FILE)
+@click.argument("labels", type=FILE)
+@click.option("--ranges", type=FILE, help="What passes, made by `maisi quality learn`.  [default: carried ranges]")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_context
+def check(context: click.Context, image: Path, labels: Path, ranges: Path | None, as_json: bool) -> None:
+    """Judge IMAGE (CT in HU) by LABELS; exit code 0 if all passes, 1 if not, 2 if they cannot be compared."""
+    from maisi.data.quality import carried_ranges, read_ranges
+    from maisi.data.quality import check as check_volumes
+    from maisi.io.nifti import read_labels, read_volume
+
+    normal = carried_ranges() if ranges is None else read_ranges(ranges)
+    report = check_volumes(read_volume(image), read_labels(labels), normal)
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else _table(report))
+    context.exit(0 if report.passed else NOT_PASSED)
+
+
+@quality.command()
+@click.argument("source", type=FILE)
+@output_option("Ranges to make (.json).")
+def learn(source: Path, output: Path) -> None:
+    """Learn from SOURCE, a case list (JSON) or a prepared folder, what is normal; for `maisi quality --ranges`."""
+    from maisi.data.quality_learning import learn as learn_ranges
+    from maisi.data.quality_learning import pairs_of
+    from maisi.io.files import write_json
+
+    require_new(output, ".json")
+    with progress() as report:
+        ranges = learn_ranges(pairs_of(source, partial(report, "learn", "cases")), str(source))
+    write_json(output, ranges.model_dump(mode="json"))
+    click.echo(_summary(ranges))
+    click.echo(str(output))
+
+
+def _table(report: QualityReport) -> str:
+    width = max(len(finding.name) for finding in report.findings)
+    rows = [
+        f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name:{width}}  {finding.value:9.4g}  {finding.range}"
+        for finding in report.findings
+    ]
+    verdict = "passed" if report.passed else f"{len(report.failed)} did not pass; score {report.score:.2f}, 0 is best"
+    return "\n".join([*rows, f"{len(report.findings)} findings: {verdict}"])
+
+
+def _summary(ranges: QualityRanges) -> str:
+    """How many cases each range is from."""
+    rows = []
+    for name, entry in (ranges.organs | ranges.tumors).items():
+        origin = f"{entry.cases} case(s)" if entry.cases else "no case, carried range"
+        rows.append(f"{name:22}  {entry.low:6.0f} to {entry.high:5.0f} HU  {origin}")
+    return "\n".join(rows)
+
+
+COMMANDS = (quality,)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import maisi
+from maisi.data.phantom import phantom
+from maisi.data.quality import carried_ranges, judge
+from maisi.errors import MaisiError
+from maisi.generation import retry
+from maisi.generation.output import Item
+from maisi.generation.retry import best_of
+from maisi.request import Request, item_seed
+from maisi.volume import Volume
+
+NOTHING_PASSES = carried_ranges().model_copy(update={"agreement": {}, "stray_share": 0.0, "seam": 1e-6})
+
+
+@pytest.fixture(scope="module")
+def chest() -> tuple[Volume, Volume]:
+    return phantom((60, 44, 32), (7.0, 7.0, 7.0), ("chest",), seed=1)
+
+
+def maker(chest: tuple[Volume, Volume], liver_off: list[int], masked: bool = True, modality: str = "ct"):
+    """Attempt -> the phantom with the HU of its liver so far off; and the attempts asked for."""
+    image, labels = chest
+    asked: list[int] = []
+
+    def make(attempt: int) -> Item:
+        asked.append(attempt)
+        array = np.where(labels.array == 1, image.array + liver_off[attempt], image.array)
+        request = Request.parse(seed=4, modality=modality)
+        seed = item_seed(4, 2, attempt)
+        timings = {"denoise": 1.0 + attempt, "total": 1.0 + attempt}
+        return Item(image.with_array(array), labels if masked else None, request, 2, seed, timings, details={"a": 1})
+
+    return make, asked
+
+
+@pytest.mark.parametrize(
+    ("liver_off", "retries", "attempts", "kept"),
+    [
+        ([0, 0, 0], 2, 1, 0),
+        ([300, 0, 0], 2, 2, 1),
+        ([300, 200, 400], 2, 3, 1),
+        ([300, 200, 0], 1, 2, 1),
+        ([300, 300, 300], 2, 3, 0),
+        ([300, 0, 0], 0, 1, 0),
+    ],
+)
+def test_the_best_attempt_is_kept(chest, liver_off, retries, attempts, kept) -> None:
+    make, asked = maker(chest, liver_off)
+    item = best_of(make, retries)
+    assert asked == list(range(attempts))
+    told = item.details["quality"]
+    assert (told["attempts"], told["kept"]) == (attempts, kept)
+    assert told["passed"] == (liver_off[kept] == 0)
+    assert item.seed == item_seed(4, 2, kept)
+    assert np.array_equal(item.image.array, make(kept).image.array)
+    assert item.timings_s["denoise"] == 1 + kept
+    assert item.timings_s["quality"] > 0
+    assert item.details["a"] == 1
+
+
+def test_the_score_kept_is_the_least_by_exhaustion(chest) -> None:
+    liver_off = [int(off) for off in np.random.default_rng(0).integers(150, 900, 6)]
+    make, _ = maker(chest, liver_off)
+    scores = [judge(make(n).image, chest[1]).score for n in range(6)]
+    told = best_of(make, 5).details["quality"]
+    assert told["kept"] == int(np.argmin(scores))
+    assert told["score"] == pytest.approx(min(scores), abs=1e-3)
+
+
+def test_without_a_mask_it_is_judged_once(chest) -> None:
+    make, asked = maker(chest, [0], masked=False)
+    told = best_of(make, 10, NOTHING_PASSES).details["quality"]
+    assert asked == [0]
+    assert not told["passed"]
+    assert {finding["kind"] for finding in told["findings"]} == {"not finite", "not HU", "saturated", "seam"}
+
+
+def test_mr_is_not_judged_as_hu(chest) -> None:
+    make, _ = maker(chest, [900], modality="mri_t1")
+    told = best_of(make, 0).details["quality"]
+    assert {finding["kind"] for finding in told["findings"]} == {"not finite", "seam"}
+
+
+def test_seeds_of_attempts_differ_and_the_first_is_the_item_s_own() -> None:
+    assert item_seed(3, 5, 0) == item_seed(3, 5)
+    seeds = {item_seed(seed, item, attempt) for seed in range(5) for item in range(5) for attempt in range(11)}
+    assert len(seeds) == 5 * 5 * 11
+    assert item_seed(5 + 7 * 2**32, 1) != item_seed(5, 7, 1)
+
+
+@pytest.mark.parametrize("retries", [-1, 11, 1.5])
+def test_retries_are_bounded(retries) -> None:
+    with pytest.raises(MaisiError, match="retries"):
+        Request.parse(retries=retries)
+    assert Request.parse().retries == 2
+
+
+def test_a_model_tries_again_and_repeats_itself(model, model_folder, chest_labels) -> None:
+    """Random networks never pass: the item takes all its attempts, and the best is that of a search by hand."""
+    job = model.job(chest_labels, seed=7, count=5, retries=1)
+    among = list(model.run(job, [2, 3]))[1]
+    again = maisi.load(model_folder, device="cpu", precision="fp32")
+    alone = again.generate(mask=chest_labels, seed=7, item=3, retries=1)
+    assert np.array_equal(among.image.array, alone.image.array)
+    plan = model.prepare(job).decode
+    by_hand = [model._attempt(job, plan, 3, attempt, lambda *told: None) for attempt in range(2)]
+    assert not np.array_equal(by_hand[0].image.array, by_hand[1].image.array)
+    kept = int(np.argmin([judge(made.image, made.labels).score for made in by_hand]))
+    assert (alone.details["quality"]["attempts"], alone.details["quality"]["kept"]) == (2, kept)
+    assert alone.seed == among.seed == item_seed(7, 3, kept)
+    assert np.array_equal(alone.image.array, by_hand[kept].image.array)
+
+
+def test_the_first_attempt_is_what_was_made_without_retries(model, chest_labels, monkeypatch) -> None:
+    first = model.generate(mask=chest_labels, seed=7, retries=0)
+    assert first.details["quality"]["attempts"] == 1
+    assert first.seed == item_seed(7, 0)
+    report = judge(first.image, first.labels)
+    monkeypatch.setattr(retry, "judge", lambda *told: replace(report, findings=()))
+    content = model.generate(mask=chest_labels, seed=7)
+    assert np.array_equal(content.image.array, first.image.array)
+    assert content.details["quality"] == {"passed": True, "score": 0, "findings": [], "attempts": 1, "kept": 0}
