@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from maisi.anatomy import BODY, TUMORS, regions_present
 from maisi.conditions import Conditions
+from maisi.data.label_maps import checked_mask
 from maisi.data.preprocess import resample_to_grid
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
-from maisi.generation.masks import checked_mask, ids_of, without_tumors
+from maisi.generation.masks import ids_of, without_tumors
 from maisi.request import Request
 from maisi.volume import Array, Volume
 from maisi.weights.registry import ModelConfig, ModelFolder, Part
