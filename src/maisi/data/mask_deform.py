@@ -38,6 +38,9 @@ POINTS_PER_MM = 12.0
 SIZE_RANGE = (0.3, 2.0)
 """Factors on a structure's volume that may be asked for."""
 
+KEPT_SHARE = 0.75
+"""What a soft neighbour keeps of its volume, at least, when a structure grows: else it is left where it is."""
+
 _LIMITS = {"rotate_degrees": 30.0, "shear": 0.2, "elastic_mm": 25.0}
 _ZOOM_LIMITS = (0.7, 1.4)
 _SLAB_VOXELS = 1 << 22
@@ -338,23 +341,32 @@ def _shrunk(labels: Labels, spacing_mm: Spacing, id: int, want: int) -> Labels:
         raise MaisiError(
             f"'{label_name(id)}' is too thin in this mask to shrink so far; the smallest factor is {least / have:.2f}."
         )
-    kept = _connected_first(relative, own, core[1:-1, 1:-1, 1:-1], want)
+    kept = _connected_first(relative, own, want)
     part[own & ~kept] = BODY
     return result
 
 
-def _connected_first(score: Floats, own: Mask, core: Mask, want: int) -> Mask:
-    """`want` voxels of `own`: the core, then by score, only such as hang together with the core."""
-    allowed = own.copy()
-    score = np.where(core, np.inf, score)
-    kept = own
+def _connected_first(score: Floats, own: Mask, want: int) -> Mask:
+    """`want` voxels of `own` by score, each piece of it left in one piece: what would break off goes first."""
+    pieces, _ = ndimage.label(own, np.ones((3, 3, 3)))
+    allowed, kept = own.copy(), own
     for _ in range(20):
         kept = _best(score, allowed, want)
-        loose = kept & ~ndimage.binary_propagation(core & kept, mask=kept, structure=np.ones((3, 3, 3)))
+        loose = _broken_off(kept, pieces)
         if not loose.any() or np.count_nonzero(allowed) - np.count_nonzero(loose) < want:
             break
         allowed &= ~loose
     return kept
+
+
+def _broken_off(kept: Mask, pieces: NDArray[Any]) -> Mask:
+    """Voxels outside the largest remainder of each original piece."""
+    parts, count = ndimage.label(kept, np.ones((3, 3, 3)))
+    voxels = np.bincount(parts.ravel(), minlength=count + 1)
+    piece = np.zeros(count + 1, np.int64)
+    piece[parts[kept]] = pieces[kept]
+    largest = {int(p): int(k) for k, p in sorted(enumerate(piece), key=lambda item: voxels[item[0]]) if p}
+    return kept & ~np.isin(parts, sorted(largest.values()))
 
 
 def _best(score: Floats, allowed: Mask, want: int) -> Mask:
@@ -371,18 +383,25 @@ def _grown(labels: Labels, spacing_mm: Spacing, id: int, want: int) -> Labels:
     radius = (3 * have * math.prod(spacing_mm) / (4 * math.pi)) ** (1 / 3)
     reach = 2.5 * radius * ((want / have) ** (1 / 3) - 1) + 2 * max(spacing_mm)
     box = _box_around(labels == id, spacing_mm, 3 * reach)
-    result = labels.copy()
-    part = result[box]
+    part, voxels = labels[box], np.bincount(labels.ravel(), minlength=256)
     solid = _with_tumors(part, id)
     away, nearest = ndimage.distance_transform_edt(~solid, sampling=spacing_mm, return_indices=True)
-    fixed = np.isin(part, (*_FIXED, *TUMORS))
-    new = _nearest_reachable(away, solid, ~fixed & ~solid & (away <= reach), want - have)
-    if np.count_nonzero(new) < want - have:
-        most = 1 + np.count_nonzero(new) / have
-        raise MaisiError(f"'{label_name(id)}' has no room to grow so far; the largest factor here is {most:.2f}.")
-    pushed = _pushed(part, away, nearest, solid | fixed, float(away[new].max()))
-    part[...] = pushed
-    part[new] = id
+    held = {*_FIXED, *TUMORS}
+    while True:
+        fixed = np.isin(part, sorted(held))
+        new = _nearest_reachable(away, solid, ~fixed & ~solid & (away <= reach), want - have)
+        if np.count_nonzero(new) < want - have:
+            most = math.floor(100 * (1 + np.count_nonzero(new) / have)) / 100
+            raise MaisiError(f"'{label_name(id)}' has no room to grow so far; the largest factor here is {most:.2f}.")
+        grown = _pushed(part, away, nearest, solid | fixed, float(away[new].max()))
+        grown[new] = id
+        lost = np.bincount(part.ravel(), minlength=256) - np.bincount(grown.ravel(), minlength=256)
+        crushed = {int(i) for i in np.flatnonzero(lost > (1 - KEPT_SHARE) * voxels)} - held - {BODY}
+        if not crushed:
+            break
+        held |= crushed
+    result = labels.copy()
+    result[box] = grown
     return result
 
 
