@@ -205,7 +205,8 @@ def _read(source: NDArray[Any], places: NDArray[np.float32], order: int, dtype: 
         np.clip(place, 0, count - 1, out=place)
         index *= count
         index += place.astype(np.int64)
-    return source.ravel()[index]
+    values: NDArray[Any] = source.ravel()[index]
+    return values
 
 
 # ---- one structure's size -----------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def parse_anatomy_sizes(values: Iterable[str]) -> dict[int, float]:
             raise MaisiError(f"'{value}' is no size of a structure; write it as pancreas=0.7.") from None
         if not low <= factor <= high:
             raise MaisiError(f"The size {text} of '{name}' is out of range; give a factor from {low:g} to {high:g}.")
-        for id in _sides(name.strip()):
+        for id in named_sides(name.strip()):
             if id in (BACKGROUND, BODY):
                 raise MaisiError(f"'{name}' has no size of its own; name an organ.")
             if id in sizes:
@@ -236,8 +237,12 @@ def parse_anatomy_sizes(values: Iterable[str]) -> dict[int, float]:
     return sizes
 
 
-def _sides(name: str) -> tuple[int, ...]:
-    """Ids that a name means: its own, or that of its left and right where only these exist."""
+def named_sides(name: str) -> tuple[int, ...]:
+    """Return the ids that a name means: its own, or those of its left and right where only these exist ('kidney').
+
+    Raises:
+        MaisiError: nothing has that name.
+    """
     try:
         return (label_id(name),)
     except MaisiError:
@@ -260,12 +265,21 @@ def scale_organs(volume: Volume, sizes: Mapping[int, float]) -> Volume:
     Raises:
         MaisiError: as `scale_organ`; all structures are looked for before any is changed.
     """
-    for id in sizes:
-        _check_size(volume.array, id, sizes[id])
+    check_sizes(volume, sizes)
     labels = volume.array
     for id, factor in sorted(sizes.items()):
         labels = scale_organ(labels, volume.spacing_mm, id, factor)
     return volume.with_array(labels)
+
+
+def check_sizes(volume: Volume, sizes: Mapping[int, float]) -> None:
+    """Refuse, before any work, sizes of structures that the mask does not hold.
+
+    Raises:
+        MaisiError: so, or a factor is out of range.
+    """
+    for id, factor in sizes.items():
+        _check_size(volume.array, id, factor)
 
 
 def scale_organ(labels: Labels, spacing_mm: Spacing, id: int, factor: float) -> Labels:
@@ -329,7 +343,7 @@ def _shrunk(labels: Labels, spacing_mm: Spacing, id: int, want: int) -> Labels:
     box = _box_around(labels == id, spacing_mm, 0)
     part = result[box]
     solid = np.pad(_with_tumors(part, id), 1)
-    core = skeletonize(solid)
+    core: Mask = skeletonize(solid)  # type: ignore[no-untyped-call]
     core |= solid & ~ndimage.binary_propagation(core, mask=solid)  # specks too small for a skeleton stay
     depth = ndimage.distance_transform_edt(solid, sampling=spacing_mm)
     to_core = ndimage.distance_transform_edt(~core, sampling=spacing_mm)

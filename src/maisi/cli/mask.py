@@ -1,0 +1,14 @@
+"""The group `maisi mask`: label maps."""
+
+from __future__ import annotations
+
+import click
+
+from maisi.cli import mask_library
+
+mask = click.Group("mask", help="Label maps: made, brought in, found, changed.")
+
+for _command in mask_library.MASK_COMMANDS:
+    mask.add_command(_command)
+
+COMMANDS = (mask,)
