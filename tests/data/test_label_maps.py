@@ -25,6 +25,7 @@ from maisi.anatomy import (
 from maisi.data.label_maps import (
     VOCABULARIES,
     apply_map,
+    checked_mask,
     custom_vocabulary,
     ids_in,
     label_table,
@@ -33,6 +34,7 @@ from maisi.data.label_maps import (
     vocabulary,
 )
 from maisi.errors import MaisiError
+from maisi.volume import Volume
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -91,6 +93,21 @@ def test_merging_lets_the_first_speak_and_the_body_last() -> None:
 def test_masks_of_different_shapes_do_not_merge() -> None:
     with pytest.raises(ValueError, match="shape"):
         merge([np.zeros((2, 2, 2)), np.zeros((3, 2, 2))])
+
+
+def test_whole_reals_become_labels() -> None:
+    mask = checked_mask(Volume.from_spacing(np.full((2, 3, 4), 28.0), (1, 1, 1)))
+    assert mask.array.dtype == np.uint8
+    assert (mask.array == 28).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [([0, 250, 16], "16, 250"), ([-1, 200], "-1"), ([300, 1], "300"), ([0, 0], "empty"), ([0.5, 1], "fractions")],
+)
+def test_values_without_a_meaning_are_refused(values, word) -> None:
+    with pytest.raises(MaisiError, match=word):
+        checked_mask(Volume.from_spacing(np.array(values).reshape(-1, 1, 1), (1, 1, 1)))
 
 
 def test_every_class_of_every_vocabulary_is_mapped_or_dropped_with_a_reason() -> None:

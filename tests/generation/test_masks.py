@@ -1,30 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from maisi.errors import MaisiError
-from maisi.generation.masks import checked_mask, ids_of, without_tumors
+from maisi.generation.masks import without_tumors
 from maisi.volume import Volume
 
 
 def volume(array: np.ndarray) -> Volume:
     return Volume.from_spacing(array, (1, 1, 1))
-
-
-def test_whole_reals_become_labels() -> None:
-    mask = checked_mask(volume(np.full((2, 3, 4), 28.0)))
-    assert mask.array.dtype == np.uint8
-    assert ids_of(mask.array) == {28}
-
-
-@pytest.mark.parametrize(
-    ("values", "word"),
-    [([0, 250, 16], "16, 250"), ([-1, 200], "-1"), ([300, 1], "300"), ([0, 0], "empty"), ([0.5, 1], "fractions")],
-)
-def test_values_without_a_meaning_are_refused(values, word) -> None:
-    with pytest.raises(MaisiError, match=word):
-        checked_mask(volume(np.array(values).reshape(-1, 1, 1)))
 
 
 def test_a_tumor_becomes_the_nearest_of_its_hosts_in_mm() -> None:

@@ -1,109 +1,14 @@
-"""Work on label maps: `mask import`."""
+"""The group `maisi mask`: label maps."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import click
 
-from maisi.cli.options import FILE, VOLUME_ENDINGS, output_option, require_new
-from maisi.errors import MaisiError
+from maisi.cli import mask_import, mask_library
 
-if TYPE_CHECKING:
-    from maisi.data.label_maps import Vocabulary
-    from maisi.data.mask_import import Source
+mask = click.Group("mask", help="Label maps: made, brought in, found, changed.")
 
-
-@click.group()
-def mask() -> None:
-    """Make and mend label maps."""
-
-
-@mask.command("import")
-@click.argument("segmentations", nargs=-1, required=True, type=FILE)
-@click.option("--ct", type=FILE, help="CT of the same body, in HU: it shows where the body ends.")
-@click.option(
-    "--from",
-    "vocabularies",
-    multiple=True,
-    required=True,
-    metavar="NAME|TABLE.json",
-    help="What the ids mean: totalsegmentator, vista3d, maisi, openkbp or a table; once, or once for each file.",
-)
-@output_option("Label map to make (.nii.gz, .nii or .nrrd).")
-@click.option("--resample", "to_grid", is_flag=True, help="Bring what lies on another grid to the CT's or the first's.")
-@click.option("--swap-sides", is_flag=True, help="Exchange left and right where they are swapped.")
-@click.option("--report", "with_report", is_flag=True, help="Write what was found beside the output, as JSON.")
-def import_(
-    segmentations: Sequence[Path],
-    ct: Path | None,
-    vocabularies: Sequence[str],
-    output: Path,
-    to_grid: bool,
-    swap_sides: bool,
-    with_report: bool,
-) -> None:
-    """Make one checked mask of SEGMENTATIONS from other programs, the most trusted first.
-
-    Where they overlap, tumour goes over organ, then earlier over later. The body about them (200) is what the CT
-    shows, or without one a guess from the labels. A table is a JSON file {"their id or name": our id or name, ...,
-    "dropped": {"their id or name": "reason"}}; a class that `maisi labels` lacks is written {"id": 150, "name": "..."}.
-    """
-    from maisi.data.mask_import import import_masks
-    from maisi.io.files import write_json
-    from maisi.io.nifti import read_volume, write_volume
-
-    require_new(output, *VOLUME_ENDINGS)
-    beside = output.with_name(output.name.removesuffix(".gz").rpartition(".")[0] + ".json")
-    if with_report:
-        require_new(beside, ".json")
-    if len(vocabularies) not in (1, len(segmentations)):
-        raise MaisiError(
-            f"{len(segmentations)} masks and {len(vocabularies)} times --from are given; give it once, or for each."
-        )
-    words = vocabularies if len(vocabularies) > 1 else [*vocabularies] * len(segmentations)
-    tables = [_table(name) for name in words]
-    sources = [_source(path, *table) for path, table in zip(segmentations, tables, strict=True)]
-    image = None if ct is None else read_volume(ct)
-    result, report = import_masks(sources, image, to_grid=to_grid, swap_sides=swap_sides)
-    write_volume(output, result, description="labels imported by maisi", synthetic=False, names=report.names)
-    if with_report:
-        write_json(beside, report.as_json())
-    for line in report.lines():
-        click.echo(line)
-    click.echo(str(output))
-
-
-def _table(name: str) -> tuple[str, object]:
-    """Check what --from says before a mask is read: the name, and the JSON where it is a table's."""
-    from maisi.data.label_maps import VOCABULARIES, vocabulary
-
-    if not name.endswith(".json"):
-        vocabulary(name)
-        return name, None
-    try:
-        return name, json.loads(Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(VOCABULARIES)
-        raise MaisiError(
-            f"Cannot read {name}: {error.strerror}; give a table you may read, or one of {known}."
-        ) from None
-    except ValueError as error:
-        raise MaisiError(f"{name} is no JSON ({error}); mend it.") from None
-
-
-def _source(path: Path, name: str, table: object) -> Source:
-    from maisi.data.label_maps import custom_vocabulary, vocabulary
-    from maisi.data.mask_import import Source
-    from maisi.io.nifti import read_label_names, read_labels
-
-    names = read_label_names(path)
-    words: Vocabulary = vocabulary(name) if table is None else custom_vocabulary(table, name, names)
-    return Source(labels=read_labels(path), vocabulary=words, name=str(path), names=names)
-
+for _command in (*mask_import.MASK_COMMANDS, *mask_library.MASK_COMMANDS):
+    mask.add_command(_command)
 
 COMMANDS = (mask,)
-"""Groups and commands of this family."""

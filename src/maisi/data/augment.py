@@ -95,7 +95,7 @@ def draw(
     zoom = np.exp(generator.uniform(*np.log(ranges.zoom)))
     stretch = (1 + np.array(ranges.zoom_axes)) ** generator.uniform(-1, 1, 3)
     place, seed = generator.random(3), int(generator.integers(2**63))
-    turn = _rotation(np.radians(angles * np.array(ranges.rotate_degrees)))
+    turn = rotation(np.radians(angles * np.array(ranges.rotate_degrees)))
     to_mm = np.diag(np.asarray(spacing_mm, dtype=np.float64))
     matrix = np.linalg.inv(to_mm) @ turn @ to_mm @ np.diag(1 / (zoom * stretch))
     if np.allclose(matrix, np.eye(3), atol=1e-12):
@@ -138,7 +138,7 @@ def apply(array: Array, parameters: SpatialParameters, order: int, fill: float |
     return moved.reshape(*array.shape[:-3], *parameters.size)
 
 
-def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+def rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
     """Turn about X, then Y, then Z, in radians."""
     result = np.eye(3)
     for axis, angle in enumerate(angles):
@@ -207,12 +207,12 @@ def _spread(nodes: NDArray[np.float64], size: Triple) -> NDArray[np.float32]:
     """Smooth field over `size` voxels through a coarse grid of nodes (cubic B-splines, one axis after the other)."""
     spread: Array = nodes
     for axis, count in enumerate(size):
-        weights = _spline_weights(count, spread.shape[axis])
+        weights = spline_weights(count, spread.shape[axis])
         spread = np.moveaxis(np.tensordot(weights, spread, (1, axis)), 0, axis)
     return spread.astype(np.float32)
 
 
-def _spline_weights(count: int, nodes: int) -> NDArray[np.float64]:
+def spline_weights(count: int, nodes: int) -> NDArray[np.float64]:
     """Cubic B-spline weights (count, nodes); nodes at the ends count for what would lie beyond them."""
     at = np.linspace(0, nodes - 1, count)
     weights = np.zeros((count, nodes))

@@ -1,4 +1,4 @@
-"""Masks of other segmenters into maisi's ids, and several masks into one. Knows no file but its own tables.
+"""Masks of other segmenters into maisi's ids, several masks into one, and the check of a mask in our ids.
 
 A table is a JSON file beside this module: `{"note", "map": {"class name": {"id": theirs, "to": ours}},
 "dropped": {"class name": {"id": theirs, "reason": why}}}`. Every class of the foreign vocabulary stands in one of
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 from maisi.anatomy import BACKGROUND, BODY, FREE_IDS, KNOWN_IDS, TARGET_VOLUME, TUMORS, label_id, label_name, name_key
 from maisi.errors import MaisiError
+from maisi.io.nifti import read_labels
+from maisi.volume import Volume
 
 Array = NDArray[Any]
 Mask = NDArray[np.uint8]
@@ -190,6 +193,30 @@ def merge(by_priority: Sequence[Array], body: Array | None = None) -> Mask:
     if body is not None:
         np.copyto(result, np.uint8(BODY), where=(result == BACKGROUND) & (body != 0))
     return result
+
+
+def checked_mask(mask: Volume | Path | str) -> Volume:
+    """Return a label map as uint8, on its own grid, every id known.
+
+    Raises:
+        MaisiError: the file cannot be read, the values are no label ids or have no meaning, or all are 0.
+    """
+    name = "The mask" if isinstance(mask, Volume) else str(mask)
+    volume = mask if isinstance(mask, Volume) else read_labels(Path(mask))
+    ids = np.unique(volume.array)
+    if ids.dtype.kind not in "iub" and not np.array_equal(ids, np.rint(ids)):
+        raise MaisiError(f"{name} holds fractions, so it is no label map; give one with whole numbers.")
+    unknown = [int(i) for i in ids if int(i) not in KNOWN_IDS]
+    if unknown:
+        raise MaisiError(f"{name} holds ids without a meaning: {_some(unknown)}; map them to those of `maisi labels`.")
+    if not ids.any():
+        raise MaisiError(f"{name} is empty (all 0); give a label map with at least the body ({BODY}) in it.")
+    return volume.with_array(volume.array.astype(np.uint8))
+
+
+def _some(ids: list[int], most: int = 10) -> str:
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(str(i) for i in ids[:most]) + more
 
 
 _RANKS = dict.fromkeys(range(256), 3) | dict.fromkeys(TUMORS, 4) | {TARGET_VOLUME: 2, BODY: 1, BACKGROUND: 0}

@@ -58,10 +58,35 @@ def phantom(
     Raises:
         MaisiError: unknown region, or size or spacing that are not positive.
     """
+    return _drawn(size, spacing_mm, regions, seed, None).volumes(np.random.default_rng((seed, 1)))
+
+
+def phantom_labels(
+    size: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    regions: Sequence[str] = (),
+    seed: int = 0,
+    centre_mm: tuple[float, float, float] | None = None,
+) -> Volume:
+    """Draw the label map of `phantom` alone; with `centre_mm` the field of view is centred on that place in the world.
+
+    Raises:
+        MaisiError: as `phantom`.
+    """
+    return _drawn(size, spacing_mm, regions, seed, centre_mm).label_volume()
+
+
+def _drawn(
+    size: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    regions: Sequence[str],
+    seed: int,
+    centre_mm: Point | None,
+) -> _Canvas:
     if min(size) < 1 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise MaisiError(f"A phantom of {size} voxels of {spacing_mm} mm is impossible; give positive numbers.")
     build = _Build(np.random.default_rng((seed, 0)))
-    canvas = _Canvas(size, spacing_mm, _centre(regions), build)
+    canvas = _Canvas(size, spacing_mm, build.place(_centre(regions)) if centre_mm is None else centre_mm, build)
     _draw_body(canvas)
     _draw(canvas, "soft")
     _draw_lungs(canvas)
@@ -69,7 +94,7 @@ def phantom(
     _draw_spine(canvas)
     _draw_ribs(canvas)
     _draw(canvas, "bones", "air")
-    return canvas.volumes(np.random.default_rng((seed, 1)))
+    return canvas
 
 
 def _centre(regions: Sequence[str]) -> tuple[float, float, float]:
@@ -119,10 +144,9 @@ class _Canvas:
     def __init__(self, size: Sequence[int], spacing_mm: Sequence[float], centre: Point, build: _Build) -> None:
         self.build = build
         self.spacing_mm = (float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2]))
-        middle = build.place(centre)
         self.axes = [
             ((np.arange(n) - (n - 1) / 2) * s + c).astype(np.float32)
-            for n, s, c in zip(size, spacing_mm, middle, strict=True)
+            for n, s, c in zip(size, spacing_mm, centre, strict=True)
         ]
         self.labels = np.zeros(tuple(size), np.uint8)
         self.hu = np.full(tuple(size), AIR_HU, np.float32)
@@ -224,9 +248,13 @@ class _Canvas:
         image = ndimage.gaussian_filter(self.hu, BLUR_VOXELS, mode="nearest", truncate=2.5)
         image += ndimage.gaussian_filter(noise, 0.7, mode="wrap", truncate=2.0) * self.texture * 2
         np.clip(np.rint(image, out=image), -1024, 3071, out=image)
+        labels = self.label_volume()
+        return labels.with_array(image.astype(np.int16)), labels
+
+    def label_volume(self) -> Volume:
+        """Wrap the label map with its place in the world."""
         origin = (float(self.axes[0][0]), float(self.axes[1][0]), float(self.axes[2][0]))
-        ct = Volume.from_spacing(image.astype(np.int16), self.spacing_mm, origin)
-        return ct, ct.with_array(self.labels)
+        return Volume.from_spacing(self.labels, self.spacing_mm, origin)
 
 
 def _draw(canvas: _Canvas, *groups: str) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from maisi.anatomy import TUMORS
+from maisi.data.label_maps import checked_mask
 from maisi.data.preprocess import hu_fault
 from maisi.data.segmentation import segment
 from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
-from maisi.generation.masks import checked_mask, ids_of
+from maisi.generation.masks import ids_of
 from maisi.io.nifti import read_volume
 from maisi.request import Request
 from maisi.volume import Volume

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from maisi.anatomy import BODY, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
+from maisi.data.label_maps import checked_mask
 from maisi.data.mask_deform import scale_organ
 from maisi.data.mask_sources import find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
-from maisi.generation.masks import checked_mask, ids_of, without_tumors
+from maisi.generation.masks import ids_of, without_tumors
 from maisi.request import Request, item_seed
 from maisi.tumors import KINDS
 from maisi.volume import Array, Volume

@@ -271,7 +271,7 @@ class Model:
         decode = codec.coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
         return Footprint(sum(weights.values()), denoise, decode)
 
-    def noise((self, padded: Triple, seed: int) -> tuple[Tensor, torch.Generator]:
+    def noise(self, padded: Triple, seed: int) -> tuple[Tensor, torch.Generator]:
         """Draw the starting noise of an item on the CPU, float32 `1 4 X/4 Y/4 Z/4`, and return its generator too."""
         generator = torch.Generator().manual_seed(seed)
         config = self.autoencoder.config
