@@ -19,6 +19,14 @@ def test_defaults():
         "seed": 0,
         "count": 1,
         "mask": None,
+        "structure": [],
+        "tumor": [],
+        "anatomy_size": {},
+        "keep": [],
+        "library": None,
+        "image": None,
+        "removal": False,
+        "by": "network",
         "model": "tiny",
         "steps": None,
         "modality": "ct",
@@ -112,3 +120,42 @@ def test_item_seeds_are_seeds(seed, item):
     assert 0 <= value < 2**63
     assert value == item_seed(seed, item)
     assert value not in (item_seed(seed, item + 1), item_seed((seed + 1) % 2**63, item))
+
+
+def test_structures_tumours_and_sizes_are_read_in_any_spelling() -> None:
+    request = Request.parse(
+        structure=["Liver", "kidney_left"],
+        tumor=["liver:25mm", "bone"],
+        anatomy_size=["kidney=1.2", "pancreas=0.7"],
+        keep='liver,"hepatic tumor"'.replace('"', ""),
+    )
+    assert request.structure == ("liver", "left kidney")
+    assert [str(wish) for wish in request.tumor] == ["liver:25mm", "bone"]
+    assert request.anatomy_size == {"left kidney": 1.2, "right kidney": 1.2, "pancreas": 0.7}
+    assert request.keep == ("liver", "hepatic tumor")
+    assert Request.parse(**request.model_dump(mode="json")) == request
+
+
+@pytest.mark.parametrize("none", ["none", ["none"], ("none",)])
+def test_no_tumour_at_all_means_removal(none) -> None:
+    request = Request.parse(tumor=none)
+    assert (request.tumor, request.removal) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "sentence"),
+    [
+        ({"structure": "livr"}, "did you mean 'liver'"),
+        ({"tumor": ["liver:25mm", "none"]}, "No tumour is called 'none'"),
+        ({"tumor": "liver:900mm"}, "from 2 to 200 mm"),
+        ({"anatomy_size": ["liver"]}, "write it like pancreas=0.7"),
+        ({"anatomy_size": ["liver=9"]}, r"from 0\.3 to 2"),
+        ({"anatomy_size": {"livr": 1.0}}, "No label is called 'livr'"),
+        ({"keep": ["hepatic tumour of mine"]}, "No label is called"),
+        ({"retries": 11}, "less than or equal to 10"),
+        ({"by": "magic"}, "'network' or 'rules'"),
+    ],
+)
+def test_bad_wishes_for_anatomy_are_refused(wishes, sentence) -> None:
+    with pytest.raises(MaisiError, match=sentence):
+        Request.parse(**wishes)

@@ -6,11 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from maisi.anatomy import LUNGS, TUMORS, UNNAMED_BONE
+from maisi.anatomy import LUNGS, UNNAMED_BONE
 from maisi.data.phantom import phantom
 from maisi.data.quality_measures import (
     agreement,
-    contrast,
     plane_jumps,
     robust_deviation,
     seam,
@@ -124,20 +123,6 @@ def nodule(value: int, spacing: float = 2.0) -> tuple[np.ndarray, np.ndarray, np
     distance = np.sqrt((grid**2).sum(axis=0)) * spacing
     labels = np.where(distance < 8, 23, 28).astype(np.uint8)
     return np.where(labels == 23, value, -800).astype(np.int16), labels, distance
-
-
-@pytest.mark.parametrize("value", [40, -820])
-def test_contrast_is_tumor_less_host(value) -> None:
-    image, labels, distance = nodule(value)
-    image[(labels == 28) & (distance < 9)] = -300  # the blurred edge does not count
-    image[distance > 20] = 3000  # nor what is far away
-    assert contrast(image, labels, 23, TUMORS[23], (2.0, 2.0, 2.0)) == value + 800
-
-
-def test_contrast_asks_for_a_tumor_and_its_host() -> None:
-    image, labels, _ = nodule(40)
-    assert contrast(image, labels, 26, TUMORS[26], (2.0, 2.0, 2.0)) is None
-    assert contrast(image, np.where(labels == 28, 200, labels), 23, TUMORS[23], (2.0, 2.0, 2.0)) is None
 
 
 def test_agreement_of_a_phantom_and_of_its_mirror_image(chest) -> None:

@@ -23,7 +23,8 @@ from maisi.anatomy import ANY_BONE, BODY, LUNGS, TUMORS, label_id, label_name
 from maisi.config import Config, parse_config
 from maisi.data.agreement import STRUCTURES
 from maisi.data.preprocess import HU_MAX, STORED_HU
-from maisi.data.quality_measures import agreement, contrast, robust_deviation, seam, select, stray_share
+from maisi.data.quality_measures import agreement, robust_deviation, seam, select, stray_share
+from maisi.data.tumor_texture import contrast
 from maisi.errors import MaisiError
 from maisi.volume import Array, Volume
 
@@ -333,9 +334,9 @@ def _tumor_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Ite
     """Do tumours stand out from their hosts?"""
     for name, normal in ranges.tumors.items():
         tumor = label_id(name)
-        value = contrast(image.array, labels.array, tumor, TUMORS[tumor], image.spacing_mm)
-        if value is not None:
-            yield Finding("contrast", name, value, normal.low, normal.high, smallest=normal.smallest)
+        measured = contrast(image.array, labels.array, tumor, image.spacing_mm)
+        if measured is not None:
+            yield Finding("contrast", name, measured.hu, normal.low, normal.high, smallest=normal.smallest)
 
 
 def _agreement_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import pairwise
 
 import numpy as np
@@ -23,9 +23,6 @@ Spacing = tuple[float, float, float]
 
 AIR_HU = -800.0
 """Below this a voxel is air: the threshold of MAISI's body envelope."""
-
-RING_MM = (2.0, 10.0)
-"""Where the host of a tumour is looked at: its edge is blurred, and far away the host may be another."""
 
 COMPARED_SPACING_MM = 4.0
 """Structures are looked for by rules at this spacing or a coarser one: 0.4 s for 128^3 voxels of 3 mm."""
@@ -123,32 +120,6 @@ def seam(image: Array, axis: int, air_below: float | None = AIR_HU) -> tuple[flo
 def _usual_jump(jumps: NDArray[np.float64], at: int) -> float:
     around = np.r_[jumps[max(0, at - NEIGHBOURS) : at], jumps[at + 1 : at + 1 + NEIGHBOURS]]
     return float(max(jumps[at - 1], jumps[at + 1], np.median(around)))
-
-
-def contrast(image: Array, labels: Array, tumor: int, hosts: Sequence[int], spacing_mm: Spacing) -> float | None:
-    """Return the median HU of a tumour less that of its host within 2 to 10 mm around it.
-
-    Args:
-        image: HU, (X, Y, Z).
-        labels: uint8, the same shape.
-        tumor: id of the tumour.
-        hosts: ids of the organs that it grows in.
-        spacing_mm: of the voxels.
-
-    Returns:
-        HU, negative for a tumour darker than its host; None where either has fewer than 8 voxels.
-    """
-    places = ndimage.find_objects((labels == tumor).view(np.uint8))
-    if not places:
-        return None
-    reach = [int(np.ceil(RING_MM[1] / s)) for s in spacing_mm]
-    box = tuple(slice(max(0, s.start - r), s.stop + r) for s, r in zip(places[0], reach, strict=True))
-    inside = labels[box] == tumor
-    distance = ndimage.distance_transform_edt(~inside, sampling=spacing_mm)
-    ring = select(labels[box], hosts) & (distance >= RING_MM[0]) & (distance <= RING_MM[1])
-    if min(np.count_nonzero(inside), np.count_nonzero(ring)) < 8:
-        return None
-    return float(np.median(image[box][inside]) - np.median(image[box][ring]))
 
 
 def agreement(image: Volume, labels: Volume) -> dict[str, float]:
