@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 import maisi
-from maisi.cli import generation, images, knowledge, training, weights
+from maisi.cli import generation, images, knowledge, mask, training, weights
 from maisi.errors import MaisiError
 
 BAD_INPUT = 2
@@ -60,6 +60,6 @@ def cli() -> None:
     """Synthetic 3D CT with labels: generate volumes, train the networks that do it, and judge the result."""
 
 
-for _group in (generation, images, training, weights, knowledge):
+for _group in (generation, images, mask, training, weights, knowledge):
     for _command in _group.COMMANDS:
         cli.add_command(_command)

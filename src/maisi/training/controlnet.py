@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from maisi.anatomy import TUMORS
 from maisi.networks.controlnet import ControlNet, ControlNetConfig
 from maisi.networks.unet import TrunkConfig, UNet
-from maisi.training.denoising import DenoisingRun, DenoisingStage
+from maisi.training.denoising import DenoisingRun, DenoisingStage, latent_sources
 from maisi.training.latents import LatentBatch, mask_tensor
 from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.pictures import label_planes
@@ -58,7 +58,7 @@ class ControlNetStage(DenoisingStage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.loop.seed)
             control = _initial(run, unet)
-        super().__init__(run, control, ControlNet(control.config), with_labels=True)
+        super().__init__(run, control, ControlNet(control.config), latent_sources(run, with_labels=True))
         self.unet: nn.Module = unet.requires_grad_(False).to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:

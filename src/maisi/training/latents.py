@@ -85,6 +85,7 @@ class LatentSource:
         self, folder: Path, split: Split, config: LatentBatchConfig, seed: int, with_labels: bool = False
     ) -> None:
         self.folder = LatentFolder(folder)
+        self.scale_factor = self.folder.scale_factor
         self.config, self.seed, self.with_labels = config, seed, with_labels
         self.groups: dict[tuple[int, ...], list[LatentView]] = {}
         for view in self.folder.views(split):
@@ -122,7 +123,7 @@ class LatentSource:
         for view, hide in zip(views, hidden, strict=True):
             stored = self.folder.load(view, with_labels=self.with_labels)
             noise = torch.randn(stored.mean.shape, generator=generator)
-            latents.append((stored.mean + torch.exp(0.5 * stored.log_variance) * noise) * self.folder.scale_factor)
+            latents.append((stored.mean + torch.exp(0.5 * stored.log_variance) * noise) * self.scale_factor)
             conditions.append(Conditions(view.spacing_mm, () if hide else view.regions, view.modality))
             if stored.labels is not None:
                 labels.append(stored.labels)

@@ -1,0 +1,147 @@
+"""Clean a generated label map: stray parts go, holes close, tumours stay with their hosts. Knows no network.
+
+The rules are applied until nothing changes. That ends: a rule either takes away a part (of a structure, or of the body
+as a whole), which no rule brings back, or fills a hole.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from maisi.anatomy import BACKGROUND, BODY, TUMORS, UNNAMED_BONE, label_id
+from maisi.data.preprocess import resample
+from maisi.volume import Volume
+
+Labels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+SMALLEST_SHARE = 0.05
+"""A part smaller than this share of its structure's largest goes."""
+
+SEVERAL_PARTS = frozenset(
+    {
+        *TUMORS,
+        UNNAMED_BONE,
+        *(
+            label_id(name)
+            for name in (
+                *("aorta", "inferior vena cava", "portal vein and splenic vein", "hepatic vessel", "pulmonary vein"),
+                *("left iliac artery", "right iliac artery", "left iliac vena", "right iliac vena"),
+                *("left common carotid artery", "right common carotid artery", "superior vena cava"),
+                *("left subclavian artery", "right subclavian artery", "brachiocephalic trunk"),
+                *("left brachiocephalic vein", "right brachiocephalic vein", "airway", "esophagus"),
+                *("colon", "small bowel", "costal cartilages", "left autochthon", "right autochthon"),
+                *("skull", "thyroid gland", "spinal cord", "target volume"),
+            )
+        ),
+    }
+)
+"""Structures that may be in several parts inside a field of view; of all others only the largest part is kept."""
+
+_NEIGHBOURS = np.ones((3, 3, 3), bool)
+
+
+def clean(labels: Labels) -> Labels:
+    """Return a label map (X, Y, Z) without what no anatomy has; the result is its own `clean`.
+
+    Of each structure the largest part is kept, of those in `SEVERAL_PARTS` all parts of 5 % of the largest and more; a
+    tumour's parts are kept where they touch a host. What goes becomes body (background in a map without body). Holes
+    in a structure that are body or background become the structure, and background enclosed in an axial slice of the
+    body becomes body, but for gaps (between arm and trunk, say) of 5 % of the slice's body and more. Parts
+    of everything labelled that are smaller than 5 % of the largest become background. No id is made that was not there.
+    """
+    rest = BODY if (labels == BODY).any() else BACKGROUND
+    while True:
+        before, labels = labels, labels.copy()
+        for id in _ids(labels):
+            _drop_parts(labels, id, rest)
+        for id in _ids(labels):
+            _fill_holes(labels, id)
+        _drop_strays(labels)
+        if rest == BODY:
+            _close_body(labels)
+        if np.array_equal(before, labels):
+            return labels
+
+
+def resample_smooth(labels: Volume, spacing_mm: tuple[float, float, float]) -> Volume:
+    """Bring a label map to another spacing: each id's share is interpolated and the largest wins, so no steps show."""
+    best: NDArray[np.float32] | None = None
+    result = Volume(labels.array, labels.affine)
+    for id in np.unique(labels.array):
+        share = resample(labels.with_array((labels.array == id).astype(np.float32)), spacing_mm, order=1)
+        if best is None:
+            best, result = share.array, share.with_array(np.full(share.shape, id, np.uint8))
+            continue
+        result.array[share.array > best] = id
+        np.maximum(best, share.array, out=best)
+    return result
+
+
+def _ids(labels: Labels) -> list[int]:
+    """Ids of structures: neither background nor body."""
+    return [int(id) for id in np.flatnonzero(np.bincount(labels.ravel(), minlength=256)) if id not in (0, BODY)]
+
+
+def _drop_parts(labels: Labels, id: int, rest: int) -> None:
+    box, inside = _boxed(labels == id)
+    parts, count = _parts(inside)
+    kept = _large(parts, count, single=id not in SEVERAL_PARTS)
+    if id in TUMORS:
+        wider = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
+        near = ndimage.binary_dilation(np.isin(labels[wider], TUMORS[id]), _NEIGHBOURS)
+        inner = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, wider, strict=True))
+        touching = np.isin(np.arange(count + 1), parts[near[inner]])
+        kept = kept & touching
+    labels[box][inside & ~kept[parts]] = rest
+
+
+def _fill_holes(labels: Labels, id: int) -> None:
+    box, inside = _boxed(labels == id)
+    holes = ndimage.binary_fill_holes(inside) & ~inside
+    part = labels[box]
+    part[holes & ((part == BACKGROUND) | (part == BODY))] = id
+
+
+def _drop_strays(labels: Labels) -> None:
+    parts, count = _parts(labels > 0)
+    if count > 1:
+        labels[~_large(parts, count, single=False)[parts]] = BACKGROUND
+
+
+def _close_body(labels: Labels) -> None:
+    for plane in np.moveaxis(labels, 2, 0):
+        body = plane > 0
+        holes, count = cast("tuple[NDArray[np.int32], int]", ndimage.label(ndimage.binary_fill_holes(body) & ~body))
+        if count:
+            small = np.bincount(holes.ravel(), minlength=count + 1) < SMALLEST_SHARE * np.count_nonzero(body)
+            small[0] = False
+            plane[small[holes]] = BODY
+
+
+def _large(parts: NDArray[np.int32], count: int, single: bool) -> Mask:
+    """Say for each part number whether it is kept; 0, the outside, counts as kept. (count + 1,)"""
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    large: Mask = np.arange(count + 1) == sizes.argmax() if single else sizes >= SMALLEST_SHARE * sizes.max()
+    large[0] = True
+    return large
+
+
+def _parts(inside: Mask) -> tuple[NDArray[np.int32], int]:
+    return cast("tuple[NDArray[np.int32], int]", ndimage.label(inside, _NEIGHBOURS))
+
+
+def _boxed(inside: Mask) -> tuple[tuple[slice, ...], Mask]:
+    """The bounding box of something that is there, and the mask in it."""
+    box = tuple(_extent(inside, axis) for axis in range(3))
+    return box, inside[box]
+
+
+def _extent(inside: Mask, axis: int) -> slice:
+    found = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
+    return slice(int(found[0]), int(found[-1]) + 1)
