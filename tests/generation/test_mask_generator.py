@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import _shaken
 
 from maisi.anatomy import KNOWN_IDS
 from maisi.cli import run
@@ -28,6 +27,15 @@ from maisi.weights.registry import find_model
 
 LABELS = (0, 1, 4, 28, 129, 200)
 SIZE, SPACING = (32, 16, 16), (8.0, 9.0, 10.0)
+
+
+def shaken(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Give every parameter a value: layers that start at zero would hide what is behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return module.eval()
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +69,12 @@ def networks(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     )
     save_network(
         folder / "mask_autoencoder.safetensors",
-        _shaken(Autoencoder(code), 1),
+        shaken(Autoencoder(code), 1),
         metadata={METADATA_KEY: json.dumps(LABELS)},
     )
     save_network(
         folder / "mask_unet.safetensors",
-        _shaken(UNet(trunk), 2),
+        shaken(UNet(trunk), 2),
         metadata={
             TRAINING_KEY: training.model_dump_json(),
             "maisi.scale_factor": "0.9",

@@ -18,6 +18,7 @@ from maisi.volume import Volume
 
 Labels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
+Box = tuple[slice, ...]
 
 SMALLEST_SHARE = 0.05
 """A part smaller than this share of its structure's largest goes."""
@@ -57,10 +58,10 @@ def clean(labels: Labels) -> Labels:
     rest = BODY if (labels == BODY).any() else BACKGROUND
     while True:
         before, labels = labels, labels.copy()
-        for id in _ids(labels):
-            _drop_parts(labels, id, rest)
-        for id in _ids(labels):
-            _fill_holes(labels, id)
+        for id, box in _boxes(labels):
+            _drop_parts(labels, id, box, rest)
+        for id, box in _boxes(labels):
+            _fill_holes(labels, id, box)
         _drop_strays(labels)
         if rest == BODY:
             _close_body(labels)
@@ -82,13 +83,14 @@ def resample_smooth(labels: Volume, spacing_mm: tuple[float, float, float]) -> V
     return result
 
 
-def _ids(labels: Labels) -> list[int]:
-    """Ids of structures: neither background nor body."""
-    return [int(id) for id in np.flatnonzero(np.bincount(labels.ravel(), minlength=256)) if id not in (0, BODY)]
+def _boxes(labels: Labels) -> list[tuple[int, Box]]:
+    """Ids of structures (neither background nor body) with their bounding boxes."""
+    found = enumerate(ndimage.find_objects(labels), start=1)
+    return [(id, box) for id, box in found if box is not None and id != BODY]
 
 
-def _drop_parts(labels: Labels, id: int, rest: int) -> None:
-    box, inside = _boxed(labels == id)
+def _drop_parts(labels: Labels, id: int, box: Box, rest: int) -> None:
+    inside = labels[box] == id
     parts, count = _parts(inside)
     kept = _large(parts, count, single=id not in SEVERAL_PARTS)
     if id in TUMORS:
@@ -100,8 +102,8 @@ def _drop_parts(labels: Labels, id: int, rest: int) -> None:
     labels[box][inside & ~kept[parts]] = rest
 
 
-def _fill_holes(labels: Labels, id: int) -> None:
-    box, inside = _boxed(labels == id)
+def _fill_holes(labels: Labels, id: int, box: Box) -> None:
+    inside = labels[box] == id
     holes = ndimage.binary_fill_holes(inside) & ~inside
     part = labels[box]
     part[holes & ((part == BACKGROUND) | (part == BODY))] = id
@@ -134,14 +136,3 @@ def _large(parts: NDArray[np.int32], count: int, single: bool) -> Mask:
 
 def _parts(inside: Mask) -> tuple[NDArray[np.int32], int]:
     return cast("tuple[NDArray[np.int32], int]", ndimage.label(inside, _NEIGHBOURS))
-
-
-def _boxed(inside: Mask) -> tuple[tuple[slice, ...], Mask]:
-    """The bounding box of something that is there, and the mask in it."""
-    box = tuple(_extent(inside, axis) for axis in range(3))
-    return box, inside[box]
-
-
-def _extent(inside: Mask, axis: int) -> slice:
-    found = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
-    return slice(int(found[0]), int(found[-1]) + 1)

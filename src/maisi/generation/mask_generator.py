@@ -234,8 +234,7 @@ class MaskGenerator:
         report("decode", 1, 1)
         made = Volume.from_spacing(labels, order.training.spacing_mm)
         spacing = order.request.spacing
-        finished = made if spacing is None else resample_smooth(made, spacing)
-        finished = finished.with_array(clean(finished.array))
+        finished = made if spacing is None else _resampled(made, spacing)
         largest = order.training.largest_ml
         ended = time.perf_counter()
         return MaskItem(
@@ -286,6 +285,11 @@ class MaskGenerator:
             generators=[generator],
             progress=lambda done, steps: report("denoise", done, steps),
         )
+
+
+def _resampled(labels: Volume, spacing_mm: tuple[float, float, float]) -> Volume:
+    finer = resample_smooth(labels, spacing_mm)
+    return finer.with_array(clean(finer.array))
 
 
 def weights_used(folder: ModelFolder) -> dict[str, str]:
