@@ -83,7 +83,8 @@ def test_what_is_not_asked_for_comes_from_a_like_case() -> None:
     assert {sizes[9] for sizes in made} == {ABSENT}  # tumours only where asked for
     assert complete_sizes({128: 0.4}, ("chest",), cases, rng(0))[9] == 0.4
     assert complete_sizes({}, ("chest",), cases, rng(0))[1] == 0.1
-    assert complete_sizes({1: 0.5}, (), [], rng(0)) == tuple(0.5 if id == 1 else ABSENT for id in SIZED)
+    assert complete_sizes({1: 0.7}, (), [], rng(0)) == (0.5, 0.7, 0.5, 0.5, 0.5, *[ABSENT] * 5)
+    assert complete_sizes({23: 0.7}, ("chest",), [], rng(0)) == (*[ABSENT] * 5, 0.7, *[ABSENT] * 4)
 
 
 def test_training_of_a_file() -> None:

@@ -120,6 +120,12 @@ def test_only_ids_with_a_name_come_out(folder: Path) -> None:
         assert set(np.unique(made).tolist()) <= set(LABELS) & KNOWN_IDS
 
 
+def test_what_is_absent_is_not_there(folder: Path) -> None:
+    """The network of random weights makes pancreas unless it must not; liver is asked for."""
+    assert any((made == 4).any() for made in maps(folder, range(3), wanted={1: 0.6, 4: 0.5}))
+    assert not any((made == 4).any() for made in maps(folder, range(3), wanted={1: 0.6, 4: -1.0}))
+
+
 def test_the_sizes_reach_the_network(folder: Path) -> None:
     order = make_order(Request.parse(region="abdomen", steps=2), {1: 0.6}, find_model(folder))
     generator = MaskGenerator(find_model(folder), "cpu", "fp32")

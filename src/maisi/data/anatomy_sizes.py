@@ -27,6 +27,7 @@ TRAINING_KEY = "maisi.masks"
 """Entry of a mask diffusion network's file that holds `MaskTraining`, as JSON."""
 
 ABSENT = -1.0
+MIDDLE_SIZE = 0.5
 NEAREST_CASES = 5
 """What is not asked for is taken from one of this many training cases, those most like what is asked for."""
 
@@ -111,12 +112,14 @@ def complete_sizes(
 ) -> Sizes:
     """Fill in the sizes that nobody asked for, as one of the training cases most like the wish has them.
 
-    Cases of the same regions are preferred. Tumours are never filled in, and nothing is without cases: absent.
+    Cases of the same regions are preferred. Where no case is known, organs get `MIDDLE_SIZE` in maps of the abdomen or of
+    no given region, and are absent elsewhere. Tumours are never filled in.
     """
     choice = float(rng.random())
     alike = [case for case in cases if case.regions == tuple(regions)] or list(cases)
     if not alike:
-        return tuple(wanted.get(id, ABSENT) for id in SIZED)
+        organ = MIDDLE_SIZE if not regions or "abdomen" in regions else ABSENT
+        return tuple(wanted.get(id, ABSENT if id in TUMORS else organ) for id in SIZED)
     asked = [(place, wanted[id]) for place, id in enumerate(SIZED) if id in wanted and id not in TUMORS]
     alike.sort(key=lambda case: sum(abs(case.sizes[place] - size) for place, size in asked))
     if asked:

@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage import measure
 
 from maisi.anatomy import BACKGROUND, BODY, TUMORS, UNNAMED_BONE, label_id
 from maisi.data.preprocess import resample
@@ -58,8 +59,7 @@ def clean(labels: Labels) -> Labels:
     rest = BODY if (labels == BODY).any() else BACKGROUND
     while True:
         before, labels = labels, labels.copy()
-        for id, box in _boxes(labels):
-            _drop_parts(labels, id, box, rest)
+        _drop_parts(labels, rest)
         for id, box in _boxes(labels):
             _fill_holes(labels, id, box)
         _drop_strays(labels)
@@ -89,17 +89,27 @@ def _boxes(labels: Labels) -> list[tuple[int, Box]]:
     return [(id, box) for id, box in found if box is not None and id != BODY]
 
 
-def _drop_parts(labels: Labels, id: int, box: Box, rest: int) -> None:
-    inside = labels[box] == id
-    parts, count = _parts(inside)
-    kept = _large(parts, count, single=id not in SEVERAL_PARTS)
-    if id in TUMORS:
-        wider = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
-        near = ndimage.binary_dilation(np.isin(labels[wider], TUMORS[id]), _NEIGHBOURS)
-        inner = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, wider, strict=True))
-        touching = np.isin(np.arange(count + 1), parts[near[inner]])
-        kept = kept & touching
-    labels[box][inside & ~kept[parts]] = rest
+def _drop_parts(labels: Labels, rest: int) -> None:
+    parts, count = measure.label(  # type: ignore[no-untyped-call]
+        labels, background=BACKGROUND, return_num=True, connectivity=3
+    )
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    ids = np.zeros(count + 1, np.uint8)
+    ids[parts.ravel()] = labels.ravel()
+    largest = np.zeros(256, sizes.dtype)
+    np.maximum.at(largest, ids, sizes)
+    kept = sizes >= SMALLEST_SHARE * largest[ids]
+    single = ~np.isin(ids, [*SEVERAL_PARTS, BACKGROUND, BODY])
+    kept[single] = False
+    by_size = np.lexsort((np.arange(count + 1), -sizes, ids))
+    kept[by_size[np.unique(ids[by_size], return_index=True)[1]]] = True
+    for tumor, hosts in TUMORS.items():
+        if largest[tumor]:
+            near = ndimage.binary_dilation(np.isin(labels, hosts), _NEIGHBOURS)
+            kept[(ids == tumor) & ~np.isin(np.arange(count + 1), parts[near])] = False
+    kept[(ids == BACKGROUND) | (ids == BODY)] = True
+    if not kept.all():
+        labels[~kept[parts]] = rest
 
 
 def _fill_holes(labels: Labels, id: int, box: Box) -> None:
@@ -110,9 +120,12 @@ def _fill_holes(labels: Labels, id: int, box: Box) -> None:
 
 
 def _drop_strays(labels: Labels) -> None:
-    parts, count = _parts(labels > 0)
-    if count > 1:
-        labels[~_large(parts, count, single=False)[parts]] = BACKGROUND
+    parts, count = cast("tuple[NDArray[np.int32], int]", ndimage.label(labels, _NEIGHBOURS))
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    large = sizes >= SMALLEST_SHARE * sizes[1:].max(initial=0)
+    large[0] = True
+    if not large.all():
+        labels[~large[parts]] = BACKGROUND
 
 
 def _close_body(labels: Labels) -> None:
@@ -123,16 +136,3 @@ def _close_body(labels: Labels) -> None:
             small = np.bincount(holes.ravel(), minlength=count + 1) < SMALLEST_SHARE * np.count_nonzero(body)
             small[0] = False
             plane[small[holes]] = BODY
-
-
-def _large(parts: NDArray[np.int32], count: int, single: bool) -> Mask:
-    """Say for each part number whether it is kept; 0, the outside, counts as kept. (count + 1,)"""
-    sizes = np.bincount(parts.ravel(), minlength=count + 1)
-    sizes[0] = 0
-    large: Mask = np.arange(count + 1) == sizes.argmax() if single else sizes >= SMALLEST_SHARE * sizes.max()
-    large[0] = True
-    return large
-
-
-def _parts(inside: Mask) -> tuple[NDArray[np.int32], int]:
-    return cast("tuple[NDArray[np.int32], int]", ndimage.label(inside, _NEIGHBOURS))

@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, LUNGS
 from maisi.conditions import Conditions, stack
 from maisi.data.anatomy_sizes import (
+    ABSENT,
+    MIDDLE_SIZE,
+    SIZED,
     MaskTraining,
     Sizes,
     complete_sizes,
@@ -107,8 +110,11 @@ def make_order(request: Request, wanted: Mapping[int, float], folder: ModelFolde
     elif request.region and training.cases and all(case.regions != request.region for case in training.cases):
         known = sorted({" + ".join(case.regions) for case in training.cases if case.regions})
         notes.append(f"The mask network saw no maps of {' + '.join(request.region)}; it knows {', '.join(known)}.")
-    if not training.cases and not wanted:
-        notes.append("No anatomy size is given, and the model knows no usual ones: all ten count as absent.")
+    if not training.cases:
+        notes.append(
+            f"The model's file tells no usual anatomy sizes: organs not given count as {MIDDLE_SIZE} in the abdomen, as "
+            "absent elsewhere."
+        )
     return MaskOrder(request, wanted, masks, training, tuple(notes))
 
 
@@ -229,7 +235,7 @@ class MaskGenerator:
         with torch.inference_mode():
             latent = self._latent(order, sizes, number, report)
             denoised = time.perf_counter()
-            channels = decode_classes(self.autoencoder, latent / order.masks.scale_factor, self.codes.nameless, plan)
+            channels = decode_classes(self.autoencoder, latent / order.masks.scale_factor, self._never(sizes), plan)
         labels = clean(self.codes.labels(channels))
         report("decode", 1, 1)
         made = Volume.from_spacing(labels, order.training.spacing_mm)
@@ -256,6 +262,11 @@ class MaskGenerator:
                 "notes": list(order.notes),
             },
         )
+
+    def _never(self, sizes: Sizes) -> tuple[int, ...]:
+        """Channels that must not be chosen: those whose id means nothing, and structures that are to be absent."""
+        absent = {id for id, size in zip(SIZED, sizes, strict=True) if size == ABSENT}
+        return (*self.codes.nameless, *(channel for channel, id in enumerate(self.codes.ids) if id in absent))
 
     def _latent(self, order: MaskOrder, sizes: Sizes, number: int, report: Any) -> Tensor:
         """Noise and its denoising: `1 4 X/4 Y/4 Z/4`, scaled."""
