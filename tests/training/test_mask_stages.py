@@ -50,7 +50,7 @@ def test_one_batch_is_learnt(name: str, request: pytest.FixtureRequest) -> None:
     stage = MaskAutoencoderStage(run) if name == "mask_autoencoder" else MaskDiffusionStage(run)
     batch = stage.batch(0)
     losses = []
-    for _ in range(12):
+    for _ in range(30):
         terms = stage.update(batch, 0)
         losses.append(sum(value for key, value in terms.items() if key != "gradient"))
     assert losses[-1] < 0.8 * losses[0]

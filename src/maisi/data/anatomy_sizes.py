@@ -112,8 +112,8 @@ def complete_sizes(
 ) -> Sizes:
     """Fill in the sizes that nobody asked for, as one of the training cases most like the wish has them.
 
-    Cases of the same regions are preferred. Where no case is known, organs get `MIDDLE_SIZE` in maps of the abdomen or of
-    no given region, and are absent elsewhere. Tumours are never filled in.
+    Cases of the same regions are preferred. Where no case is known, organs get `MIDDLE_SIZE` in maps of the abdomen or
+    of no given region, and are absent elsewhere. Tumours are never filled in.
     """
     choice = float(rng.random())
     alike = [case for case in cases if case.regions == tuple(regions)] or list(cases)

@@ -112,7 +112,7 @@ def make_order(request: Request, wanted: Mapping[int, float], folder: ModelFolde
         notes.append(f"The mask network saw no maps of {' + '.join(request.region)}; it knows {', '.join(known)}.")
     if not training.cases:
         notes.append(
-            f"The model's file tells no usual anatomy sizes: organs not given count as {MIDDLE_SIZE} in the abdomen, as "
+            f"The model tells no usual anatomy sizes: organs not given count as {MIDDLE_SIZE} in the abdomen and as "
             "absent elsewhere."
         )
     return MaskOrder(request, wanted, masks, training, tuple(notes))
