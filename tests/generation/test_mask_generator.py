@@ -14,6 +14,7 @@ from maisi.anatomy import KNOWN_IDS
 from maisi.cli import run
 from maisi.data.anatomy_sizes import SIZED, TRAINING_KEY, MaskCase, MaskTraining
 from maisi.data.mask_codes import METADATA_KEY
+from maisi.data.mask_postprocess import clean
 from maisi.errors import MaisiError
 from maisi.generation.codec import coding_plan, fast_layout
 from maisi.generation.mask_generator import MaskGenerator, decode_classes, make_order, painted, score_parts
@@ -143,6 +144,24 @@ def test_the_sizes_reach_the_network(folder: Path) -> None:
     assert dict(zip(SIZED, context[0, 0].tolist(), strict=True))[1] == pytest.approx(0.6)
     assert told[0]["top_region"].tolist() == [[0, 0, 100, 0]]
     assert told[0]["spacing"].tolist() == [[800, 900, 1000]]
+
+
+def test_what_is_decoded_is_unscaled_and_cleaned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = make_order(Request.parse(region="abdomen", steps=2), {1: 0.6}, find_model(folder))
+    generator = MaskGenerator(find_model(folder), "cpu", "fp32")
+    plan, given = generator.prepare(order), []
+
+    def note(autoencoder: Autoencoder, latent: torch.Tensor, never: tuple[int, ...], plan: object) -> np.ndarray:
+        given.append((latent, never))
+        return decode_classes(autoencoder, latent, never)
+
+    monkeypatch.setattr("maisi.generation.mask_generator.decode_classes", note)
+    made = generator.item(order, plan, 0).labels.array
+    with torch.inference_mode():
+        latent = generator._latent(order, order.sizes(0), 0, lambda *_: None)
+        torch.testing.assert_close(given[0][0], latent / 0.9)
+        classes = decode_classes(generator.autoencoder, latent / 0.9, given[0][1])
+    assert (made == clean(np.array(LABELS, np.uint8)[classes])).all()
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
