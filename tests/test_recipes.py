@@ -13,7 +13,7 @@ import yaml
 from maisi.data.manifest import read_cases
 from maisi.generation.latent_views import ViewsFile
 from maisi.generation.pipeline import load
-from maisi.training.runs import STAGES, _run_class
+from maisi.training.runs import _run_class
 from maisi.weights.load import load_network, save_network
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny"
@@ -29,10 +29,17 @@ def script(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("stage", "file"), [*((stage, stage) for stage in STAGES), ("autoencoder", "decoder"), ("diffusion", "coarse")]
+    ("stage", "file"),
+    [
+        *((stage, f"tiny/{stage}") for stage in ("autoencoder", "diffusion", "controlnet")),
+        ("autoencoder", "tiny/decoder"),
+        ("diffusion", "tiny/coarse"),
+        ("mask-autoencoder", "mask-generator/autoencoder"),
+        ("mask-diffusion", "mask-generator/diffusion"),
+    ],
 )
 def test_settings_are_valid(stage: str, file: str) -> None:
-    _run_class(stage).model_validate(yaml.safe_load((RECIPE / f"{file}.yaml").read_text()))
+    _run_class(stage).model_validate(yaml.safe_load((RECIPE.parent / f"{file}.yaml").read_text()))
 
 
 def test_views_suit_the_networks() -> None:

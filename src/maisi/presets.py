@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from maisi.config import Config
-from maisi.networks.autoencoder import AutoencoderConfig
+from maisi.networks.autoencoder import MASK_AUTOENCODER, AutoencoderConfig
 from maisi.networks.controlnet import ControlNetConfig
-from maisi.networks.unet import UNetConfig
+from maisi.networks.unet import MASK_UNET, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "mask_autoencoder": Preset(
             "autoencoder",
-            AutoencoderConfig(
-                in_channels=8,
-                out_channels=125,
-                channels=(32, 64, 128),
-                num_res_blocks=(1, 2, 2),
-                upsampling="transposed",
-            ),
+            MASK_AUTOENCODER,
             "mask_generation_autoencoder.pt",
         ),
         "mask_diffusion": Preset(
             "unet",
-            UNetConfig(context_channels=10, attention_out_projection=True),
+            MASK_UNET,
             "mask_generation_diffusion_unet.pt",
         ),
     }

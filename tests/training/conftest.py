@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maisi.data.mask_maps import MaskMapsConfig
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, PreparedIndex
 from maisi.data.views import TumorViews, ViewConfig, cache_latents
 from maisi.io.files import write_json
@@ -20,6 +21,8 @@ from maisi.training.controlnet import ControlNetRun
 from maisi.training.diffusion import DiffusionRun
 from maisi.training.latents import LatentBatchConfig
 from maisi.training.loop import LoopConfig
+from maisi.training.mask_autoencoder import MaskAutoencoderRun
+from maisi.training.mask_diffusion import MaskDiffusionRun
 from maisi.training.optimizer import OptimizerConfig
 from maisi.training.patches import PatchConfig
 
@@ -149,6 +152,46 @@ def unet_file(tmp_path: Path) -> Path:
     path = tmp_path / "unet.safetensors"
     save_network(path, unet)
     return path
+
+
+MASK_LABELS = (0, 1, 26, 28, 200)
+MASK_MAPS = MaskMapsConfig(size=(16, 16, 16), spacing_mm=(8, 8, 8))
+MASK_AUTOENCODER = AUTOENCODER.model_copy(update={"in_channels": 8, "out_channels": len(MASK_LABELS)})
+
+
+@pytest.fixture
+def mask_autoencoder_run(prepared: Path) -> MaskAutoencoderRun:
+    return MaskAutoencoderRun(
+        data=prepared,
+        loop=loop(4),
+        labels=MASK_LABELS,
+        model=MASK_AUTOENCODER,
+        maps=MASK_MAPS,
+        patch=(8, 12, 16),
+        batch_size=2,
+        optimizer=OptimizerConfig(learning_rate=1e-2, accumulate=2),
+    )
+
+
+@pytest.fixture
+def mask_diffusion_run(prepared: Path, tmp_path: Path) -> MaskDiffusionRun:
+    from maisi.networks.autoencoder import Autoencoder
+    from maisi.weights.load import save_network
+
+    torch.manual_seed(0)
+    path = tmp_path / "mask_autoencoder.safetensors"
+    save_network(path, Autoencoder(MASK_AUTOENCODER), metadata={"maisi.label_ids": str(list(MASK_LABELS))})
+    return MaskDiffusionRun(
+        data=prepared,
+        autoencoder=path,
+        loop=loop(4),
+        model=UNET.model_copy(update={"context_channels": 10, "num_modalities": None}),
+        maps=MASK_MAPS,
+        batch_size=2,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        validation_batches=1,
+        sample_steps=2,
+    )
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from maisi.training.autoencoder import AutoencoderRun, AutoencoderStage
 from maisi.training.controlnet import ControlNetRun, ControlNetStage
 from maisi.training.diffusion import DiffusionRun, DiffusionStage
 from maisi.training.loop import run
+from maisi.training.mask_autoencoder import MaskAutoencoderStage
+from maisi.training.mask_diffusion import MaskDiffusionStage
 from maisi.training.state import load_checkpoint, newest_checkpoint
 
 
@@ -39,10 +41,14 @@ def train(stage_class: Any, config: Any, folder: Path, steps: int) -> dict[str, 
     return dict(load_checkpoint(path).tensors)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "controlnet", "inpainting"])
+NAMES = ("autoencoder", "diffusion", "controlnet", "inpainting", "mask_autoencoder", "mask_diffusion")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     classes = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage}
     classes |= dict.fromkeys(("controlnet", "inpainting"), ControlNetStage)
+    classes |= {"mask_autoencoder": MaskAutoencoderStage, "mask_diffusion": MaskDiffusionStage}
     config = request.getfixturevalue(f"{name}_run")
     whole = train(classes[name], config, tmp_path / "whole", 4)
     part = train(classes[name], config, tmp_path / "parts", 3)
@@ -50,8 +56,8 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, request: pytest
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert any(not torch.equal(whole[key], part[key]) for key in whole)
-    file = {"diffusion": "unet", "inpainting": "controlnet"}.get(name, name)
-    assert (tmp_path / "whole" / f"{file}.safetensors").is_file()
+    exported = {"diffusion": "unet", "inpainting": "controlnet", "mask_diffusion": "mask_unet"}.get(name, name)
+    assert (tmp_path / "whole" / f"{exported}.safetensors").is_file()
 
 
 def test_resuming_with_other_settings_is_refused(diffusion_run: DiffusionRun, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_example_is_valid_and_names_every_setting(stage: str, tmp_path: Path) ->
     assert text.count("#") > 10
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(MaisiError, match="names what does not exist"):
+    with pytest.raises(MaisiError, match=r"names what does not exist|name a prepared folder"):
         run_stage(stage, path, tmp_path / "out")
 
 
@@ -38,5 +38,5 @@ def test_unknown_key_gets_the_nearest_name(tmp_path: Path) -> None:
 
 
 def test_unknown_stage_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(MaisiError, match="autoencoder, diffusion, controlnet"):
+    with pytest.raises(MaisiError, match="autoencoder, diffusion, controlnet, mask-autoencoder, mask-diffusion"):
         run_stage("vae", tmp_path / "run.yaml", tmp_path / "out")

@@ -48,6 +48,7 @@ def models() -> None:
         megabytes = sum(model.path(part).stat().st_size for part in config.files) / 1e6
         regions = sorted({region for view in config.field_of_view for region in view.regions})
         masks = "follows masks" if config.controlnet else "no masks"
+        masks += " and makes them" if config.masks else ""
         click.echo(f"{name}: {', '.join(regions) or 'regions unknown'}; {masks}; {config.process['kind']}, ", nl=False)
         click.echo(f"{config.default_steps} steps; {megabytes:.0f} MB; {model.folder / config.card}")
 

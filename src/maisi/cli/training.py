@@ -68,7 +68,10 @@ def _prepare_latents(
 @click.option("-o", "--output", type=FILE, help="Folder of the run; one that exists is gone on with.")
 @click.option("--example", is_flag=True, help="Print a commented RUN.yaml for STAGE and stop.")
 def train(stage: str | None, file: Path | None, output: Path | None, example: bool) -> None:
-    """Train STAGE (autoencoder, diffusion or controlnet) as RUN.yaml says."""
+    """Train STAGE as RUN.yaml says.
+
+    Stages: autoencoder, diffusion, controlnet; mask-autoencoder and mask-diffusion for a model that makes label maps.
+    """
     from maisi.training import runs
 
     stage = stage or ("autoencoder" if example else None)

@@ -49,14 +49,15 @@ def export(file: Path, output: Path) -> None:
 @click.option("--autoencoder", type=FILE, required=True, help="Its safetensors.")
 @click.option("--unet", type=FILE, required=True, help="Its safetensors.")
 @click.option("--controlnet", type=FILE, help="Its safetensors; without it the model follows no masks.")
+@click.option("--mask-autoencoder", type=FILE, help="Its safetensors, for a model that also makes label maps.")
+@click.option("--mask-unet", type=FILE, help="Its safetensors; goes with --mask-autoencoder.")
 @click.option("--name", required=True, help="What the model is called; ddpm-ct or rflow-ct for the released weights.")
 @click.option("--half", is_flag=True, help="Store float16.")
 @output_option("Model folder to make.")
-def assemble(autoencoder: Path, unet: Path, controlnet: Path | None, name: str, half: bool, output: Path) -> None:
+def assemble(name: str, half: bool, output: Path, **given: Path | None) -> None:
     """Put networks that belong together into a model folder, to be used as `--model FOLDER`."""
     from maisi.weights.assemble import assemble as assemble_model
 
-    given = {"autoencoder": autoencoder, "unet": unet, "controlnet": controlnet}
     files = {part: path for part, path in given.items() if path is not None}
     config = assemble_model(cast(Any, files), output, name, half=half)
     click.echo(

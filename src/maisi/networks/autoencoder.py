@@ -49,6 +49,16 @@ class AutoencoderConfig(Config):
         return int(2 ** (len(self.channels) - 1))
 
 
+MASK_AUTOENCODER = AutoencoderConfig(
+    in_channels=8,
+    out_channels=125,
+    channels=(32, 64, 128),
+    num_res_blocks=(1, 2, 2),
+    upsampling="transposed",
+)
+"""The released autoencoder of label maps: bits of ids in, a score for each class out."""
+
+
 @dataclass(frozen=True)
 class LatentDistribution:
     """Diagonal Gaussian over latents, `B 4 X/4 Y/4 Z/4`."""

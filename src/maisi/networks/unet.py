@@ -101,6 +101,10 @@ class UNetConfig(TrunkConfig):
         return self.time_width * (1 + 2 * self.region_input + self.spacing_input)
 
 
+MASK_UNET = UNetConfig(context_channels=10, attention_out_projection=True)
+"""The released denoising network of label maps: it is told ten anatomy sizes, as one token of a context."""
+
+
 @dataclass(frozen=True)
 class ControlResiduals:
     """What a ControlNet adds to a U-Net.

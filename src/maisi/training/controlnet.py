@@ -19,7 +19,7 @@ from maisi.data.tumor_examples import inpainting_region
 from maisi.errors import MaisiError
 from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask, with_image_input
 from maisi.networks.unet import TrunkConfig, UNet
-from maisi.training.denoising import DenoisingRun, DenoisingStage
+from maisi.training.denoising import DenoisingRun, DenoisingStage, latent_sources
 from maisi.training.latents import LatentBatch, mask_tensor
 from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.pictures import label_planes
@@ -70,8 +70,8 @@ class ControlNetStage(DenoisingStage):
             torch.manual_seed(run.loop.seed)
             control = _initial(run, unet)
         told = read_header(run.unet).metadata.get("maisi.scale_factor")
-        scale_factor = None if told is None else float(told)
-        super().__init__(run, control, ControlNet(control.config), with_labels=True, scale_factor=scale_factor)
+        sources = latent_sources(run, with_labels=True, scale_factor=None if told is None else float(told))
+        super().__init__(run, control, ControlNet(control.config), sources)
         self.unet: nn.Module = unet.requires_grad_(False).to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the diffusion and the ControlNet stage share: latents in, one network trained on perturbed ones.
+"""What the diffusion stages and the ControlNet's share: latents in, one network trained on perturbed ones.
 
 Knows the process and the data, not what the network is nor what else it is told.
 """
@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import Field
@@ -29,26 +30,56 @@ from maisi.training.state import Checkpoint, step_generator
 from maisi.weights.load import load_network, save_network
 
 
-class DenoisingRun(Config):
-    """Settings of a stage that trains on cached latents.
+class NoiseRun(Config):
+    """Settings of a stage that trains a denoising network, wherever its latents come from.
 
     Attributes:
-        data: folder of cached latents (`maisi prepare --views`).
         autoencoder: weights that decode the validation pictures; none leaves the pictures out.
         init: weights to start from; none starts afresh.
         validation_batches: batches over which the validation loss is averaged, always the same ones.
         sample_steps: steps of the validation pictures.
     """
 
-    data: Path
     loop: LoopConfig
     autoencoder: Path | None = None
     init: Path | None = None
     process: RectifiedFlow | DDPM = Field(default=RectifiedFlow(), discriminator="kind")
-    batches: LatentBatchConfig = LatentBatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="polynomial")
     validation_batches: int = Field(default=8, ge=1)
     sample_steps: int = Field(default=20, ge=1)
+
+
+class DenoisingRun(NoiseRun):
+    """Settings of a stage that trains on cached latents.
+
+    Attributes:
+        data: folder of cached latents (`maisi prepare --views`).
+    """
+
+    data: Path
+    batches: LatentBatchConfig = LatentBatchConfig()
+
+
+class BatchSource(Protocol):
+    """Where batches come from; `scale_factor` is what its latents were multiplied by."""
+
+    scale_factor: float
+
+    def batch(self, step: int) -> LatentBatch:
+        """The batch of one step, which depends on the step alone."""
+
+
+Sources = tuple[BatchSource, BatchSource]
+"""For training, and held out from it."""
+
+
+def latent_sources(run: DenoisingRun, with_labels: bool, scale_factor: float | None = None) -> Sources:
+    """Open the cached latents of a run; held-out ones are always told their regions. See `LatentSource`."""
+    told = run.batches.model_copy(update={"drop_regions": 0.0})
+    return (
+        LatentSource(run.data, "train", run.batches, run.loop.seed, with_labels, scale_factor),
+        LatentSource(run.data, "validation", told, run.loop.seed, with_labels, scale_factor),
+    )
 
 
 class DenoisingStage(ABC):
@@ -56,23 +87,14 @@ class DenoisingStage(ABC):
 
     part: str
 
-    def __init__(
-        self,
-        run: DenoisingRun,
-        network: nn.Module,
-        averaged: nn.Module,
-        with_labels: bool,
-        scale_factor: float | None = None,
-    ) -> None:
-        """Take the network to train and another one of its kind for the averaged weights; see `LatentSource`."""
+    def __init__(self, run: NoiseRun, network: nn.Module, averaged: nn.Module, sources: Sources) -> None:
+        """Take the network to train and another one of its kind for the averaged weights."""
         self.settings = run
         self.seed = run.loop.seed
         self.device = resolve_device(run.loop.device)
         self.layout = feature_layout(self.device, run.loop.dtype)
         self.process: Process = run.process
-        told = run.batches.model_copy(update={"drop_regions": 0.0})
-        self.source = LatentSource(run.data, "train", run.batches, self.seed, with_labels, scale_factor)
-        self.held_out = LatentSource(run.data, "validation", told, self.seed, with_labels, scale_factor)
+        self.source, self.held_out = sources
         self.network: nn.Module = network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.averaged: nn.Module = averaged.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.trainee = Trainee(self.part, self.network, run.optimizer, run.loop.steps)
@@ -145,10 +167,13 @@ class DenoisingStage(ABC):
                 return self.predict(self.averaged, x, times, batch)
 
             z = sample(self.process, denoise, noise, steps=self.settings.sample_steps, solver="ddim")
-            image = decoder.decode(z / self.held_out.scale_factor)[0, 0].clamp(0, 1)
-            rows += [*self.rows_above(batch), three_planes(image)]
+            rows += [*self.rows_above(batch), self.picture(decoder.decode(z / self.held_out.scale_factor))]
         width = max(row.shape[2] for row in rows)
         return torch.cat([nn.functional.pad(row, (0, width - row.shape[2])) for row in rows], 1)
+
+    def picture(self, decoded: Tensor) -> Tensor:
+        """A row of pictures of what the autoencoder gave out, `1 C X Y Z`."""
+        return three_planes(decoded[0, 0].clamp(0, 1))
 
     def rows_above(self, batch: LatentBatch) -> list[Tensor]:
         """Pictures to show above a sample."""
@@ -165,8 +190,11 @@ class DenoisingStage(ABC):
     def export(self, folder: Path) -> None:
         """Write `PART.safetensors` with the averaged weights, the process and the scale factor."""
         self.averaged.load_state_dict(self.trainee.ema.values)
-        metadata = {
+        save_network(folder / f"{self.part}.safetensors", self.averaged, metadata=self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """What the network's file says beside its configuration."""
+        return {
             "maisi.scale_factor": repr(self.source.scale_factor),
             "maisi.process": json.dumps(self.process.config()),
         }
-        save_network(folder / f"{self.part}.safetensors", self.averaged, metadata=metadata)

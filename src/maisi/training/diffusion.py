@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from maisi.networks.unet import UNet, UNetConfig
-from maisi.training.denoising import DenoisingRun, DenoisingStage
+from maisi.training.denoising import DenoisingRun, DenoisingStage, latent_sources
 from maisi.training.latents import LatentBatch
 from maisi.training.losses import weighted_l1
 from maisi.weights.load import load_network
@@ -30,16 +32,8 @@ def soften_conditions(unet: UNet) -> None:
                 embedding[0].weight.mul_(0.01)
 
 
-class DiffusionStage(DenoisingStage):
-    """See `maisi.training.loop.Stage`."""
-
-    part = "unet"
-
-    def __init__(self, run: DiffusionRun) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.loop.seed)
-            unet = _initial(run)
-        super().__init__(run, unet, UNet(unet.config), with_labels=False)
+class UNetStage(DenoisingStage):
+    """A stage whose network is the U-Net itself."""
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
         """The U-Net's prediction."""
@@ -54,11 +48,24 @@ class DiffusionStage(DenoisingStage):
         return {"loss": weighted_l1(self.predict(network, noisy, times, batch), target)}
 
 
-def _initial(run: DiffusionRun) -> UNet:
-    if run.init is not None:
-        loaded = load_network(run.init, network="unet")
+class DiffusionStage(UNetStage):
+    """See `maisi.training.loop.Stage`."""
+
+    part = "unet"
+
+    def __init__(self, run: DiffusionRun) -> None:
+        unet = initial_unet(run.model, run.init, run.loop.seed)
+        super().__init__(run, unet, UNet(unet.config), latent_sources(run, with_labels=False))
+
+
+def initial_unet(config: UNetConfig, init: Path | None, seed: int) -> UNet:
+    """Load the U-Net to start from, or make a new one whose weights follow from `seed`."""
+    if init is not None:
+        loaded = load_network(init, network="unet")
         assert isinstance(loaded, UNet)
         return loaded.train()
-    unet = UNet(run.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet(config)
     soften_conditions(unet)
     return unet

@@ -44,6 +44,24 @@ def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-6)
 
 
+def classification(logits: Tensor, classes: Tensor, dice_weight: float) -> dict[str, Tensor]:
+    """Cross-entropy, and Dice averaged over the classes that are there, so that small ones count as large ones do.
+
+    Args:
+        logits: `B C X Y Z`.
+        classes: index of each voxel's class, `B X Y Z`.
+        dice_weight: factor of the Dice term.
+    """
+    classes = classes.long()
+    chances = logits.softmax(1)
+    true = chances.gather(1, classes[:, None]).flatten()
+    zeros = logits.new_zeros(logits.shape[1])
+    shared = zeros.index_add(0, classes.flatten(), true)
+    counts = zeros.index_add(0, classes.flatten(), torch.ones_like(true))
+    dice = 2 * shared / (chances.sum((0, 2, 3, 4)) + counts).clamp(min=1e-6)
+    return {"cross_entropy": F.cross_entropy(logits, classes), "dice": dice_weight * (1 - dice[counts > 0].mean())}
+
+
 def adversarial(scores: Tensor, real: bool) -> Tensor:
     """Least-squares adversarial loss: patch scores should be 1 for real, 0 for made."""
     return F.mse_loss(scores, torch.full_like(scores, float(real)))

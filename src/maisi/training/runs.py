@@ -13,11 +13,12 @@ import pydantic
 from maisi.config import Config, read_yaml
 from maisi.errors import MaisiError
 
-StageName = Literal["autoencoder", "diffusion", "controlnet"]
+StageName = Literal["autoencoder", "diffusion", "controlnet", "mask-autoencoder", "mask-diffusion"]
 STAGES: tuple[str, ...] = get_args(StageName)
 
 PLACEHOLDERS = {
     "data": "prepared",
+    "autoencoder": "runs/mask-autoencoder/mask_autoencoder.safetensors",
     "unet": "runs/diffusion/unet.safetensors",
     "steps": 10000,
 }
@@ -61,16 +62,26 @@ def _run_class(stage: str) -> type[Config]:
         from maisi.training.controlnet import ControlNetRun
 
         return ControlNetRun
+    if stage == "mask-autoencoder":
+        from maisi.training.mask_autoencoder import MaskAutoencoderRun
+
+        return MaskAutoencoderRun
+    if stage == "mask-diffusion":
+        from maisi.training.mask_diffusion import MaskDiffusionRun
+
+        return MaskDiffusionRun
     raise MaisiError(f"There is no stage '{stage}'; choose one of {', '.join(STAGES)}.")
 
 
 def _stage_class(stage: str):  # type: ignore[no-untyped-def]
-    from maisi.training import autoencoder, controlnet, diffusion
+    from maisi.training import autoencoder, controlnet, diffusion, mask_autoencoder, mask_diffusion
 
     return {
         "autoencoder": autoencoder.AutoencoderStage,
         "diffusion": diffusion.DiffusionStage,
         "controlnet": controlnet.ControlNetStage,
+        "mask-autoencoder": mask_autoencoder.MaskAutoencoderStage,
+        "mask-diffusion": mask_diffusion.MaskDiffusionStage,
     }[stage]
 
 

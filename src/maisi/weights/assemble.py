@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maisi.conditions import MASK_BITS
 from maisi.errors import MaisiError
 from maisi.io.files import new_folder, write_json
 from maisi.weights.load import NetworkHeader, load_network, read_header, save_network, sha256
-from maisi.weights.registry import PARTS, FieldOfView, ModelConfig, Part
+from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, Part, network_of
 
 DEFAULT_STEPS = {"rectified_flow": (30, "euler"), "ddpm": (50, "dpm++")}
 """Steps and solver by process: the release's for flow; for DDPM few steps in place of its 1000."""
@@ -31,7 +32,7 @@ def assemble(
     """Make a model folder.
 
     Args:
-        files: safetensors of the autoencoder, the U-Net and, if there is one, the ControlNet.
+        files: safetensors of the autoencoder, the U-Net and, if there are such, the ControlNet and both mask networks.
         folder: to make; must not exist.
         name: what the model is called; `ddpm-ct` and `rflow-ct` get the released models' table of views.
         views: what the model was trained on.
@@ -43,24 +44,18 @@ def assemble(
     Raises:
         MaisiError: a file is missing, damaged or another network, no scale factor is known, or the folder exists.
     """
-    headers = {part: read_header(path) for part, path in files.items()}
-    for part in ("autoencoder", "unet"):
-        if part not in files:
-            raise MaisiError(f"A model needs an {part}; name its file.")
-    for part, header in headers.items():
-        if header.network != part:
-            raise MaisiError(f"{files[part]} is a network of the kind {header.network}, not {part}; name another file.")
-    scale_factor = headers["unet"].scale_factor
-    if scale_factor is None:
-        raise MaisiError(f"{files['unet']} tells no scale factor; convert or train the U-Net again.")
+    headers = _checked_headers(files)
+    scale_factor = _scale_factor(headers["unet"], files["unet"])
     process = process_of(headers["unet"])
     usual_steps, usual_solver = DEFAULT_STEPS[process["kind"]]
+    masks = _mask_model(headers["mask_unet"], files["mask_unet"]) if "mask_unet" in files else None
     with new_folder(folder) as part_folder:
         for part, path in files.items():
             _store(part, path, part_folder, half)
         values: dict[str, Any] = {
             "name": name,
-            **{part: f"{part}.safetensors" for part in PARTS if part in files},
+            **{part: f"{part}.safetensors" for part in PARTS if part in files and not part.startswith("mask_")},
+            "masks": masks,
             "scale_factor": scale_factor,
             "process": process,
             "sha256": {f"{part}.safetensors": sha256(part_folder / f"{part}.safetensors") for part in files},
@@ -73,6 +68,49 @@ def assemble(
         config = ModelConfig.model_validate(values)
         write_json(part_folder / "model.json", config.model_dump(mode="json"))
     return config
+
+
+def _checked_headers(files: Mapping[Part, Path]) -> dict[Part, NetworkHeader]:
+    headers = {part: read_header(path) for part, path in files.items()}
+    for part in ("autoencoder", "unet"):
+        if part not in files:
+            raise MaisiError(f"A model needs an {part}; name its file.")
+    for part, header in headers.items():
+        if header.network != network_of(part):
+            wanted = network_of(part)
+            raise MaisiError(
+                f"{files[part]} is a network of the kind {header.network}, not {wanted}; name another file."
+            )
+    if ("mask_autoencoder" in files) != ("mask_unet" in files):
+        raise MaisiError(
+            "Label maps are made by two networks; name both --mask-autoencoder and --mask-unet, or neither."
+        )
+    if "mask_unet" in files:
+        bits, context = (headers[p].config for p in ("mask_autoencoder", "mask_unet"))
+        if bits.get("in_channels") != MASK_BITS:
+            raise MaisiError(f"{files['mask_autoencoder']} is an autoencoder of images; name one of label maps.")
+        if context.get("context_channels") is None:
+            raise MaisiError(f"{files['mask_unet']} is a network of images; name a mask diffusion network.")
+    return headers
+
+
+def _scale_factor(unet: NetworkHeader, path: Path) -> float:
+    if unet.scale_factor is None:
+        raise MaisiError(f"{path} tells no scale factor; convert or train the U-Net again.")
+    return unet.scale_factor
+
+
+def _mask_model(unet: NetworkHeader, path: Path) -> MaskModel:
+    process = process_of(unet)
+    steps, solver = DEFAULT_STEPS[process["kind"]]
+    return MaskModel(
+        autoencoder="mask_autoencoder.safetensors",
+        unet="mask_unet.safetensors",
+        scale_factor=_scale_factor(unet, path),
+        process=process,
+        default_steps=steps,
+        solver=solver,
+    )
 
 
 def process_of(unet: NetworkHeader) -> dict[str, Any]:
@@ -97,4 +135,4 @@ def _store(part: Part, path: Path, folder: Path, half: bool) -> None:
     import torch
 
     kept = {k: v for k, v in read_header(path).metadata.items() if k not in ("maisi.network", "maisi.config")}
-    save_network(target, load_network(path, network=part), metadata=kept, dtype=torch.float16)
+    save_network(target, load_network(path, network=network_of(part)), metadata=kept, dtype=torch.float16)

@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 CARRIED = Path(__file__).resolve().parent.parent / "models"
 """The folder of the models that the package carries, one folder each."""
 
-Part = Literal["autoencoder", "unet", "controlnet"]
-PARTS: tuple[Part, ...] = ("autoencoder", "unet", "controlnet")
+Part = Literal["autoencoder", "unet", "controlnet", "mask_autoencoder", "mask_unet"]
+PARTS: tuple[Part, ...] = ("autoencoder", "unet", "controlnet", "mask_autoencoder", "mask_unet")
+
+
+def network_of(part: Part) -> str:
+    """Return the kind of network (of `load.NETWORKS`) that a part of a model is."""
+    return part.removeprefix("mask_")
 
 
 class FieldOfView(Config):
@@ -39,6 +44,31 @@ class FieldOfView(Config):
     size: tuple[PositiveInt, PositiveInt, PositiveInt]
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     share: float = Field(default=1.0, ge=0, le=1)
+
+
+class MaskModel(Config):
+    """The networks of a model that make label maps; their process and latents are their own.
+
+    Attributes:
+        autoencoder: file name of the mask autoencoder, in the model's folder.
+        unet: file name of the mask diffusion network.
+        scale_factor: latents are multiplied by this before diffusion.
+        process: the diffusion process, as `diffusion` reads it.
+        default_steps: sampling steps unless told otherwise.
+        solver: sampling method unless told otherwise.
+    """
+
+    autoencoder: str
+    unet: str
+    scale_factor: PositiveFloat
+    process: dict[str, Any]
+    default_steps: PositiveInt
+    solver: str
+
+    @field_validator("autoencoder", "unet")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        return plain_name(value)
 
 
 class ModelConfig(Config):
@@ -58,6 +88,7 @@ class ModelConfig(Config):
         default_steps: sampling steps unless the request says otherwise.
         solver: sampling method unless the request says otherwise.
         card: file name of the model card.
+        masks: the networks that make label maps; None for a model without.
     """
 
     name: str
@@ -73,13 +104,12 @@ class ModelConfig(Config):
     default_steps: PositiveInt
     solver: str
     card: str = "MODEL_CARD.md"
+    masks: MaskModel | None = None
 
     @field_validator("autoencoder", "unet", "controlnet", "card")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and (value in ("", ".", "..") or Path(value).name != value or "\\" in value):
-            raise ValueError(f"'{value}' is not the name of a file in the model's folder")
-        return value
+        return None if value is None else plain_name(value)
 
     @model_validator(mode="after")
     def _every_file_pinned(self) -> ModelConfig:
@@ -93,7 +123,18 @@ class ModelConfig(Config):
     def files(self) -> dict[Part, str]:
         """File name of each network that the model has."""
         names: dict[Part, str] = {"autoencoder": self.autoencoder, "unet": self.unet}
-        return names if self.controlnet is None else {**names, "controlnet": self.controlnet}
+        if self.controlnet is not None:
+            names["controlnet"] = self.controlnet
+        if self.masks is not None:
+            names |= {"mask_autoencoder": self.masks.autoencoder, "mask_unet": self.masks.unet}
+        return names
+
+
+def plain_name(value: str) -> str:
+    """Return the name of a file; ValueError for a path."""
+    if value in ("", ".", "..") or Path(value).name != value or "\\" in value:
+        raise ValueError(f"'{value}' is not the name of a file in the model's folder")
+    return value
 
 
 @dataclass(frozen=True)
@@ -126,7 +167,7 @@ class ModelFolder:
     def load(self, part: Part, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """Load one network after its hash was checked; `device` and `dtype` as in `load_network`."""
         self.verify(part)
-        return load_network(self.path(part), device, dtype, network=part)
+        return load_network(self.path(part), device, dtype, network=network_of(part))
 
 
 def carried_models() -> tuple[str, ...]:
@@ -152,8 +193,9 @@ def find_model(name_or_folder: str | Path) -> ModelFolder:
     model = ModelFolder(folder, parse_config(ModelConfig, values, str(source)))
     for part in model.config.files:
         held = read_header(model.path(part)).network
-        if held != part:
-            raise MaisiError(f"{model.path(part)} holds the network '{held}' in place of '{part}'; correct {source}.")
+        if held != network_of(part):
+            wanted = network_of(part)
+            raise MaisiError(f"{model.path(part)} holds the network '{held}' in place of '{wanted}'; correct {source}.")
     return model
 
 
