@@ -288,7 +288,7 @@ def scale_organ(labels: Labels, spacing_mm: Spacing, id: int, factor: float) -> 
     A structure grows by the voxels nearest to it; soft neighbours are pushed outwards, thinned within a shell three
     times as deep. Bones, spinal cord and the air around the body stay as they are, and so does everything farther
     off. It shrinks evenly towards its skeleton, so that it stays in one piece; what it leaves becomes body (200),
-    and nothing else changes. Tumours in it are neither moved nor scaled.
+    and nothing else changes. Tumours and vessels in it are neither moved nor scaled.
 
     Args:
         labels: uint8 (X, Y, Z).
@@ -328,9 +328,18 @@ def _box_around(mask: Mask, spacing_mm: Spacing, margin_mm: float) -> tuple[slic
     return (x, y, z)
 
 
-def _with_tumors(labels: Labels, id: int) -> Mask:
-    """The structure with the tumours that may grow in it and the holes inside it filled."""
+def _solid(labels: Labels, id: int) -> Mask:
+    """The structure with what lies in it: its tumours, vessels that mostly touch the structure, and holes, filled."""
     inside = [id, *(tumor for tumor, hosts in TUMORS.items() if id in hosts)]
+    own = np.isin(labels, inside)
+    for other, found in enumerate(ndimage.find_objects(labels), start=1):
+        if found is None or other in (*inside, BODY, *_FIXED):
+            continue
+        box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in found)
+        it = labels[box] == other
+        shell = ndimage.binary_dilation(it) & ~it
+        if np.count_nonzero(shell & own[box]) > 0.5 * np.count_nonzero(shell):
+            inside.append(other)
     filled: Mask = ndimage.binary_fill_holes(np.isin(labels, inside))
     return filled
 
@@ -342,7 +351,7 @@ def _shrunk(labels: Labels, spacing_mm: Spacing, id: int, want: int) -> Labels:
     result = labels.copy()
     box = _box_around(labels == id, spacing_mm, 0)
     part = result[box]
-    solid = np.pad(_with_tumors(part, id), 1)
+    solid = np.pad(_solid(part, id), 1)
     core: Mask = skeletonize(solid)  # type: ignore[no-untyped-call]
     core |= solid & ~ndimage.binary_propagation(core, mask=solid)  # specks too small for a skeleton stay
     depth = ndimage.distance_transform_edt(solid, sampling=spacing_mm)
@@ -398,7 +407,7 @@ def _grown(labels: Labels, spacing_mm: Spacing, id: int, want: int) -> Labels:
     reach = 2.5 * radius * ((want / have) ** (1 / 3) - 1) + 2 * max(spacing_mm)
     box = _box_around(labels == id, spacing_mm, 3 * reach)
     part, voxels = labels[box], np.bincount(labels.ravel(), minlength=256)
-    solid = _with_tumors(part, id)
+    solid = _solid(part, id)
     away, nearest = ndimage.distance_transform_edt(~solid, sampling=spacing_mm, return_indices=True)
     held = {*_FIXED, *TUMORS}
     while True:
