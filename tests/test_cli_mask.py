@@ -63,7 +63,7 @@ def test_a_change_that_cannot_be_made(masks, tmp_path, capsys, change, word) -> 
 @pytest.mark.parametrize(
     ("wish", "word"),
     [
-        (("--tumor", "spleen"), "No tumour grows in 'spleen'"),
+        (("--tumor", "spleen"), "No tumour is called 'spleen'"),
         (("--size", "8,8,8"), "--spacing"),
         (("--structure", "livr"), "liver"),
     ],

@@ -173,6 +173,21 @@ OPPOSITE: Mapping[int, int] = MappingProxyType(
 """Id of a paired structure -> id of the one on the other side."""
 
 
+def named_sides(name: str) -> tuple[int, ...]:
+    """Return the ids that a name means: its own, or those of its left and right where only these exist ('kidney').
+
+    Raises:
+        MaisiError: nothing has that name.
+    """
+    try:
+        return (label_id(name),)
+    except MaisiError:
+        pair = [_IDS.get(name_key(f"{side} {name}")) for side in ("left", "right")]
+        if None in pair:
+            raise
+        return tuple(id for id in pair if id is not None)
+
+
 def parse_region(name: str) -> str:
     """Return the member of `REGIONS` that `name` means; aliases such as 'thorax' or 'head_and_neck' will do.
 

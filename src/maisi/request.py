@@ -12,7 +12,7 @@ import numpy as np
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from maisi.anatomy import label_id, label_name, parse_modality, sort_regions
+from maisi.anatomy import BACKGROUND, BODY, label_id, label_name, named_sides, parse_modality, sort_regions
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
 from maisi.tumors import TumorWish, parse_tumors
@@ -121,44 +121,30 @@ def _organ_sizes(value: object) -> dict[str, float]:
 
 
 def parse_anatomy_sizes(wishes: Mapping[str, float] | Iterable[str]) -> dict[str, float]:
-    """Read factors on the volumes of structures: {'pancreas': 0.7} or 'pancreas=0.7'; 'kidney' means both.
+    """Read factors on the volumes of structures, {'pancreas': 0.7} or 'pancreas=0.7', by the vocabulary's names.
+
+    'kidney' means both sides.
 
     Raises:
-        MaisiError: no structure is called so, or a factor is no number from 0.3 to 2.
+        MaisiError: no such structure, the same one twice, or a factor outside `ORGAN_SIZE_RANGE`.
     """
-    pairs = wishes.items() if isinstance(wishes, Mapping) else [_pair(text) for text in wishes]
+    pairs = wishes.items() if isinstance(wishes, Mapping) else [str(text).partition("=")[::2] for text in wishes]
     sizes: dict[str, float] = {}
+    low, high = ORGAN_SIZE_RANGE
     for name, given in pairs:
-        low, high = ORGAN_SIZE_RANGE
         try:
             factor = float(given)
         except ValueError:
-            factor = math.nan
+            raise MaisiError(f"'{name}={given}' is no size of a structure; write it as pancreas=0.7.") from None
         if not low <= factor <= high:
-            raise MaisiError(
-                f"'{name}={given}' is no size; give a factor on the usual volume from {low:g} to {high:g}."
-            )
-        sizes |= dict.fromkeys(_sides(name), factor)
+            raise MaisiError(f"The size {given} of '{name}' is out of range; give a factor from {low:g} to {high:g}.")
+        for id in named_sides(name.strip()):
+            if id in (BACKGROUND, BODY):
+                raise MaisiError(f"'{name}' has no size of its own; name an organ.")
+            if label_name(id) in sizes:
+                raise MaisiError(f"'{label_name(id)}' is given two sizes; leave one of them out.")
+            sizes[label_name(id)] = factor
     return sizes
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, factor = str(text).partition("=")
-    if not equals:
-        raise MaisiError(f"'{text}' is no size of a structure; write it like pancreas=0.7.")
-    return name.strip(), factor.strip()
-
-
-def _sides(name: str) -> list[str]:
-    """The label of a name, or those of both sides."""
-    try:
-        return [label_name(label_id(name))]
-    except MaisiError:
-        try:
-            return [label_name(label_id(f"{side} {name}")) for side in ("left", "right")]
-        except MaisiError:
-            pass
-        raise
 
 
 def _sequence(value: object) -> list[Any]:

@@ -11,17 +11,16 @@ from scipy import ndimage
 from maisi.anatomy import ANY_BONE, label_id
 from maisi.data.mask_deform import (
     GRADIENT_LIMIT,
-    SIZE_RANGE,
     Deformation,
     DeformationRanges,
     deform,
     draw_deformation,
-    parse_anatomy_sizes,
     scale_organ,
     scale_organs,
 )
 from maisi.data.phantom import phantom, phantom_labels
 from maisi.errors import MaisiError
+from maisi.request import ORGAN_SIZE_RANGE
 from maisi.volume import Volume
 
 NONE = DeformationRanges(rotate_degrees=0, zoom=(1, 1), shear=0, elastic_mm=0)
@@ -189,29 +188,11 @@ def test_no_room_says_what_fits() -> None:
         scale_organ(labels, (1, 1, 1), 22, 2.0)
 
 
-def test_sizes_are_read() -> None:
-    assert parse_anatomy_sizes(("pancreas=0.7", "Liver = 1.2")) == {4: 0.7, 1: 1.2}
-    assert parse_anatomy_sizes(["kidney=2"]) == {14: 2.0, 5: 2.0}
-    assert parse_anatomy_sizes(["right kidney=2"]) == {5: 2.0}
-
-
-@pytest.mark.parametrize(
-    ("values", "word"),
-    [
-        (["liver"], "write it as"), (["liver=x"], "write it as"), (["liver=0.29"], "0.3 to 2"), (["liver=nan"], "0.3"),
-        (["livr=1"], "liver"), (["kidney=1", "left kidney=1"], "two sizes"), (["body=1"], "organ"),
-    ],
-)  # fmt: skip
-def test_sizes_that_say_nothing(values, word) -> None:
-    with pytest.raises(MaisiError, match=word):
-        parse_anatomy_sizes(values)
-
-
 def test_an_absent_structure_is_refused_before_anything_changes(abdomen) -> None:
     with pytest.raises(MaisiError, match="brain"):
         scale_organs(abdomen, {1: 1.2, 22: 1.2})
     with pytest.raises(MaisiError, match="range"):
-        scale_organs(abdomen, {1: SIZE_RANGE[1] + 0.1})
+        scale_organs(abdomen, {1: ORGAN_SIZE_RANGE[1] + 0.1})
     both = scale_organs(abdomen, {5: 0.5, 14: 0.5}).array
     for id in (5, 14):
         assert (both == id).sum() / (abdomen.array == id).sum() == pytest.approx(0.5, abs=0.01)

@@ -43,11 +43,11 @@ def search(
     spacing: str | None,
 ) -> None:
     """List the masks of LIBRARY that show what is asked for, the best first."""
-    from maisi.anatomy import label_name
-    from maisi.data.mask_deform import named_sides
+    from maisi.anatomy import label_name, named_sides
     from maisi.data.mask_library import MaskLibrary
     from maisi.errors import MaisiError
     from maisi.request import Request
+    from maisi.tumors import parse_kind
 
     request = Request.parse(region=region, size=size, spacing=spacing)
     if request.size and not request.spacing:
@@ -57,7 +57,7 @@ def search(
         (i, j, k), (x, y, z) = request.size, request.spacing
         extent = (i * x, j * y, k * z)
     ids = [id for name in structure for id in named_sides(name)]
-    tumors = [_tumor_id(name) for name in tumor]
+    tumors = [parse_kind(name).id for name in tumor]
     found = MaskLibrary(folder).search(request.region, ids, tumors, extent, request.spacing)
     if not found.rows:
         raise MaisiError(found.reason)
@@ -88,19 +88,20 @@ def deform(
     """Turn, stretch and bend MASK at random, then give structures other volumes."""
     import numpy as np
 
+    from maisi.anatomy import label_id
     from maisi.data.label_maps import checked_mask
     from maisi.data.mask_deform import (
         DeformationRanges,
         check_sizes,
         draw_deformation,
-        parse_anatomy_sizes,
         scale_organs,
     )
     from maisi.data.mask_deform import deform as deform_labels
     from maisi.io.nifti import write_volume
+    from maisi.request import parse_anatomy_sizes
 
     require_new(output, *VOLUME_ENDINGS)
-    sizes = parse_anatomy_sizes(anatomy_size)
+    sizes = {label_id(name): factor for name, factor in parse_anatomy_sizes(anatomy_size).items()}
     given = {"elastic_mm": elastic, "rotate_degrees": rotate, "zoom": _pair(zoom)}
     ranges = DeformationRanges(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     labels = checked_mask(mask)
@@ -121,21 +122,6 @@ def _pair(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         raise MaisiError(f"'{text}' is no pair of factors; write --zoom 0.95,1.05.") from None
     return (low, high)
-
-
-def _tumor_id(name: str) -> int:
-    """A tumour by its own name ('hepatic tumor') or by that of an organ it grows in ('liver', 'lung', 'bone')."""
-    from maisi.anatomy import TUMORS, label_id, label_name
-    from maisi.errors import MaisiError
-
-    known = {word: id for id in TUMORS for word in [label_name(id).split()[0]]}
-    if name.lower() in known:
-        return known[name.lower()]
-    id = label_id(name)
-    hosted = [tumor for tumor, hosts in TUMORS.items() if id == tumor or id in hosts]
-    if not hosted:
-        raise MaisiError(f"No tumour grows in '{name}'; choose from {', '.join(map(label_name, TUMORS))}.")
-    return hosted[0]
 
 
 COMMANDS = ()

@@ -10,7 +10,7 @@ neighbouring control points over their distance, so in each row of its gradient 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, KNOWN_IDS, TUMORS, label_id, label_name
+from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, KNOWN_IDS, TUMORS, label_name
 from maisi.data.augment import rotation, spline_weights
 from maisi.data.preprocess import resample_to_grid
 from maisi.errors import MaisiError
+from maisi.request import ORGAN_SIZE_RANGE
 from maisi.volume import Volume
 
 Labels = NDArray[np.uint8]
@@ -34,9 +35,6 @@ GRADIENT_LIMIT = 0.5
 
 POINTS_PER_MM = 12.0
 """Control points lie at least this many mm apart for each mm of displacement: it keeps `GRADIENT_LIMIT`."""
-
-SIZE_RANGE = (0.3, 2.0)
-"""Factors on a structure's volume that may be asked for."""
 
 KEPT_SHARE = 0.75
 """What a soft neighbour keeps of its volume, at least, when a structure grows: else it is left where it is."""
@@ -212,53 +210,6 @@ def _read(source: NDArray[Any], places: NDArray[np.float32], order: int, dtype: 
 # ---- one structure's size -----------------------------------------------------------------------------------------
 
 
-def parse_anatomy_sizes(values: Iterable[str]) -> dict[int, float]:
-    """Read 'pancreas=0.7' and the like into {label id: factor on the volume}; 'kidney' means both sides.
-
-    Raises:
-        MaisiError: no such structure, the same one twice, or a factor outside `SIZE_RANGE`.
-    """
-    sizes: dict[int, float] = {}
-    low, high = SIZE_RANGE
-    for value in values:
-        name, _, text = value.partition("=")
-        try:
-            factor = float(text)
-        except ValueError:
-            raise MaisiError(f"'{value}' is no size of a structure; write it as pancreas=0.7.") from None
-        if not low <= factor <= high:
-            raise MaisiError(f"The size {text} of '{name}' is out of range; give a factor from {low:g} to {high:g}.")
-        for id in named_sides(name.strip()):
-            if id in (BACKGROUND, BODY):
-                raise MaisiError(f"'{name}' has no size of its own; name an organ.")
-            if id in sizes:
-                raise MaisiError(f"'{label_name(id)}' is given two sizes; leave one of them out.")
-            sizes[id] = factor
-    return sizes
-
-
-def named_sides(name: str) -> tuple[int, ...]:
-    """Return the ids that a name means: its own, or those of its left and right where only these exist ('kidney').
-
-    Raises:
-        MaisiError: nothing has that name.
-    """
-    try:
-        return (label_id(name),)
-    except MaisiError:
-        pair = [_id_or_none(f"{side} {name}") for side in ("left", "right")]
-        if None in pair:
-            raise
-        return tuple(id for id in pair if id is not None)
-
-
-def _id_or_none(name: str) -> int | None:
-    try:
-        return label_id(name)
-    except MaisiError:
-        return None
-
-
 def scale_organs(volume: Volume, sizes: Mapping[int, float]) -> Volume:
     """Apply `scale_organ` to one structure after the other, in the order of their ids.
 
@@ -309,7 +260,7 @@ def scale_organ(labels: Labels, spacing_mm: Spacing, id: int, factor: float) -> 
 
 
 def _check_size(labels: Labels, id: int, factor: float) -> None:
-    low, high = SIZE_RANGE
+    low, high = ORGAN_SIZE_RANGE
     if id not in KNOWN_IDS or id in (BACKGROUND, BODY):
         raise MaisiError(f"Label {id} has no size of its own; name an organ.")
     if not low <= factor <= high:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from maisi.anatomy import BODY, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
 from maisi.data.label_maps import checked_mask
-from maisi.data.mask_deform import scale_organ
+from maisi.data.mask_deform import scale_organs
 from maisi.data.mask_sources import find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
@@ -72,8 +72,7 @@ class Job:
         seed = item_seed(request.seed, number)
         if source and number:
             labels, source = _found(request, self.size, self.conditions.spacing_mm, number)
-        for name, factor in request.anatomy_size.items():
-            labels = labels.with_array(scale_organ(labels.array, labels.spacing_mm, label_id(name), factor))
+        labels = scale_organs(labels, {label_id(name): factor for name, factor in request.anatomy_size.items()})
         labels, placed = grow_tumors(labels, request.tumor, np.random.default_rng([seed, 1]))
         return replace(self, labels=labels, mask_source=source, placed=placed)
 
