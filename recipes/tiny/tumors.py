@@ -2,8 +2,9 @@
 
 On cases kept out of training, tumours of random size are painted into the real CT, and CTs are generated from the
 cases' label maps with tumours grown in them. Of each: the diameter asked for and that in the label map, whether the
-tumour lies within its host, its contrast to the host, and for inpainting whether a voxel outside changed. In lungs the
-diameter is also read off the image: the piece around the tumour's centre that is denser than half-way to its host.
+tumour lies within its host, whether its contrast to the host is that of its kind, and for inpainting whether a voxel
+outside changed. In lungs the diameter is also read off the image: the piece around the tumour's centre that is denser
+than half-way to its host.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from maisi.anatomy import ANY_BONE, LUNGS
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import crop_or_pad, resample
 from maisi.data.tumor_masks import equivalent_diameter_mm
-from maisi.data.tumor_texture import Contrast, contrast
+from maisi.data.tumor_texture import Contrast, contrast, unlikeness
 from maisi.errors import MaisiError
 from maisi.generation.inpaint import MARGIN_MM, inpaint
 from maisi.generation.output import Item
 from maisi.generation.pipeline import Model, load
 from maisi.io.files import write_json
-from maisi.tumors import KINDS, Look
+from maisi.tumors import KINDS
 from maisi.volume import Volume
 
 Pair = tuple[Volume, Volume]
@@ -125,18 +126,11 @@ def measured(item: Item, before: Volume) -> dict[str, Any]:
         "diameter_mm": placed["diameter_mm"],
         "within_host": bool(np.isin(before.array[new], kind.hosts).all()),
         "contrast_hu": None if found is None else round(found.hu, 1),
-        "contrast_as_usual": found is not None and any(shown(look, found) for look in kind.looks),
+        "contrast_as_usual": found is not None and unlikeness(found, kind) == 0,
     }
     if placed["kind"] == "lung" and found is not None:
         row["seen_mm"] = round(seen_diameter(item.image, new, found), 1)
     return row
-
-
-def shown(look: Look, found: Contrast) -> bool:
-    """Whether a contrast has the sign of a look and at least half its smallest size."""
-    low, high = look.contrast_hu or tuple(v - found.host_hu for v in look.hu or (0.0, 0.0))
-    least = min((low, high), key=abs)
-    return found.hu / least >= 0.5
 
 
 def seen_diameter(image: Volume, tumor: Any, found: Contrast) -> float:

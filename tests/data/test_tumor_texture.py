@@ -7,7 +7,7 @@ from maisi.data.label_variants import vary_names
 from maisi.data.phantom import phantom
 from maisi.data.tumor_examples import inpainting_region, with_tumors
 from maisi.data.tumor_masks import grow_tumors
-from maisi.data.tumor_texture import contrast, draw_look, paint_tumors
+from maisi.data.tumor_texture import Contrast, contrast, draw_look, paint_tumors, unlikeness
 from maisi.tumors import KINDS, parse_tumors
 
 
@@ -97,3 +97,23 @@ def test_names_vary_but_not_what_they_stand_for() -> None:
     named = np.where(labels == 28, 29, labels)
     named[10, 10, 10] = 30
     assert set(np.unique(vary_names(named, np.random.default_rng(0))[named == 29])) == {29}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tumor", "host", "like"),
+    [
+        ("liver", 60, 100, True),
+        ("liver", 84, 100, True),
+        ("liver", 86, 100, False),
+        ("liver", 140, 100, False),
+        ("liver", -120, 100, False),
+        ("lung", 20, -850, True),
+        ("lung", -740, -850, True),
+        ("lung", -800, -850, False),
+        ("bone", 100, 300, True),
+        ("bone", 600, 300, True),
+        ("bone", 290, 300, False),
+    ],
+)
+def test_a_contrast_is_like_that_of_the_kind_or_not(kind, tumor, host, like) -> None:
+    assert (unlikeness(Contrast(tumor, host), KINDS[kind]) == 0) is like

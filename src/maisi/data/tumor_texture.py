@@ -93,6 +93,19 @@ def contrast(image: Array, labels: NDArray[np.uint8], tumor: int, spacing_mm: Sp
     return Contrast(float(hu[core if core.any() else inside].mean()), float(np.median(hu[around])))
 
 
+def unlikeness(measured: Contrast, kind: TumorKind) -> float:
+    """How far a contrast is from that of the kind's looks; 0: the sign, and half the smallest to twice the largest."""
+    return min(_unlike(measured, look) for look in kind.looks)
+
+
+def _unlike(measured: Contrast, look: Look) -> float:
+    ends = look.contrast_hu or tuple(hu - measured.host_hu for hu in look.hu or (0.0, 0.0))
+    small, large = sorted(ends, key=abs)
+    if small * large <= 0:
+        return 0.0 if min(ends) <= measured.hu <= max(ends) else 1.0
+    return max(0.0, 1 - measured.hu / (0.5 * small), measured.hu / (2 * large) - 1)
+
+
 def _painted(
     hu: NDArray[np.float32], inside: Mask, host: Mask, kind: TumorKind, spacing: Spacing, rng: np.random.Generator
 ) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from maisi.anatomy import TUMORS, regions_present
 from maisi.conditions import Conditions
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
-from maisi.data.tumor_texture import Contrast, contrast, paint_tumors
+from maisi.data.tumor_texture import contrast, paint_tumors, unlikeness
 from maisi.device import peak_memory
 from maisi.diffusion.sampler import sample
 from maisi.generation import codec
@@ -38,7 +38,7 @@ from maisi.generation.output import Item
 from maisi.generation.pipeline import Known, Model, Progress, load, silent
 from maisi.request import Request, item_seed
 from maisi.splitting.plan import Plan, Task
-from maisi.tumors import Look, kind_of
+from maisi.tumors import kind_of
 from maisi.volume import Volume
 
 Triple = tuple[int, int, int]
@@ -74,7 +74,10 @@ class Crop:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One result with what was measured on it; `shortfall` is 0 where every tumour has the contrast of its kind."""
+    """One result with what was measured on it; `shortfall` is 0 where every tumour has the contrast of its kind.
+
+    See `unlikeness`.
+    """
 
     image: Volume
     contrast_hu: Mapping[int, float]
@@ -118,7 +121,7 @@ def inpaint(
 def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Progress) -> Item:
     """Make one item of a checked job; `model` None paints by rule.
 
-    Attempts are made, each with more guidance, until every tumour has at least half the contrast of its kind, at most
+    Attempts are made, each with other noise and more guidance, until every tumour has the contrast of its kind, at most
     `retries` times more than once; the best is kept.
     """
     started = time.perf_counter()
@@ -306,22 +309,15 @@ def _blend(
 
 
 def _measured(image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], guidance: float) -> Attempt:
-    """Contrast of each kind that was placed, and by how much of half the usual one it falls short."""
+    """Contrast of each kind that was placed, and how unlike the usual one it is."""
     found: dict[int, float] = {}
     shortfall = 0.0
     for id in sorted({id for id in TUMORS if any(kind_of(id).name == tumor.kind for tumor in placed)}):
         measured = contrast(image.array, labels.array, id, labels.spacing_mm)
         if measured is not None:
             found[id] = measured.hu
-            shortfall += min(_short_of(look, measured) for look in kind_of(id).looks)
+            shortfall += unlikeness(measured, kind_of(id))
     return Attempt(image, found, shortfall, guidance)
-
-
-def _short_of(look: Look, measured: Contrast) -> float:
-    """0 where a contrast has the sign and at least half the size of a look's smallest, else what share is missing."""
-    low, high = look.contrast_hu or tuple(v - measured.host_hu for v in look.hu or (0.0, 0.0))
-    least = min((low, high), key=abs)
-    return 0.0 if least == 0 else max(0.0, 1 - measured.hu / (0.5 * least))
 
 
 def _crop_spacing(model: Model, ras: Volume) -> tuple[float, float, float]:
