@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from maisi.cli import run
 from maisi.data.manifest import read_cases
+from maisi.data.phantom import phantom
+from maisi.errors import MaisiError
 from maisi.generation.latent_views import ViewsFile
 from maisi.generation.pipeline import load
+from maisi.io.nifti import read_label_names, read_labels, write_volume
 from maisi.training.runs import _run_class
 from maisi.weights.load import load_network, save_network
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny"
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPE = RECIPES / "tiny"
+NEW_STRUCTURE = RECIPES / "finetune-new-structure"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
+def script(name: str, folder: Path = RECIPE) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -43,8 +51,9 @@ def test_settings_are_valid(stage: str, file: str) -> None:
 
 
 def test_views_suit_the_networks() -> None:
-    kinds = ViewsFile.model_validate(yaml.safe_load((RECIPE / "latents.yaml").read_text())).views
-    assert all(n % 16 == 0 for kind in kinds for n in kind.size)
+    for file in (RECIPE / "latents.yaml", RECIPE / "pairs.yaml", NEW_STRUCTURE / "views.yaml"):
+        kinds = ViewsFile.model_validate(yaml.safe_load(file.read_text())).views
+        assert all(n % 16 == 0 for kind in kinds for n in kind.size)
 
 
 def test_case_list_keeps_a_patient_on_one_side(tmp_path: Path) -> None:
@@ -77,3 +86,44 @@ def test_assembled_model_generates(model_folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=1e-6)
     item = model.generate(region="chest", size=(32, 32, 32), spacing=(8, 8, 8), steps=1)
     assert item.image.shape == (32, 32, 32)
+
+
+def test_a_new_structure_from_masks_to_pairs(model_folder: Path, tmp_path: Path) -> None:
+    """Every step of the recipe, on two phantoms and small networks: the class and its name arrive in the pairs."""
+    cts, work = tmp_path / "cts", tmp_path / "work"
+    cts.mkdir()
+    work.mkdir()
+    for seed in range(3):
+        image, labels = phantom((32, 32, 24), (10.0, 9.0, 10.0), ("abdomen",), seed)
+        write_volume(cts / f"p{seed}_ct.nii.gz", image, synthetic=False)
+        liver = labels.with_array((labels.array == 1).astype(np.uint8) * 7)
+        write_volume(cts / f"p{seed}_labels.nii.gz", liver, synthetic=False)
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"7": {"id": 150, "name": "graft"}}))
+    script("cases", NEW_STRUCTURE).main(cts, table, work)
+    assert run(["prepare", str(work / "cases.json"), "-o", str(work / "prepared")]) == 0
+    views = yaml.safe_load((NEW_STRUCTURE / "views.yaml").read_text())["views"][:1]
+    views[0] |= {"size": [32, 32, 16], "spacing_mm": [9.0, 10.0], "views": 1}
+    (work / "views.yaml").write_text(yaml.safe_dump({"views": views}))
+    files = {part: model_folder / f"{part}.safetensors" for part in ("autoencoder", "unet", "controlnet")}
+    autoencoder = ["--autoencoder", str(files["autoencoder"])]
+    words = ["prepare", str(work / "prepared"), "--views", str(work / "views.yaml"), *autoencoder]
+    assert run([*words, "-o", str(work / "latents")]) == 0
+    settings = yaml.safe_load((NEW_STRUCTURE / "controlnet.yaml").read_text())
+    settings |= {"data": str(work / "latents"), "unet": str(files["unet"]), "init": str(files["controlnet"])}
+    settings["loop"] |= {"steps": 1, "precision": "fp32"}
+    settings |= {"validation_batches": 1}
+    (work / "controlnet.yaml").write_text(yaml.safe_dump(settings))
+    assert run(["train", "controlnet", str(work / "controlnet.yaml"), "-o", str(work / "controlnet")]) == 0
+    unet = work / "unet.safetensors"
+    save_network(unet, load_network(files["unet"]), metadata={"maisi.scale_factor": "0.8"})
+    words = ["weights", "assemble", *autoencoder, "--unet", str(unet), "--name", "mine", "-o", str(work / "model")]
+    assert run([*words, "--controlnet", str(work / "controlnet" / "controlnet.safetensors")]) == 0
+    mask = work / "masks" / "p0.nii.gz"
+    words = ["generate", "--model", str(work / "model"), "--mask", str(mask), "--steps", "1", "--retries", "0"]
+    assert run([*words, "-o", str(work / "pairs")]) == 0
+    written = work / "pairs" / "0000" / "labels.nii.gz"
+    assert (read_labels(written).array == 150).any()
+    assert read_label_names(written)[150] == "graft"
+    with pytest.raises(MaisiError, match="ids without a meaning: 150"):
+        load(model_folder).generate(mask=mask)

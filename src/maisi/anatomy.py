@@ -71,6 +71,9 @@ KNOWN_IDS = frozenset({BACKGROUND} | {label.id for label in LABELS + EXTENSION i
 FREE_IDS = frozenset(range(256)) - KNOWN_IDS
 """Ids that mean nothing: a user may give them to structures of their own when training."""
 
+CUSTOM_IDS = frozenset(range(133, 256)) & FREE_IDS
+"""Ids that a user's own classes may take: above the released vocabulary, and not taken by the extension."""
+
 LUNGS: tuple[int, ...] = tuple(range(28, 33))
 """The five lobes."""
 
@@ -138,6 +141,20 @@ def label_name(id: int) -> str:
     if id not in _NAMES:
         raise MaisiError(f"Label id {id} has no name; `maisi labels` lists those that have.")
     return _NAMES[id]
+
+
+def custom_labels(labels: Mapping[int, str]) -> dict[int, str]:
+    """Check names of a user's own classes, id -> name.
+
+    Raises:
+        MaisiError: an id that has a meaning already, or a name that is taken or empty.
+    """
+    for id, name in labels.items():
+        if id not in CUSTOM_IDS:
+            raise MaisiError(f"Id {id} cannot be given to a class of your own; choose from 141 to 199 or 201 to 255.")
+        if not name.strip() or name_key(name) in _IDS:
+            raise MaisiError(f"The class of id {id} is called '{name}', which is empty or taken; give it another name.")
+    return dict(labels)
 
 
 def label_names(ids: Iterable[int]) -> dict[int, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maisi.anatomy import BODY, TARGET_VOLUME, label_id
-from maisi.data.manifest import Case, CaseList
+from maisi.data.manifest import Case, CaseList, read_cases, write_cases
 from maisi.data.prepare import body_box, label_map, prepare
 from maisi.data.prepared import PreparedFolder
 from maisi.data.segmentation import AIRWAY
@@ -131,3 +131,27 @@ def test_mr_is_stored_as_the_networks_see_it(tmp_path: Path) -> None:
 
 def test_box_of_nothing_is_everything() -> None:
     assert body_box(np.zeros((3, 4, 5), bool)) == (slice(0, 3), slice(0, 4), slice(0, 5))
+
+
+def test_classes_of_ones_own_are_kept_with_their_names(tmp_path: Path) -> None:
+    image = ct(0)
+    array = np.zeros(image.shape, np.uint8)
+    array[30:36, 22:28, 5:15] = 150
+    write_volume(tmp_path / "c.nii.gz", image, synthetic=False)
+    write_volume(tmp_path / "l.nii.gz", image.with_array(array), synthetic=False)
+    case = Case(id="c", patient="p", image=tmp_path / "c.nii.gz", labels=tmp_path / "l.nii.gz")
+    with pytest.raises(MaisiError, match="150"):
+        prepare(CaseList(cases=(case,)), tmp_path / "unnamed")
+    named = CaseList(cases=(case,), custom_labels={150: "submandibular gland"})
+    write_cases(tmp_path / "cases.json", named)
+    assert read_cases(tmp_path / "cases.json").custom_labels == {150: "submandibular gland"}
+    folder_index = prepare(named, tmp_path / "out")
+    folder = PreparedFolder(tmp_path / "out")
+    assert folder.index.custom_labels == folder_index.custom_labels == {150: "submandibular gland"}
+    assert (folder.labels(folder.index.cases[0]) == 150).sum() == (array == 150).sum()
+
+
+@pytest.mark.parametrize(("id", "name"), [(1, "mine"), (200, "mine"), (140, "mine"), (150, "liver"), (150, " ")])
+def test_names_and_ids_that_are_taken_are_refused(id: int, name: str, cases: CaseList) -> None:
+    with pytest.raises(ValueError, match=r"class of your own|empty or taken"):
+        CaseList(cases=cases.cases, custom_labels={id: name})

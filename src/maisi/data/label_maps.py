@@ -8,7 +8,7 @@ the two. A user's table is shorter, see `custom_vocabulary`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from maisi.anatomy import BACKGROUND, BODY, FREE_IDS, KNOWN_IDS, TARGET_VOLUME, TUMORS, label_id, label_name, name_key
+from maisi.anatomy import BACKGROUND, BODY, CUSTOM_IDS, KNOWN_IDS, TARGET_VOLUME, TUMORS, label_id, label_name, name_key
 from maisi.errors import MaisiError
 from maisi.io.nifti import read_labels
 from maisi.volume import Volume
@@ -29,9 +29,6 @@ Mask = NDArray[np.uint8]
 
 VOCABULARIES = ("maisi", "totalsegmentator", "vista3d", "openkbp")
 """Vocabularies a mask may come in; "maisi" is this package's own."""
-
-CUSTOM_IDS = frozenset(range(133, 256)) & FREE_IDS
-"""Ids that a user's own classes may take: above the released vocabulary, and not taken by the extension."""
 
 _CHUNK = 1 << 22
 _LARGEST_LUT = 1 << 16
@@ -195,8 +192,8 @@ def merge(by_priority: Sequence[Array], body: Array | None = None) -> Mask:
     return result
 
 
-def checked_mask(mask: Volume | Path | str) -> Volume:
-    """Return a label map as uint8, on its own grid, every id known.
+def checked_mask(mask: Volume | Path | str, custom: Container[int] = ()) -> Volume:
+    """Return a label map as uint8, on its own grid, every id known: to the vocabulary, or as a `custom` one.
 
     Raises:
         MaisiError: the file cannot be read, the values are no label ids or have no meaning, or all are 0.
@@ -206,7 +203,7 @@ def checked_mask(mask: Volume | Path | str) -> Volume:
     ids = np.unique(volume.array)
     if ids.dtype.kind not in "iub" and not np.array_equal(ids, np.rint(ids)):
         raise MaisiError(f"{name} holds fractions, so it is no label map; give one with whole numbers.")
-    unknown = [int(i) for i in ids if int(i) not in KNOWN_IDS]
+    unknown = [int(i) for i in ids if int(i) not in KNOWN_IDS and int(i) not in custom]
     if unknown:
         raise MaisiError(f"{name} holds ids without a meaning: {_some(unknown)}; map them to those of `maisi labels`.")
     if not ids.any():

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from maisi.anatomy import parse_modality, sort_regions
+from maisi.anatomy import custom_labels, parse_modality, sort_regions
 from maisi.config import Config, parse_config
 from maisi.data.label_maps import VOCABULARIES
 from maisi.errors import MaisiError
@@ -82,10 +82,24 @@ class Case(Config):
 
 
 class CaseList(Config):
-    """Cases in a fixed order, at least one; ids are unique."""
+    """Cases in a fixed order, at least one; ids are unique.
+
+    Attributes:
+        cases: what there is.
+        custom_labels: names of classes of one's own, id -> name; their ids stand in masks of the vocabulary "maisi".
+    """
 
     version: Literal[1] = 1
     cases: tuple[Case, ...]
+    custom_labels: dict[int, str] = Field(default={})
+
+    @field_validator("custom_labels")
+    @classmethod
+    def _free_ids(cls, labels: dict[int, str]) -> dict[int, str]:
+        try:
+            return custom_labels(labels)
+        except MaisiError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _some_and_unique(self) -> CaseList:
@@ -139,7 +153,7 @@ def read_cases(path: Path) -> CaseList:
     except ValueError as error:
         raise MaisiError(f"{path} is not JSON ({error}); correct it there.") from None
     listed = parse_config(CaseList, values, str(path))
-    cases = CaseList(cases=tuple(_anchored(case, path.parent) for case in listed.cases))
+    cases = listed.model_copy(update={"cases": tuple(_anchored(case, path.parent) for case in listed.cases)})
     missing = [str(file) for case in cases.cases for file in case.files() if not file.is_file()]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -157,7 +171,8 @@ def write_cases(path: Path, cases: CaseList) -> None:
         for key, file in zip(("image", "labels"), case.files(), strict=False):
             row[key] = Path(os.path.relpath(file, path.parent)).as_posix()
         rows.append(row)
-    write_json(path, {"version": cases.version, "cases": rows})
+    own = {"custom_labels": cases.custom_labels} if cases.custom_labels else {}
+    write_json(path, {"version": cases.version, **own, "cases": rows})
 
 
 def _anchored(case: Case, folder: Path) -> Case:

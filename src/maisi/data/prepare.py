@@ -6,7 +6,7 @@ that every CT comes with at least body, lungs, airway and skeleton.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -55,21 +55,24 @@ def prepare(
         if row_file.exists():
             row = PreparedCase.model_validate_json(row_file.read_text(encoding="utf-8"))
         else:
-            row = prepare_case(case, splits[case.id], out)
+            row = prepare_case(case, splits[case.id], out, cases.custom_labels)
             write_json(row_file, row.model_dump(mode="json"))
         rows.append(row.model_copy(update={"split": splits[case.id]}))
         if progress:
             progress(done + 1, len(cases.cases))
-    index = PreparedIndex(cases=tuple(rows))
+    index = PreparedIndex(cases=tuple(rows), custom_labels=cases.custom_labels)
     write_json(out / INDEX, index.model_dump(mode="json"))
     return index
 
 
-def prepare_case(case: Case, split: str, out: Path) -> PreparedCase:
-    """Prepare one case: `ID.npy` (int16 HU for CT, float32 in [0, 1] for MR) and `ID-labels.npy` (uint8)."""
+def prepare_case(case: Case, split: str, out: Path, custom: Iterable[int] = ()) -> PreparedCase:
+    """Prepare one case: `ID.npy` (int16 HU for CT, float32 in [0, 1] for MR) and `ID-labels.npy` (uint8).
+
+    `custom` are ids of classes of the user's own.
+    """
     image = read_volume(case.image).to_ras()
     is_ct = case.modality.startswith("ct")
-    labels = label_map(case, image) if is_ct else _given_labels(case, image)
+    labels = label_map(case, image, custom) if is_ct else _given_labels(case, image, custom)
     if is_ct:
         array: Array = np.clip(np.rint(image.array), *STORED_HU).astype(np.int16)
         box = body_box(array > HU_MIN / 2)
@@ -99,14 +102,14 @@ def prepare_case(case: Case, split: str, out: Path) -> PreparedCase:
     )
 
 
-def label_map(case: Case, ct: Volume) -> NDArray[np.uint8]:
+def label_map(case: Case, ct: Volume, custom: Iterable[int] = ()) -> NDArray[np.uint8]:
     """Given labels in maisi's ids over rule-based ones over the body, on the grid of `ct`."""
     rules = segment(ct).array
-    given = _given_labels(case, ct)
+    given = _given_labels(case, ct, custom)
     return merge([rules] if given is None else [given, rules], body=rules == BODY)
 
 
-def _given_labels(case: Case, image: Volume) -> NDArray[np.uint8] | None:
+def _given_labels(case: Case, image: Volume, custom: Iterable[int]) -> NDArray[np.uint8] | None:
     if case.labels is None:
         return None
     labels = read_labels(case.labels).to_ras()
@@ -115,7 +118,8 @@ def _given_labels(case: Case, image: Volume) -> NDArray[np.uint8] | None:
             f"Case {case.id}: labels {labels.shape} and image {image.shape} lie on different grids; "
             "resample the labels to the image first."
         )
-    return apply_map(labels.array, label_table(case.vocabulary))
+    own = {id: id for id in custom} if case.vocabulary == "maisi" else {}
+    return apply_map(labels.array, {**label_table(case.vocabulary), **own})
 
 
 def body_box(inside: NDArray[np.bool_]) -> tuple[slice, slice, slice]:

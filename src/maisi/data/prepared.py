@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from maisi.config import Config, parse_config
 from maisi.data.preprocess import window_ct
@@ -49,10 +50,11 @@ class PreparedCase(Config):
 
 
 class PreparedIndex(Config):
-    """What `index.json` holds."""
+    """What `index.json` holds; `custom_labels` as in `manifest.CaseList`."""
 
     version: Literal[1] = 1
     cases: tuple[PreparedCase, ...]
+    custom_labels: dict[int, str] = Field(default={})
 
 
 class PreparedFolder:

@@ -103,12 +103,16 @@ class LatentView(Config):
 
 
 class LatentIndex(Config):
-    """What `index.json` holds; `scale_factor` is 1 / standard deviation of the training latents."""
+    """What `index.json` holds; `scale_factor` is 1 / standard deviation of the training latents.
+
+    `custom_labels` as in `manifest.CaseList`.
+    """
 
     version: int = 1
     scale_factor: float
     autoencoder_sha256: str
     views: tuple[LatentView, ...]
+    custom_labels: dict[int, str] = Field(default={})
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,12 @@ def cache_latents(
         views.append(plan.row)
         if progress:
             progress(done + 1, len(jobs))
-    index = LatentIndex(scale_factor=1 / spread.deviation(), autoencoder_sha256=autoencoder_sha256, views=tuple(views))
+    index = LatentIndex(
+        scale_factor=1 / spread.deviation(),
+        autoencoder_sha256=autoencoder_sha256,
+        views=tuple(views),
+        custom_labels=prepared.index.custom_labels,
+    )
     write_json(out / INDEX, index.model_dump(mode="json"))
     return index
 

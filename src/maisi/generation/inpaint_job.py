@@ -77,7 +77,7 @@ def make_inpaint_job(
         notes.append("Without labels, lungs, airway, bone and body were found by rules; other organs are unknown.")
         mask = segment(ct)
     else:
-        mask = checked_mask(given)
+        mask = checked_mask(given, model.custom_labels)
     if not ct.same_grid(mask, tolerance_mm=0.05):
         raise MaisiError(
             f"CT ({_shape(ct)}) and labels ({_shape(mask)}) lie on different grids; resample the labels to the CT's."

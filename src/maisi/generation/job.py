@@ -7,7 +7,8 @@ to what was asked for. Without a mask the volume's centre is the world's origin;
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ class Job:
         labels: the mask as it was given or found (uint8, own orientation), or None.
         mask_source: where the mask is from, for the record.
         placed: tumours that were grown in it.
+        custom_labels: names of classes that only this model knows.
         steps: denoising steps.
         solver: name of the solver.
         notes: sentences for the user: what was filled in, what the model does not know.
@@ -58,6 +60,7 @@ class Job:
     solver: str
     notes: tuple[str, ...] = ()
     mask_source: str = ""
+    custom_labels: Mapping[int, str] = field(default_factory=dict)
     placed: tuple[PlacedTumor, ...] = ()
 
     def of_item(self, number: int) -> Job:
@@ -136,7 +139,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
             f"The model '{model.name}' follows no masks; leave masks and structures out or choose another model."
         )
     adviser = Adviser.of(model)
-    labels = None if given is None else checked_mask(given)
+    labels = None if given is None else checked_mask(given, model.custom_labels)
     if labels is None and wishes:
         size, spacing = _grid(request, adviser)
         labels, source = _found(request, size, spacing, 0)
@@ -159,6 +162,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
         solver=request.solver or model.solver,
         notes=tuple(notes),
         mask_source=source,
+        custom_labels=model.custom_labels,
     )
     _ = job.of_item(0)
     return job

@@ -38,6 +38,7 @@ class Item:
         timings_s: stage -> seconds.
         weights_sha256: file name of each network used -> hash.
         peak_memory_bytes: the most memory the process has used.
+        custom_labels: names of label ids that only the model knows.
         details: what was decided for it: size, spacing, regions, steps, solver, device.
     """
 
@@ -50,6 +51,7 @@ class Item:
     weights_sha256: Mapping[str, str] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    custom_labels: Mapping[int, str] = field(default_factory=dict)
 
     def save(self, folder: Path | str) -> Path:
         """Write the item to a new folder (see `save_item`) and return it."""
@@ -67,7 +69,8 @@ def save_item(folder: Path, item: Item) -> Path:
     with new_folder(folder) as part:
         write_volume(part / "image.nii.gz", item.image)
         if item.labels is not None:
-            names = label_names(ids_in(item.labels.array))
+            ids = ids_in(item.labels.array)
+            names = label_names(ids) | {id: name for id, name in item.custom_labels.items() if id in ids}
             write_volume(part / "labels.nii.gz", item.labels, names=names)
         preview(part / "preview.png", item.image, item.labels, title=_title(item))
         write_record(

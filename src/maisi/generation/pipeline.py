@@ -348,6 +348,7 @@ class Model:
             weights_sha256=weights_used(self.folder, job.labels is not None),
             peak_memory_bytes=peak_memory(self.device),
             details=details,
+            custom_labels=job.custom_labels,
         )
 
     def _conditioned(self, conditions: Conditions, mask: Tensor | None) -> Denoiser:

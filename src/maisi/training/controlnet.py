@@ -5,6 +5,7 @@ Latents are scaled as the U-Net knows them, whichever views they are of.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from maisi.anatomy import TUMORS
 from maisi.data.tumor_examples import inpainting_region
+from maisi.data.views import LatentFolder
 from maisi.errors import MaisiError
 from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask, with_image_input
 from maisi.networks.unet import TrunkConfig, UNet
@@ -24,7 +26,7 @@ from maisi.training.latents import LatentBatch, mask_tensor
 from maisi.training.losses import region_contrastive, weighted_l1
 from maisi.training.pictures import label_planes
 from maisi.training.state import step_rng
-from maisi.weights.load import load_network, read_header
+from maisi.weights.load import CUSTOM_LABELS_KEY, load_network, read_header
 
 
 class ControlNetRun(DenoisingRun):
@@ -137,6 +139,11 @@ class ControlNetStage(DenoisingStage):
         alone = _NoControl().to(self.device)
         without = self.perturbed_losses(alone, batch, index, stream=3)["loss"]
         return {**super().validation_terms(batch, index), "loss_without_mask": float(without)}
+
+    def metadata(self) -> dict[str, str]:
+        """As the other stages', and the user's own classes."""
+        own = LatentFolder(self.run.data).index.custom_labels
+        return {**super().metadata(), **({CUSTOM_LABELS_KEY: json.dumps(own)} if own else {})}
 
     def rows_above(self, batch: LatentBatch) -> list[Tensor]:
         """The mask above what was made of it."""

@@ -11,7 +11,7 @@ from typing import Any
 from maisi.conditions import MASK_BITS
 from maisi.errors import MaisiError
 from maisi.io.files import new_folder, write_json
-from maisi.weights.load import NetworkHeader, load_network, read_header, save_network, sha256
+from maisi.weights.load import CUSTOM_LABELS_KEY, NetworkHeader, load_network, read_header, save_network, sha256
 from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, Part, network_of
 
 DEFAULT_STEPS = {"rectified_flow": (30, "euler"), "ddpm": (50, "dpm++")}
@@ -61,6 +61,7 @@ def assemble(
             "sha256": {f"{part}.safetensors": sha256(part_folder / f"{part}.safetensors") for part in files},
             "size_multiple": size_multiple(headers["autoencoder"], headers["unet"]),
             "field_of_view": [view.model_dump() for view in views],
+            "custom_labels": _own_classes(headers),
             "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,
             "solver": solver or usual_solver,
@@ -111,6 +112,12 @@ def _mask_model(unet: NetworkHeader, path: Path) -> MaskModel:
         default_steps=steps,
         solver=solver,
     )
+
+
+def _own_classes(headers: Mapping[Part, NetworkHeader]) -> dict[int, str]:
+    """Classes of the user's own that the ControlNet says it was trained on."""
+    metadata = headers["controlnet"].metadata if "controlnet" in headers else {}
+    return {int(id): name for id, name in json.loads(metadata.get(CUSTOM_LABELS_KEY, "{}")).items()}
 
 
 def process_of(unet: NetworkHeader) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Networks on disk: one safetensors file each, which says what network it is and how it is configured.
 
 Metadata of a file: `maisi.network` (a key of `network_types`), `maisi.config` (JSON), and where they apply
-`maisi.scale_factor` (a number), `maisi.process` (JSON) and `maisi.note`.
+`maisi.scale_factor` (a number), `maisi.process` (JSON), `maisi.custom_labels` (JSON) and `maisi.note`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "CUSTOM_LABELS_KEY",
     "NETWORKS",
     "NetworkHeader",
     "build_network",
@@ -32,6 +33,9 @@ __all__ = [
     "save_network",
     "sha256",
 ]
+
+CUSTOM_LABELS_KEY = "maisi.custom_labels"
+"""Entry of a ControlNet's metadata: classes of the user's own, as JSON id -> name."""
 
 NETWORKS = ("autoencoder", "unet", "controlnet")
 """The words for what a file holds."""

@@ -1,0 +1,12 @@
+"""The group `maisi evaluate`; its commands live in modules of their own."""
+
+from __future__ import annotations
+
+import click
+
+evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
+_MEMBERS: tuple[click.Command, ...] = ()
+for _command in _MEMBERS:
+    evaluate.add_command(_command)
+
+COMMANDS = (evaluate,)

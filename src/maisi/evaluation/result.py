@@ -1,0 +1,82 @@
+"""What an evaluation leaves: `result.json`, `table.md` and `figure.png` in a folder of its own. Knows no measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maisi.evaluation.figure import save_figure
+from maisi.io.files import new_folder, write_json
+
+RESULT, TABLE, FIGURE = "result.json", "table.md", "figure.png"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one evaluation.
+
+    Attributes:
+        name: of the evaluation, as on the command line.
+        summary: headline numbers by name, such as "psnr", "ssim", "fid"; None where one could not be had.
+        items: one row for each volume, or each pair of sets.
+        settings: what decides the numbers: options, seeds, hashes.
+        columns: keys of `items` that the table shows, in order; () is all of the first row.
+        notes: sentences for the reader: what was resampled, skipped, not comparable.
+    """
+
+    name: str
+    summary: Mapping[str, float | None]
+    items: Sequence[Row]
+    settings: Mapping[str, Any]
+    columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "evaluation": self.name,
+            "summary": dict(self.summary),
+            "settings": dict(self.settings),
+            "notes": list(self.notes),
+            "items": [dict(row) for row in self.items],
+        }
+
+    def table(self) -> str:
+        """The summary and the rows as Markdown."""
+        lines = [f"# {self.name}", "", "| measure | value |", "|---|---|"]
+        lines += [f"| {name} | {shown(value)} |" for name, value in self.summary.items()]
+        columns = self.columns or tuple(self.items[0] if self.items else ())
+        if columns:
+            lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+            lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in self.items]
+        return "\n".join([*lines, "", *self.notes]) + "\n"
+
+
+def write_result(folder: Path, result: Result, draw: Callable[[Any], None]) -> None:
+    """Make `folder` with all three files, or nothing.
+
+    Args:
+        folder: to make.
+        result: what to write.
+        draw: puts the picture onto a matplotlib figure.
+
+    Raises:
+        MaisiError: the folder exists or cannot be written to.
+    """
+    with new_folder(folder) as part:
+        write_json(part / RESULT, result.as_json())
+        (part / TABLE).write_text(result.table(), encoding="utf-8")
+        save_figure(part / FIGURE, draw)
+
+
+def shown(value: Any) -> str:
+    """A value in a table: numbers short, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "/")
