@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maisi.io.nifti import read_volume, write_volume
+from maisi.io.nifti import read_labels, read_volume, write_volume
 from maisi.volume import Volume
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -42,3 +42,16 @@ def test_encode_and_decode(example, tmp_path, model_folder, capsys) -> None:
     example("encode_and_decode.py", tmp_path / "ct.nii.gz", tmp_path / "back.nii.gz", model_folder)
     assert "(4, 5, 4, 4) numbers" in capsys.readouterr().out
     assert read_volume(tmp_path / "back.nii.gz").shape == (18, 16, 13)
+
+
+def test_tumor_pairs(example, tmp_path, model_folder) -> None:
+    example("tumor_pairs.py", tmp_path / "out", model_folder)
+    for number in ("0000", "0001"):
+        labels = read_labels(tmp_path / "out" / number / "labels.nii.gz").array
+        assert {1, 26} <= set(np.unique(labels))
+
+
+def test_inpaint_tumors(example, tmp_path, model_folder, capsys) -> None:
+    example("inpaint_tumors.py", tmp_path / "out", model_folder)
+    assert capsys.readouterr().out.count("diameter_mm") == 3
+    assert (read_labels(tmp_path / "out" / "0002" / "labels.nii.gz").array == 23).any()

@@ -30,7 +30,7 @@ def case(region: str, **sizes: float) -> MaskCase:
 def test_order_is_the_released_one() -> None:
     names = ["gallbladder", "liver", "stomach", "pancreas", "colon", "lung tumor", "pancreatic tumor", "hepatic tumor"]
     assert [label_name(id) for id in SIZED] == [*names, "colon cancer primaries", "bone lesion"]
-    assert set(SIZED[5:]) == TUMORS.keys()
+    assert set(SIZED[5:]) == {id for id in TUMORS if id <= 132}  # the kidney's is maisi's own
 
 
 def test_sizes_in_words() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from maisi.data.phantom import phantom
 from maisi.data.tumor_masks import equivalent_diameter_mm
 from maisi.errors import MaisiError
 from maisi.generation.job import make_job
+from maisi.generation.pipeline import load
 from maisi.request import Request
 
 GRID = {"size": (64, 48, 32), "spacing": (6.0, 6.0, 8.0)}
@@ -85,11 +89,10 @@ def test_what_cannot_be_had_is_refused_before_any_network(model, wishes, sentenc
         make_job(Request.parse(**wishes, **GRID), model.folder.config)
 
 
-def test_a_model_that_follows_no_masks_grows_no_tumours(tmp_path) -> None:
-    from conftest import build_model
-
-    from maisi.generation.pipeline import load
-
-    plain = load(build_model(tmp_path / "plain", controlnet=False), device="cpu")
+def test_a_model_that_follows_no_masks_grows_no_tumours(model_folder, tmp_path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "plain")
+    values = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**values, "controlnet": None}))
+    plain = load(folder, device="cpu")
     with pytest.raises(MaisiError, match="follows no masks"):
         plain.generate(**LIVER)

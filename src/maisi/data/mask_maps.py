@@ -10,19 +10,20 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from maisi.anatomy import TUMORS
 from maisi.config import Config
-from maisi.data.phantom import REGION_SPAN_MM, phantom
+from maisi.data.anatomy_sizes import SIZED
+from maisi.data.phantom import REGION_SPAN_MM, phantom_labels
 from maisi.data.prepared import PreparedCase, PreparedFolder, Split
 from maisi.data.preprocess import resample_to_grid
+from maisi.data.tumor_masks import grow_tumors
 from maisi.data.views import PlannedView, ViewConfig, other_side, plan_view, region_extents
 from maisi.errors import MaisiError
+from maisi.tumors import KINDS, TumorWish
 from maisi.volume import Volume
 
 Labels = NDArray[np.uint8]
@@ -32,8 +33,6 @@ CACHE_BYTES = 2 * 2**30
 
 VALIDATION_SEED = 10**6
 """Phantoms from this seed on are kept out of training."""
-
-TUMOUR_RADIUS_MM = (8.0, 30.0)
 
 
 class MaskMapsConfig(Config):
@@ -46,7 +45,7 @@ class MaskMapsConfig(Config):
         phantoms: how many bodies of simple shapes are trained on, beside the cases or alone.
         validation_phantoms: how many more are kept out.
         phantom_regions: what phantoms show, each kind equally often; the box is centred on it.
-        phantom_tumours: share of phantoms with a ball-shaped tumour in an organ that can have one.
+        phantom_tumours: share of phantoms with a tumour in an organ that can have one.
         mirror: whether maps of the head and neck alone are mirrored half of the time.
     """
 
@@ -133,25 +132,20 @@ class MaskMaps:
         config = self.config
         seed = number if self.split == "train" else VALIDATION_SEED + number
         regions = config.phantom_regions[number % len(config.phantom_regions)]
-        _, drawn = phantom(config.size, config.spacing_mm, regions, seed)
+        drawn = phantom_labels(config.size, config.spacing_mm, regions, seed)
         rng = np.random.default_rng([self.seed, seed])
-        labels = drawn.array
-        if rng.random() < config.phantom_tumours:
-            labels = with_tumour(labels, config.spacing_mm, rng)
-        return MaskMap(labels, regions)
+        labels = with_tumour(drawn, rng) if rng.random() < config.phantom_tumours else drawn
+        return MaskMap(labels.array, regions)
 
 
-def with_tumour(labels: Labels, spacing_mm: tuple[float, float, float], rng: np.random.Generator) -> Labels:
-    """Put a ball of a tumour into an organ of a label map (X, Y, Z) that can have one, cut to that organ."""
-    possible = [tumour for tumour, hosts in TUMORS.items() if np.isin(labels, hosts).any()]
-    draw, radius = rng.random(2), rng.uniform(*TUMOUR_RADIUS_MM)
+def with_tumour(labels: Volume, rng: np.random.Generator) -> Volume:
+    """Grow one tumour of a kind that has a host in a label map and a channel in the released generator."""
+    possible = [kind for kind in KINDS.values() if kind.id in SIZED and np.isin(labels.array, kind.hosts).any()]
+    chance = rng.random()
     if not possible:
         return labels
-    tumour = possible[int(draw[0] * len(possible))]
-    host = np.isin(labels, TUMORS[tumour])
-    places: NDArray[Any] = np.argwhere(host)
-    centre = places[int(draw[1] * len(places))]
-    inside = np.square((places - centre) * np.array(spacing_mm)).sum(1) <= radius**2
-    result = labels.copy()
-    result[tuple(places[inside].T)] = tumour
-    return result
+    wish = TumorWish(kind=possible[int(chance * len(possible))].name)
+    try:
+        return grow_tumors(labels, [wish], rng)[0]
+    except MaisiError:  # the host is too thin on this grid
+        return labels
