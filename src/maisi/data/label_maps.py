@@ -192,13 +192,15 @@ def merge(by_priority: Sequence[Array], body: Array | None = None) -> Mask:
     return result
 
 
-def checked_mask(mask: Volume | Path | str, custom: Container[int] = ()) -> Volume:
+def checked_mask(mask: Volume | Path | str, custom: Container[int] = (), source: str = "") -> Volume:
     """Return a label map as uint8, on its own grid, every id known: to the vocabulary, or as a `custom` one.
+
+    `source` names it in messages; a file has its own name.
 
     Raises:
         MaisiError: the file cannot be read, the values are no label ids or have no meaning, or all are 0.
     """
-    name = "The mask" if isinstance(mask, Volume) else str(mask)
+    name = source or ("The mask" if isinstance(mask, Volume) else str(mask))
     volume = mask if isinstance(mask, Volume) else read_labels(Path(mask))
     ids = np.unique(volume.array)
     if ids.dtype.kind not in "iub" and not np.array_equal(ids, np.rint(ids)):

@@ -6,7 +6,7 @@ are no HU, grids that differ) is refused with the option that mends it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import BACKGROUND, BODY, OPPOSITE, label_name, name_key, opposite
+from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, OPPOSITE, label_name, name_key, opposite
 from maisi.data.label_maps import VOCABULARIES, Vocabulary, counts, ids_in, merge, translated, vocabulary
 from maisi.data.preprocess import hu_fault, resample, resample_to_grid
 from maisi.data.segmentation import envelope
@@ -217,6 +217,28 @@ def import_masks(
         warnings=(*((_GUESS,) if body == "labels" else ()), *_warnings(structures, found, custom)),
     )
     return grid.with_array(mask), report
+
+
+def require_our_ids(labels: Volume, source: str, names: Mapping[int, str], custom: Container[int] = ()) -> None:
+    """Refuse a label map that makes sense in another vocabulary than maisi's and none in that.
+
+    Args:
+        labels: whole numbers.
+        source: for messages: the file.
+        names: id -> name as the file says, where it does.
+        custom: ids that mean something beside maisi's own.
+
+    Raises:
+        MaisiError: so; it says what to do.
+    """
+    found = {id: one for id, one in census(labels, source).items() if id not in custom}
+    mask = Source(labels, vocabulary("maisi"), source, names)
+    if not found.keys() <= KNOWN_IDS and not _others(mask, found):
+        return  # no other vocabulary has these ids either
+    try:
+        _check_vocabulary(mask, found)
+    except MaisiError as error:
+        raise MaisiError(f"{str(error).rstrip('.')} of `maisi mask import`, and give the mask that it makes.") from None
 
 
 def census(labels: Volume, name: str = "The mask") -> dict[int, Found]:

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from maisi.anatomy import TUMORS
-from maisi.data.label_maps import checked_mask
 from maisi.data.preprocess import hu_fault
 from maisi.data.segmentation import segment
 from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
-from maisi.generation.masks import ids_of
+from maisi.generation.masks import ids_of, read_mask
 from maisi.io.nifti import read_volume
 from maisi.request import Request
 from maisi.volume import Volume
@@ -77,7 +76,7 @@ def make_inpaint_job(
         notes.append("Without labels, lungs, airway, bone and body were found by rules; other organs are unknown.")
         mask = segment(ct)
     else:
-        mask = checked_mask(given, model.custom_labels)
+        mask = read_mask(given, model.custom_labels)
     if not ct.same_grid(mask, tolerance_mm=0.05):
         raise MaisiError(
             f"CT ({_shape(ct)}) and labels ({_shape(mask)}) lie on different grids; resample the labels to the CT's."

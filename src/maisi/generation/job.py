@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from maisi.anatomy import BODY, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
-from maisi.data.label_maps import checked_mask
 from maisi.data.mask_deform import scale_organs
 from maisi.data.mask_sources import find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
-from maisi.generation.masks import ids_of, without_tumors
+from maisi.generation.masks import ids_of, read_mask, without_tumors
 from maisi.request import Request, item_seed
 from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
@@ -139,7 +138,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
             f"The model '{model.name}' follows no masks; leave masks and structures out or choose another model."
         )
     adviser = Adviser.of(model)
-    labels = None if given is None else checked_mask(given, model.custom_labels)
+    labels = None if given is None else read_mask(given, model.custom_labels)
     if labels is None and wishes:
         size, spacing = _grid(request, adviser)
         labels, source = _found(request, size, spacing, 0)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from maisi.anatomy import BODY, TUMORS
+from maisi.data.label_maps import checked_mask
+from maisi.data.mask_import import require_our_ids
+from maisi.io.nifti import read_label_names, read_labels
+from maisi.volume import Volume
 
 Labels = NDArray[np.uint8]
 
@@ -35,3 +42,17 @@ def without_tumors(labels: Labels, spacing_mm: tuple[float, float, float]) -> La
         )
         result[inside] = labels[tuple(axis[inside] for axis in nearest)]
     return result
+
+
+def read_mask(mask: Volume | Path, custom: Container[int] = ()) -> Volume:
+    """Read and check a label map that is to be followed; one in memory is taken at its word.
+
+    Raises:
+        MaisiError: as `checked_mask`, or a file whose ids mean something in another vocabulary only.
+    """
+    if isinstance(mask, Volume):
+        return checked_mask(mask, custom)
+    labels = read_labels(mask)
+    if labels.array.dtype.kind in "iub":
+        require_our_ids(labels, str(mask), read_label_names(mask), custom)
+    return checked_mask(labels, custom, str(mask))
