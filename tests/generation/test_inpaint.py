@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import ndimage
 
 from maisi.data.phantom import phantom
 from maisi.errors import MaisiError
-from maisi.generation.inpaint import MARGIN_MM, inpaint_item, make_crop, new_labels, painted
+from maisi.generation.inpaint import MARGIN_MM, changed_parts, inpaint_item, make_crop, new_labels, painted
 from maisi.generation.inpaint_job import make_inpaint_job
 from maisi.networks.controlnet import ControlNet, inpainting_mask, with_image_input
 from maisi.request import Request
@@ -74,8 +76,9 @@ def test_a_crop_shows_what_lies_there(model, abdomen) -> None:
     job = job_of(model, abdomen)
     new, _ = new_labels(job, 0)
     changed = new.array != labels.array
-    box = ndimage.find_objects(changed.astype(np.uint8))[0]
-    crop = make_crop(model, job, new, changed, box, 12.0)
+    (part,) = changed_parts(changed, 12.0, labels.spacing_mm)
+    assert part.inside.sum() == changed.sum()
+    crop = make_crop(model, job, new, part, 12.0)
     assert all(n % model.folder.config.size_multiple == 0 for n in crop.job.size)
     assert crop.job.labels.same_grid(crop.image)
     tumor = crop.job.labels.array == 26
@@ -149,3 +152,20 @@ def test_a_network_that_looks_at_the_image_starts_as_one_that_does_not(model) ->
         c = wider(x, times, inpainting_mask(bits), modality=modality)
     assert torch.allclose(a.middle, b.middle, atol=1e-6)
     assert torch.allclose(a.middle, c.middle, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), margin=st.floats(1, 8))
+def test_parts_cover_what_changed_and_keep_their_distance(seed, margin) -> None:
+    changed = np.random.default_rng(seed).random((20, 18, 16)) > 0.997
+    parts = changed_parts(changed, margin, (1.0, 1.5, 2.0))
+    again = np.zeros_like(changed)
+    for part in parts:
+        assert not (again[part.box] & part.inside).any()
+        again[part.box] |= part.inside
+        rest = changed.copy()
+        rest[part.box] &= ~part.inside
+        if rest.any():
+            away = ndimage.distance_transform_edt(~rest, sampling=(1.0, 1.5, 2.0))
+            assert away[part.box][part.inside].min() > margin
+    assert np.array_equal(again, changed)

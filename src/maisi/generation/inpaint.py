@@ -39,7 +39,7 @@ from maisi.generation.pipeline import Known, Model, Progress, load, silent
 from maisi.request import Request, item_seed
 from maisi.splitting.plan import Plan, Task
 from maisi.tumors import kind_of
-from maisi.volume import Volume
+from maisi.volume import Array, Volume
 
 Triple = tuple[int, int, int]
 Mask = NDArray[np.bool_]
@@ -184,27 +184,50 @@ def painted(
     progress: Progress,
 ) -> Volume:
     """The CT with each changed part of its labels repainted by the networks."""
-    image = job.image.array.astype(np.float32)
+    result = job.image.array.copy()
     margin = max(MARGIN_MM, 2 * max(labels.spacing_mm))
-    parts, count = ndimage.label(_near(changed, margin, labels.spacing_mm) <= margin)
-    for index, box in enumerate(ndimage.find_objects(parts), start=1):
-        inside = changed.copy()
-        inside[parts != index] = False
-        crop = make_crop(model, job, labels, inside, box, margin)
+    parts = changed_parts(changed, margin, labels.spacing_mm)
+    for index, part in enumerate(parts, start=1):
+        crop = make_crop(model, job, labels, part, margin)
         seed = item_seed(item_seed(job.request.seed, number), attempt * 1000 + index)
         values = _paint_crop(model, crop, seed, guidance, progress)
-        _blend(image, job.image, labels, crop, values, inside[box], box, margin, np.random.default_rng(seed))
-        progress("inpaint", index, count)
-    result = np.where(parts > 0, np.rint(image), job.image.array)
-    return job.image.with_array(result.astype(job.image.array.dtype))
+        _blend(result, job.image, part, crop, values, margin, np.random.default_rng(seed))
+        progress("inpaint", index, len(parts))
+    return job.image.with_array(result)
 
 
-def make_crop(
-    model: Model, job: InpaintJob, labels: Volume, inside: Mask, box: tuple[slice, ...], margin: float
-) -> Crop:
+@dataclass(frozen=True)
+class Part:
+    """Changed voxels that are painted together: the box that holds them with their margin, and where they are in it."""
+
+    box: tuple[slice, ...]
+    inside: Mask
+
+    def place(self, grid: Volume) -> Volume:
+        """The box's voxels as a label map of 0 and 1, where they lie in the world."""
+        corner = np.eye(4)
+        corner[:3, 3] = [side.start for side in self.box]
+        return Volume(self.inside.astype(np.uint8), grid.affine @ corner)
+
+
+def changed_parts(changed: Mask, margin: float, spacing_mm: tuple[float, float, float]) -> list[Part]:
+    """Split changed voxels into parts whose margins do not touch."""
+    found = ndimage.find_objects(changed.view(np.uint8))
+    if not found:
+        return []
+    outer = _wider(found[0], changed.shape, margin, spacing_mm)
+    numbers, _ = ndimage.label(_distance(changed[outer], spacing_mm) <= margin)
+    parts = []
+    for index, box in enumerate(ndimage.find_objects(numbers), start=1):
+        place = tuple(slice(o.start + b.start, o.start + b.stop) for o, b in zip(outer, box, strict=True))
+        parts.append(Part(place, changed[place] & (numbers[box] == index)))
+    return parts
+
+
+def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin: float) -> Crop:
     """Lay a grid of usable size and spacing around one part; axes as those of the image, in RAS+ order."""
     spacing = _crop_spacing(model, labels.to_ras())
-    ends = np.array([[part.start, part.stop - 1] for part in box], dtype=np.float64)
+    ends = np.array([[side.start, side.stop - 1] for side in part.box], dtype=np.float64)
     corners = np.array(np.meshgrid(*ends)).reshape(3, -1)
     world = labels.affine[:3, :3] @ corners + labels.affine[:3, 3:]
     ras = labels.to_ras().affine
@@ -218,11 +241,11 @@ def make_crop(
     middle = directions @ ((local.max(axis=1) + local.min(axis=1)) / 2)
     affine[:3, 3] = middle - affine[:3, :3] @ ((np.array(size) - 1) / 2)
     like = Volume(np.broadcast_to(np.uint8(0), size), affine)
-    image = resample_to_grid(job.image.with_array(job.image.array.astype(np.float32)), like, order=1, fill=HU_MIN)
+    image = resample_to_grid(job.image, like, order=1, fill=HU_MIN)
+    image = image.with_array(image.array.astype(np.float32))
     seen = resample_to_grid(labels, like, order=0, fill=0)
-    part = resample_to_grid(labels.with_array(inside.astype(np.uint8)), like, order=0, fill=0).array > 0
-    region = _near(part, margin, spacing) <= margin
-    regions = job.request.region or regions_present(ids_of(labels.array))
+    region = _distance(resample_to_grid(part.place(labels), like, order=0, fill=0).array > 0, spacing) <= margin
+    regions = job.request.region or regions_present(ids_of(seen.array)) or regions_present(ids_of(labels.array))
     inner = Job(
         request=job.request,
         conditions=Conditions(spacing, regions, job.request.modality),
@@ -282,30 +305,29 @@ def _matched(decoded: NDArray[np.float32], crop: Crop) -> NDArray[np.float32]:
 
 
 def _blend(
-    image: NDArray[np.float32],
+    result: Array,
     original: Volume,
-    labels: Volume,
+    part: Part,
     crop: Crop,
     values: NDArray[np.float32],
-    inside: Mask,
-    box: tuple[slice, ...],
     margin: float,
     rng: np.random.Generator,
 ) -> None:
-    """Write a repainted part into `image`: fully inside, less and less towards the region's border, with the grain."""
-    corner = np.eye(4)
-    corner[:3, 3] = [part.start for part in box]
-    like = Volume(np.broadcast_to(np.uint8(0), inside.shape), original.affine @ corner)
+    """Write a repainted part into `result`: fully inside, less and less towards the region's border, with the grain."""
+    like = part.place(original)
+    old = original.array[part.box].astype(np.float32)
     new = resample_to_grid(Volume(values, crop.image.affine), like, order=1, fill=HU_MIN).array
     seen = resample_to_grid(crop.image, like, order=1, fill=HU_MIN).array
-    distance = _near(inside, margin, labels.spacing_mm)
-    t = np.clip(distance / margin, 0, 1)
+    t = np.clip(_distance(part.inside, original.spacing_mm) / margin, 0, 1)
     weight = 1 - t * t * (3 - 2 * t)
     # what the crop's coarser grid and the networks leave out is grain: noise that belongs to this scan
-    fine = image[box] - seen
+    fine = old - seen
     sigma = float(min(1.4826 * np.median(np.abs(fine - np.median(fine))), 30.0))
     grain = sigma * rng.standard_normal(new.shape).astype(np.float32)
-    image[box] = image[box] + weight * (new + grain - image[box])
+    painted = old + weight * (new + grain - old)
+    if result.dtype.kind != "f":
+        painted = np.rint(painted)
+    result[part.box] = np.where(weight > 0, painted, original.array[part.box]).astype(result.dtype)
 
 
 def _measured(image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], guidance: float) -> Attempt:
@@ -326,18 +348,16 @@ def _crop_spacing(model: Model, ras: Volume) -> tuple[float, float, float]:
     return (x, y, z)
 
 
-def _near(inside: Mask, reach: float, spacing: tuple[float, float, float]) -> NDArray[np.float32]:
-    """Distance in mm to the nearest voxel inside, exact up to `reach`; more than that beyond."""
-    result = np.full(inside.shape, np.float32(reach) * 2, np.float32)
-    found = ndimage.find_objects(inside.view(np.uint8))
-    if not found:
-        return result
-    more = [math.ceil(reach / s) + 1 for s in spacing]
-    wide = tuple(
-        slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(found[0], more, inside.shape, strict=True)
-    )
-    result[wide] = ndimage.distance_transform_edt(~inside[wide], sampling=spacing)
-    return result
+def _distance(inside: Mask, spacing_mm: tuple[float, float, float]) -> NDArray[np.float32]:
+    """Distance in mm to the nearest voxel inside."""
+    return np.asarray(ndimage.distance_transform_edt(~inside, sampling=spacing_mm), dtype=np.float32)
+
+
+def _wider(
+    box: tuple[slice, ...], shape: tuple[int, ...], margin: float, spacing_mm: tuple[float, float, float]
+) -> tuple[slice, ...]:
+    more = [math.ceil(margin / s) + 1 for s in spacing_mm]
+    return tuple(slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(box, more, shape, strict=True))
 
 
 def _only(labels: Volume, changed: Mask) -> Volume:
