@@ -10,7 +10,7 @@ What is measured, on cases kept out of training unless said otherwise:
   distribution): 2.5D FID, HU histogram distance and air around the body, each beside the same distance between two
   halves of the real volumes with disjoint patients, averaged over several ways to halve them;
 - volumes generated from the label maps of real cases: Dice of rule-based lungs, skeleton and body with the label map
-  asked for, beside that of the real CT, which says how far the rules themselves can be trusted.
+  asked for, beside that of the real CT, which says how far the rules themselves can be trusted, and between two seeds.
 
 Everything slow is cached in OUT/cache under a hash of model and data, so an interrupted run goes on where it stopped.
 Only generated volumes are drawn.
@@ -289,15 +289,24 @@ class Evaluation:
                 store(path, self.mask_counts(case))
             pairs.append(np.load(path, allow_pickle=False))
             say(f"mask of {case.id}: {dice_by_group(pairs[-1][0])}")
-        made, real = ([pair[side] for pair in pairs] for side in (0, 1))
-        return {"cases": len(cases), "generated": dice_summary(made), "real": dice_summary(real)}
+        sides = zip(("generated", "real", "two_seeds"), zip(*pairs, strict=True), strict=True)
+        return {"cases": len(cases), **{name: dice_summary(counts) for name, counts in sides}}
 
     def mask_counts(self, case: PreparedCase) -> NDArray[np.int64]:
-        """`joint_counts` of a label map with what the rules find in the generated and in the real CT, (2, 256, 256)."""
+        """`joint_counts` (3, 256, 256) of what the rules find.
+
+        Of a generated CT and of the real one with the label map, and of two generated with different seeds.
+        """
         ct, labels = self.mask_pair(case)
         region = "head-neck" if is_head_neck(case) else ()
-        image = self.model.generate(mask=labels, region=region, seed=self.arguments.seed).image
-        return np.stack([joint_counts(labels.array, segment(found).array) for found in (image, ct)])
+        first, second = (
+            segment(
+                self.model.generate(mask=labels, region=region, seed=self.arguments.seed + k, retries=0).image
+            ).array
+            for k in range(2)
+        )
+        pairs = ((labels.array, first), (labels.array, segment(ct).array), (first, second))
+        return np.stack([joint_counts(a, b) for a, b in pairs])
 
     def mask_pair(self, case: PreparedCase) -> tuple[Volume, Volume]:
         """The CT and the label map of a case on the grid that is generated on."""
@@ -404,6 +413,9 @@ def table(result: Mapping[str, Any]) -> str:
                 lines.append(
                     f"| Dice of {name} with the mask asked for | {where} | {made['mean']:.3f} (real CT {real:.3f}) |"
                 )
+                seeds = found["two_seeds"][name]["mean"]
+                shown = "-" if seeds is None else f"{seeds:.3f}"
+                lines.append(f"| Dice of {name} between two seeds, one mask | {where} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
