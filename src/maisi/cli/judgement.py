@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from maisi.cli.options import FILE, Decorator, grid_options, output_option, progress, require_new, running_options
+from maisi.cli.options import FILE, grid_options, output_option, progress, require_new, running_options
 from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NEW_FOLDER = "Folder to make, with result.json, table.md and figure.png. An interrupted run is gone on with."
 
 
-def cache_option(command: Decorator) -> Decorator:
+def cache_option(command: Callable[..., None]) -> Callable[..., None]:
     """`--cache`: where answers are kept while an evaluation runs."""
     help = "Folder that keeps what is slow, and stays.  [default: OUTPUT.cache, removed in the end]"
     return click.option("--cache", "named_cache", type=FILE, help=help)(command)

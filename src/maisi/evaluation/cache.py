@@ -70,12 +70,17 @@ class Cache:
 def cache_for(output: Path, named: Path | None) -> Iterator[Cache]:
     """Open the cache of an evaluation: the folder `named`, which stays, or `OUTPUT.cache`, which goes in the end.
 
-    After an error or an interruption the cache stays, and the next run with the same output goes on from it.
+    After an error or an interruption a cache with answers stays, and the next run with the same output goes on from it.
 
     Raises:
         MaisiError: as `Cache`.
     """
     cache = Cache(named or output.with_name(f"{output.name}.cache"))
-    yield cache
-    if named is None:
-        shutil.rmtree(cache.folder, ignore_errors=True)
+    done = False
+    try:
+        yield cache
+        done = True
+    finally:
+        empty = {path.name for path in cache.folder.iterdir()} == {MARKER}
+        if named is None and (done or empty):
+            shutil.rmtree(cache.folder, ignore_errors=True)

@@ -6,6 +6,7 @@ The Dice on generated images alone says little: a segmenter errs on real ones to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def measure(
         raise MaisiError(f"None of the {len(images)} {kind} images has labels; give images made from label maps.")
     rows = []
     for done, image in enumerate(labelled):
-        dice = cache.json(["fidelity", image.hash, segmenter.name], lambda image=image: _dice(image, segmenter))
+        dice = cache.json(["fidelity", image.hash, segmenter.name], partial(_dice, image, segmenter))
         rows.append({"case": image.name, "set": kind, **dice})
         if progress:
             progress(f"segment {kind}", done + 1, len(labelled))
@@ -119,4 +120,4 @@ def draw(figure: Any, result: Result) -> None:
     axis.set_yticks(np.arange(len(shown)), shown)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="Dice", title=f"Labels found again by {result.settings['segmenter']}")
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(kinds))

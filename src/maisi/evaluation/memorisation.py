@@ -369,7 +369,9 @@ def summed_up(found: Neighbours, settings: dict[str, Any], heldout: bool) -> Res
         "share flagged as copies, features": float(np.mean(["features" in flag for flag in flags])),
         "share that chance flags": QUANTILE,
     }
-    people = "held-out patient to the nearest training patient" if heldout else "training patient to the nearest other"
+    people = (
+        "held-out patients to the nearest training patient" if heldout else "training patients to the nearest other"
+    )
     notes = (
         f"Baseline: the distance of each of {len(found.real)} {people}. A generated volume nearer than its "
         f"{QUANTILE:.0%} quantile is flagged, so about {QUANTILE:.0%} are where nothing is memorised.",
@@ -395,16 +397,17 @@ def draw(figure: Any, found: Neighbours, show_real: bool) -> None:
     for axis, (space, unit), limit in zip(axes, words.items(), found.thresholds, strict=True):
         for images, name, color in ((found.real, "real to real", "0.35"), (found.generated, "generated", "tab:orange")):
             values = np.sort(distances(images, space))
-            axis.step(values, np.arange(1, len(values) + 1) / len(values), where="post", color=color)
-            axis.plot(values, np.arange(1, len(values) + 1) / len(values), ".", color=color, label=name)
+            shares = np.arange(1, len(values) + 1) / len(values)
+            axis.step([values[0], *values], [0, *shares], where="post", color=color)
+            axis.plot(values, shares, ".", color=color, label=name)
         axis.axvline(limit, color="tab:red", linestyle="--", linewidth=1, label=f"{QUANTILE:.0%} of real to real")
         axis.set(title=f"Nearest training case, {space}", xlabel=f"distance ({unit})", ylabel="share of images")
-        axis.set_xlim(left=0)
+        axis.set(xlim=(0, None), ylim=(0, 1.03))
         axis.legend(fontsize=8)
 
 
 def _draw_pairs(figure: Any, found: Neighbours) -> None:
-    from maisi.evaluation.pictures import Tile
+    from maisi.evaluation.pictures import WIDE, Tile
 
     pairs = sorted(found.generated, key=lambda one: one.in_voxels[1])[:SHOWN_PAIRS]
     axes = figure.subplots(2, len(pairs), squeeze=False)
@@ -412,7 +415,7 @@ def _draw_pairs(figure: Any, found: Neighbours) -> None:
         neighbour, distance = one.in_voxels
         titles = (f"generated: {one.image.name}", f"real: {neighbour.name}, {distance:.3f}")
         for axis, image, title in zip(axes[:, column], (one.image, neighbour), titles, strict=True):
-            tile = Tile(image.ct(), "coronal")
+            tile = Tile(image.ct(), "coronal", window=WIDE)
             width, height = tile.size_mm
             axis.imshow(tile.picture(), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
             axis.set_title(title, fontsize=7, parse_math=False)

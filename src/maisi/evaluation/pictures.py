@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDE = Window("wide", 1600, -200)
+"""Lung, soft tissue and bone at once."""
+
 _GAP_PX = 10
 _LINE_PX = 15
 _NARROWEST_PX = 130  # room for a caption under a small slice

@@ -19,11 +19,10 @@ from maisi.data.segmentation import AIRWAY, NECK_AREA_MM2, segment
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.image_sets import IMAGE
-from maisi.evaluation.pictures import Tile, draw_sheet
+from maisi.evaluation.pictures import WIDE, Tile, draw_sheet
 from maisi.evaluation.result import Result
 from maisi.generation.job import make_job, weights_used
 from maisi.io.nifti import read_volume
-from maisi.io.preview import Window
 from maisi.request import Request
 from maisi.volume import Volume
 from maisi.weights.registry import ModelConfig
@@ -37,9 +36,6 @@ Mask = NDArray[np.bool_]
 
 SPACING_FACTOR, SIZE_FACTOR = 1.5, 2
 AS_ASKED, SPACING_UP, SIZE_UP = "as asked", f"spacing x {SPACING_FACTOR:g}", f"size x {SIZE_FACTOR}"
-
-WIDE = Window("wide", 1600, -200)
-"""Lung, soft tissue and bone at once."""
 
 SHOWN_PLANES = ("coronal", "sagittal")
 SHEET_PX = 1600
@@ -209,8 +205,8 @@ def look(ct: Volume, within_mm: float = float("inf")) -> Shown:
     spacing = labels.spacing_mm
     body = labels.array > 0
     middle = _middle(body, within_mm / spacing[2])
-    width, cut_x = _across(middle.any(axis=1))
-    depth, cut_y = _across(middle.any(axis=0))
+    width, cut_x = _across(middle.max(axis=1))
+    depth, cut_y = _across(middle.max(axis=0))
     slices = np.flatnonzero(body.any(axis=(0, 1)))
     height = float(slices[-1] - slices[0] + 1) if slices.size else 0.0
     cut_z = bool(body[:, :, 0].any() or body[:, :, -1].any())
@@ -302,7 +298,7 @@ def summed_up(rows: Sequence[Sequence[Ask]], found: Sequence[Sequence[Shown]], s
         items,
         settings,
         columns=(
-            *("change", "regions asked", "regions found", "fov mm", "body mm", "lungs ml"),
+            *("change", "regions asked", "regions found", "fov mm", "body mm", "cut along", "lungs ml"),
             *("scale asked", "scale found", "asked / found"),
         ),
         notes=NOTES,
