@@ -172,13 +172,18 @@ def respond(
         "precision": str(model.dtype).removeprefix("torch."),
     }
     tiles = [
-        [Tile(ct, plane, ask.caption, WIDE) for ask, ct in zip(row, cts, strict=True) for plane in SHOWN_PLANES]
+        [tile for ask, ct in zip(row, cts, strict=True) for tile in _tiles(ask, ct)]
         for row, cts in zip(rows, volumes, strict=True)
     ]
     title = f"Synthetic CT, {model.name}, seed {seed}"
     return summed_up(rows, found, settings), lambda figure: draw_sheet(
         figure, tiles, title=title, px_per_mm=sheet_scale(tiles)
     )
+
+
+def _tiles(ask: Ask, ct: Volume) -> list[Tile]:
+    """A volume's planes; the first bears the caption, which is wider than a narrow tile."""
+    return [Tile(ct, plane, "" if number else ask.caption, WIDE) for number, plane in enumerate(SHOWN_PLANES)]
 
 
 def _generated(model: Model, ask: Ask, seed: int, cache: Cache) -> Volume:
