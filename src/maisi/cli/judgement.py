@@ -57,7 +57,7 @@ def response(
 
     folder = find_model(model)
     rows = asks(folder.config, request.region, request.size, request.spacing)
-    from maisi.evaluation.cache import cache_for
+    from maisi.evaluation.kept import cache_for
     from maisi.evaluation.result import write_result
     from maisi.generation.pipeline import Model
 
@@ -103,7 +103,7 @@ def memorisation(
 
     judged, known = find_images([generated]), find_images([training], "train")
     others = find_images([heldout], "validation") if heldout else ()
-    from maisi.evaluation.cache import cache_for
+    from maisi.evaluation.kept import cache_for
     from maisi.evaluation.memorisation import CoarseGrid, draw, find_neighbours, slice_mean_features, summed_up
     from maisi.evaluation.result import write_result
 
@@ -158,8 +158,8 @@ def fidelity(
 
     judged = find_images(generated)
     known = find_images([real], "validation") if real else ()
-    from maisi.evaluation.cache import cache_for
     from maisi.evaluation.fidelity import draw, measure, summed_up
+    from maisi.evaluation.kept import cache_for
     from maisi.evaluation.result import write_result
 
     settings = {"generated": [str(path) for path in generated], "real": str(real) if real else None}

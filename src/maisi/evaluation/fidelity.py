@@ -13,8 +13,8 @@ import numpy as np
 
 from maisi.data.agreement import dice_by_group, joint_counts
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import Cache
 from maisi.evaluation.image_sets import SetImage
+from maisi.evaluation.kept import Cache
 from maisi.evaluation.result import Result
 from maisi.evaluation.segmenters import Segmenter
 from maisi.volume import Volume

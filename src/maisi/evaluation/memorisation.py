@@ -25,8 +25,8 @@ from scipy import fft, ndimage
 from maisi.config import Config
 from maisi.data.preprocess import resample, window_ct
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import Cache
 from maisi.evaluation.image_sets import SetImage
+from maisi.evaluation.kept import Cache
 from maisi.evaluation.result import Result
 from maisi.volume import Volume
 

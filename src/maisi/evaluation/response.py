@@ -17,8 +17,8 @@ from scipy import ndimage
 from maisi.anatomy import LUNGS, REGIONS
 from maisi.data.segmentation import AIRWAY, NECK_AREA_MM2, segment
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import Cache
 from maisi.evaluation.image_sets import IMAGE
+from maisi.evaluation.kept import Cache
 from maisi.evaluation.pictures import WIDE, Tile, draw_sheet
 from maisi.evaluation.result import Result
 from maisi.generation.job import make_job, weights_used

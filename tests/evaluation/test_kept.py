@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import Cache, cache_for
+from maisi.evaluation.kept import Cache, cache_for
 
 
 def test_an_answer_is_computed_once_for_each_key(tmp_path) -> None:
