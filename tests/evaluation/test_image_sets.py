@@ -67,6 +67,12 @@ def test_case_lists_prepared_folders_and_bare_volumes(tmp_path) -> None:
     assert len(find_images([tmp_path / "prepared"])) == 3
 
 
+def test_grey_values_are_no_ct(tmp_path) -> None:
+    write_volume(tmp_path / "grey.nii.gz", ct().with_array(np.abs(ct().array) // 4))
+    with pytest.raises(MaisiError, match="grey values"):
+        find_images([tmp_path])[0].ct()
+
+
 def test_what_holds_no_images(tmp_path) -> None:
     with pytest.raises(MaisiError, match="holds no CT"):
         find_images([tmp_path])

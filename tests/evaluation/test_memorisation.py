@@ -179,3 +179,20 @@ def test_the_command_draws_no_real_image_unless_told_to(people, tmp_path, monkey
     assert values["settings"]["shows_real_images"] is show_real
     assert len(drawn) == (2 if show_real else 0)
     assert not (tmp_path / "out.cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--features", "taste"], "features"),
+        (["--baseline", "1"], "at least 2"),
+        (["--seed", "-1"], "0 or more"),
+        (["--heldout", "absent"], "absent is neither"),
+    ],
+)
+def test_refusals(people, tmp_path, capsys, words, said) -> None:
+    write_volume(tmp_path / "a.nii.gz", people[0])
+    place = str(tmp_path / "a.nii.gz")
+    assert run(["evaluate", "memorisation", place, place, *words, "-o", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]

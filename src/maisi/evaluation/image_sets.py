@@ -14,7 +14,7 @@ import numpy as np
 from maisi.data.manifest import Case, read_cases
 from maisi.data.prepare import label_map
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, Split
-from maisi.data.preprocess import STORED_HU
+from maisi.data.preprocess import STORED_HU, hu_fault
 from maisi.errors import MaisiError
 from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Volume
@@ -105,7 +105,14 @@ def _file(path: Path) -> SetImage:
     name = path.name
     for ending in ENDINGS:
         name = name.removesuffix(ending)
-    return SetImage(name, name, (path,), partial(read_volume, path))
+    return SetImage(name, name, (path,), partial(_read_ct, path))
+
+
+def _read_ct(path: Path) -> Volume:
+    volume = read_volume(path)
+    if fault := hu_fault(volume.array):
+        raise MaisiError(f"{path} is no CT in HU: {fault}.")
+    return volume
 
 
 def _item(folder: Path) -> SetImage:
@@ -113,7 +120,7 @@ def _item(folder: Path) -> SetImage:
     has = labels.exists()
     files = (image, labels) if has else (image,)
     name = folder.resolve().name
-    return SetImage(name, name, files, partial(read_volume, image), partial(read_labels, labels) if has else None)
+    return SetImage(name, name, files, partial(_read_ct, image), partial(read_labels, labels) if has else None)
 
 
 def _is_ct(folder: Path) -> bool:
