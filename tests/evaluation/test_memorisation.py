@@ -153,6 +153,20 @@ def test_the_baseline_is_other_patients(people, judge, tmp_path) -> None:
     assert [one.image.name for one in judge({"x": people[0]}, held).real] == ["new"]
 
 
+def test_a_feature_that_is_the_same_for_all_patients_does_not_drown_the_others(people, tmp_path) -> None:
+    images = [as_image(f"p{i}", ct, tmp_path) for i, ct in enumerate(people[:4])]
+    made = [as_image("made", people[4], tmp_path)]
+
+    def describe(ct: Volume) -> np.ndarray:
+        n = next(number for number, one in enumerate(people) if one is ct)
+        return np.array([n, n, 1e-9 * n**5])
+
+    found = find_neighbours(made, images, (), ("planted", describe), Cache(tmp_path / "cache"), grid=GRID)
+    # levels 0 to 3 and 4: one step away, steps of sqrt(1.25) standard deviations, in two features of three
+    assert found.generated[0].in_features[0].name == "p3"
+    assert found.generated[0].in_features[1] == pytest.approx(np.sqrt(2 / 3 / 1.25))
+
+
 def test_one_patient_is_no_baseline(people, tmp_path) -> None:
     training = [SetImage(f"{i}", "same", (tmp_path,), partial(lambda ct: ct, ct)) for i, ct in enumerate(people[:2])]
     with pytest.raises(MaisiError, match="one patient"):

@@ -49,6 +49,9 @@ FINEST = 1.0
 FLAT = 1e-6
 """Variance (of values in [0, 1]) below which there is nothing to correlate."""
 
+STEADY = 0.01
+"""A feature that spreads less than this share of the median spread is left out: that may be rounding alone."""
+
 FLIPS: tuple[tuple[int, ...], ...] = tuple(
     tuple(axis for axis in range(3) if chosen[axis]) for chosen in product((False, True), repeat=3)
 )
@@ -68,7 +71,7 @@ class CoarseGrid(Config):
     spacing_mm: float = 12.0
     detail_mm: float = 36.0
     overlap: float = 0.7
-    features_spacing_mm: float = 4.0
+    features_spacing_mm: float = 8.0
 
 
 def coarse(ct: Volume, grid: CoarseGrid) -> Floats:
@@ -300,9 +303,10 @@ class _Comparison:
     ) -> _Comparison:
         x, y, z = np.max([one.grey.shape for one in everything], axis=0)
         spread = np.stack([one.features for one in known]).std(axis=0)
+        varies = spread > STEADY * np.median(spread)
         correlator = Correlator((int(x), int(y), int(z)), grid.overlap)
         settings = (grid.model_dump(mode="json"), features, sorted(one.image.hash for one in known))
-        return cls(correlator, np.where(spread > 0, spread, 1.0), settings, cache)
+        return cls(correlator, np.where(varies, spread, np.inf), settings, cache)
 
     def nearest(self, image: SetImage, one: Described, others: Sequence[Described]) -> Nearest:
         def compute() -> dict[str, list[float]]:
