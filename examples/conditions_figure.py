@@ -15,12 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maisi.errors import MaisiError
-from maisi.evaluation.pictures import Tile, contact_sheet
+from maisi.evaluation.pictures import WIDE, Tile, contact_sheet
 from maisi.generation.pipeline import Model, load
 from maisi.io.preview import Window
-
-WIDE = Window("wide", 1600, -200)
-"""Lung, soft tissue and bone at once."""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def test_the_words_know_no_torch() -> None:
         *("maisi", "maisi.cli", "maisi.request", "maisi.io.nifti", "maisi.io.preview", "maisi.weights.registry"),
         *("maisi.generation.job", "maisi.generation.output", "maisi.weights.convert", "maisi.device"),
         *("maisi.data.quality_learning", "maisi.generation.retry"),
+        *("maisi.evaluation.response", "maisi.evaluation.memorisation", "maisi.evaluation.fidelity"),
     ],
 )
 def test_loads_without_torch(module: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from maisi.cli import judgement
+
 evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
-_MEMBERS: tuple[click.Command, ...] = ()
+_MEMBERS: tuple[click.Command, ...] = (*judgement.EVALUATIONS,)
 for _command in _MEMBERS:
     evaluate.add_command(_command)
 
-COMMANDS = (evaluate,)
+COMMANDS = (evaluate, *judgement.COMMANDS)

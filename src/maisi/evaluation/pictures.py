@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDE = Window("wide", 1600, -200)
+"""Lung, soft tissue and bone at once."""
+
 _GAP_PX = 10
 _LINE_PX = 15
 _NARROWEST_PX = 130  # room for a caption under a small slice
@@ -68,21 +71,26 @@ def contact_sheet(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = ""
     Raises:
         MaisiError: the place cannot be written to.
     """
-    figure = _draw(rows, title, px_per_mm)
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=_DPI, facecolor="black", metadata={"Software": None})
-
-
-def _draw(rows: Sequence[Sequence[Tile]], title: str, scale: float) -> Figure:
     # Not pyplot: its global state is shared between threads.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(dpi=_DPI)
+    FigureCanvasAgg(figure)
+    draw_sheet(figure, rows, title=title, px_per_mm=px_per_mm)
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=_DPI, facecolor="black", metadata={"Software": None})
+
+
+def draw_sheet(figure: Figure, rows: Sequence[Sequence[Tile]], *, title: str = "", px_per_mm: float = 1.0) -> None:
+    """Draw what `contact_sheet` writes onto an empty figure, which takes the size of the sheet."""
+    scale = px_per_mm
     heading = _LINE_PX + 2 * _GAP_PX if title else _GAP_PX
     width = max(_GAP_PX + sum(_slot_px(tile, scale) for tile in row) for row in rows)
     height = heading + sum(_row_px(row, scale) for row in rows) + _FOOT_PX
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="black")
-    FigureCanvasAgg(figure)
+    figure.set_size_inches(width / _DPI, height / _DPI)
+    figure.set_facecolor("black")
+    figure.set_layout_engine("none")  # places are in pixels
     # one pair of axes in pixels, y downwards, so that sizes need no second system of units
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
@@ -96,7 +104,6 @@ def _draw(rows: Sequence[Sequence[Tile]], title: str, scale: float) -> Figure:
         top += _row_px(row, scale)
     axes.plot([_GAP_PX, _GAP_PX + _BAR_MM * scale], [height - 10] * 2, color="0.9", linewidth=2)
     axes.text(_GAP_PX, height - 15, f"{_BAR_MM} mm", color="0.9", size=8, va="bottom")
-    return figure
 
 
 def _place(axes: Axes, tile: Tile, left: float, top: float, scale: float) -> None:

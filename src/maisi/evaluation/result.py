@@ -74,9 +74,11 @@ def write_result(folder: Path, result: Result, draw: Callable[[Any], None]) -> N
 
 
 def shown(value: Any) -> str:
-    """A value in a table: numbers short, None as a dash."""
-    if value is None:
+    """A value in a table: numbers short, None as a dash, several values in a row."""
+    if value is None or value in ([], ()):
         return "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(shown(one) for one in value)
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).replace("|", "/")
