@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import click
 
+from maisi.cli.evaluate_fid import fid
+from maisi.cli.evaluate_reconstruction import reconstruction
+
 evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
-_MEMBERS: tuple[click.Command, ...] = ()
+_MEMBERS: tuple[click.Command, ...] = (
+    reconstruction,
+    fid,
+)
 for _command in _MEMBERS:
     evaluate.add_command(_command)
 
