@@ -304,7 +304,11 @@ def _described_arrays(stored: Volume, judge: SliceFid) -> dict[str, NDArray[Any]
     ct = on_common_grid(ras, judge.config)
     facts = {"shape": ct.shape, "stored_shape": ras.shape, "stored_spacing_mm": ras.spacing_mm}
     turned = not np.allclose(stored.affine, ras.affine)
-    return {**judge.describe(ct), **{name: np.array(value) for name, value in facts.items()}, "turned": np.array(turned)}
+    return {
+        **judge.describe(ct),
+        **{name: np.array(value) for name, value in facts.items()},
+        "turned": np.array(turned),
+    }
 
 
 def chosen_pairs(count: int, most: int, seed: int) -> list[tuple[int, int]]:
