@@ -170,9 +170,9 @@ def evaluate(*arguments: object) -> int:
 
 def test_the_command(sets, tmp_path, capsys) -> None:
     common = (sets / "made", sets / "real", "--features", "gradients", "--side", 32, "--ways", 2, "--pairs", 2)
-    assert evaluate(*common, "--spacing", "15,15,15", "--size", "20,18,16", "-o", tmp_path / "out") == 0
+    assert evaluate(*common, "--spacing", "10,10,10", "--size", "32,28,22", "-o", tmp_path / "out") == 0
     values = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert values["settings"]["fid"]["size"] == [20, 18, 16]
+    assert values["settings"]["fid"]["size"] == [32, 28, 22]
     assert values["summary"]["fid"] > 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"result.json", "table.md", "figure.png"}
     capsys.readouterr()

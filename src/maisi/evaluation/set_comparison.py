@@ -26,7 +26,7 @@ from maisi.config import Config
 from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import cached_arrays, cached_json, key_of
-from maisi.evaluation.fid import PLANES, FidConfig, PlaneMoments, SliceFid, fid, on_common_grid, pooled
+from maisi.evaluation.fid import PLANES, FidConfig, FidScore, PlaneMoments, SliceFid, fid, on_common_grid, pooled
 from maisi.evaluation.halves import Halvings, compare_with_halves, smallest_half
 from maisi.evaluation.mmd import Kernel, mmd
 from maisi.evaluation.ms_ssim import ms_ssim, scales_for
@@ -42,7 +42,13 @@ Report = Callable[[str, int, int], None]
 Metric = Literal["fid", "mmd", "ms-ssim", "precision-recall"]
 METRICS: tuple[Metric, ...] = ("fid", "mmd", "ms-ssim", "precision-recall")
 SETS = ("generated", "real")
+_COVERAGE = ("precision", "recall")
+_KEPT = ".npz"
 COLUMNS = ("volume", "set", "size", "spacing_mm", "slices", "inside_other")
+
+
+_Summary = tuple[PlaneMoments | None, NDArray[np.float64]]
+"""What distances need to know of a set: moments, where FID is asked for, and one vector for each volume."""
 
 
 class SetConfig(Config):
@@ -152,49 +158,43 @@ class SetStudy:
         Raises:
             MaisiError: a volume can't be read (unless `skip_unreadable`), or a side has fewer than 2 volumes.
         """
-        sides, notes = [], []
-        for name, found in zip(SETS, (generated, real), strict=True):
-            side, faults = self._described(found.entries, partial(report, name) if report else None)
-            notes += [*found.notes, *skipped(faults, len(side.entries), skip_unreadable)]
-            _require_two(len(side.entries), name)
-            sides.append(side)
-        made, true = sides
-        summary: dict[str, float | None] = {"generated": len(made.entries), "real": len(true.entries)}
+        report = report or _silent
+        made, true, notes = self._described(generated, real, skip_unreadable, report)
         halvings, more = self._halved(made, true)
-        summary |= self._distances(made, true, halvings)
         inside = self._precision_recall(made, true)
+        summary: dict[str, float | None] = {"generated": len(made.entries), "real": len(true.entries)}
+        summary |= self._distances(made, true, halvings)
         if "precision-recall" in self.config.metrics:
-            summary |= {"precision": None, "recall": None}
-        if inside:
-            summary |= {"precision": inside.precision, "recall": inside.recall}
+            summary |= {"precision": inside.precision, "recall": inside.recall} if inside else dict.fromkeys(_COVERAGE)
         if "ms-ssim" in self.config.metrics:
-            for name, side in zip(SETS, sides, strict=True):
-                summary[f"ms_ssim_{name}"] = self._likeness(
-                    side, partial(report, f"MS-SSIM {name}") if report else None
-                )
-        notes += [*more, *self._notes(made, true, inside)]
+            summary |= {f"ms_ssim_{n}": self._likeness(n, side, report) for n, side in _by_name(made, true).items()}
+        notes = (*generated.notes, *real.notes, *notes, *more, *self._notes(made, true, inside))
         settings = {**self.config.model_dump(mode="json"), "maisi": maisi.__version__}
-        result = Result("fid", summary, _rows(made, true, inside), settings, COLUMNS, tuple(notes))
+        result = Result("fid", summary, _rows(made, true, inside), settings, COLUMNS, notes)
         return result, partial(_draw, result, made.vectors, true.vectors)
 
     def _described(
-        self, entries: Sequence[Entry], report: Callable[[int, int], None] | None
-    ) -> tuple[VolumeSet, list[str]]:
-        """Describe volumes, in one process or several, and say which could not be read."""
-        faults, kept, descriptions = [], [], []
-        for done, (entry, answer) in enumerate(zip(entries, self._answers(entries), strict=True)):
-            if answer.endswith(".npz"):
-                kept.append(entry)
-                descriptions.append(Description.read(Path(answer)))
-            else:
-                faults.append(answer)
-            if report:
-                report(done + 1, len(entries))
-        return VolumeSet(tuple(kept), tuple(descriptions)), faults
+        self, generated: Found, real: Found, skip: bool, report: Report
+    ) -> tuple[VolumeSet, VolumeSet, tuple[str, ...]]:
+        """Describe both sets, and say which volumes could not be read."""
+        entries = [*generated.entries, *real.entries]
+        answers: list[str] = []
+        for answer in self._answers(entries):
+            answers.append(answer)
+            report("volumes", len(answers), len(entries))
+        faults = [answer for answer in answers if not answer.endswith(_KEPT)]
+        notes = skipped(faults, len(answers) - len(faults), skip)
+        cut = len(generated.entries)
+        made = _read_set(generated.entries, answers[:cut])
+        true = _read_set(real.entries, answers[cut:])
+        for name, side in _by_name(made, true).items():
+            _require_two(len(side.entries), name)
+        return made, true, notes
 
     def _answers(self, entries: Sequence[Entry]) -> Iterator[str]:
+        """What `describe` says of each, in order, from this process or several."""
         task = partial(describe, config=self.config.fid, cache=self.cache)
-        if self.workers == 1 or len(entries) == 1:
+        if self.workers == 1:
             yield from map(task, entries)
             return
         threads = max(1, torch.get_num_threads() // self.workers)
@@ -211,16 +211,12 @@ class SetStudy:
         if smallest_half(patients, self.config.ways, self.config.seed) < 2:
             return None, [f"Halves of the real set need 4 volumes of different patients, not {len(patients)}."]
 
-        def summarised(some: Sequence[Description]) -> tuple[PlaneMoments, NDArray[np.float64]]:
-            return pooled(one.features() for one in some), np.stack([one.vector for one in some])
+        def summarised(some: Sequence[Description]) -> _Summary:
+            moments = pooled(one.features() for one in some) if "fid" in wanted else None
+            return moments, np.stack([one.vector for one in some])
 
-        def distances(
-            a: tuple[PlaneMoments, NDArray[np.float64]], b: tuple[PlaneMoments, NDArray[np.float64]]
-        ) -> dict[str, float]:
-            found = {}
-            if "fid" in wanted:
-                score = fid(a[0], b[0])
-                found = {"fid": score.average, **{f"fid_{plane}": float(getattr(score, plane)) for plane in PLANES}}
+        def distances(a: _Summary, b: _Summary) -> dict[str, float]:
+            found = {} if a[0] is None or b[0] is None else _planes(fid(a[0], b[0]))
             return found | ({"mmd": mmd(a[1], b[1], self.config.kernel)} if "mmd" in wanted else {})
 
         sets = made.descriptions, real.descriptions
@@ -232,8 +228,7 @@ class SetStudy:
         summary: dict[str, float | None] = {}
         if "fid" in self.config.metrics:
             score = fid(*(pooled(one.features() for one in side.descriptions) for side in (made, real)))
-            summary["fid"] = score.average
-            summary |= {f"fid_{plane}": getattr(score, plane) for plane in PLANES}
+            summary |= _planes(score)
             summary |= dict.fromkeys(("fid_same_count", "fid_real_halves", "fid_ratio"))
             if halvings:
                 summary |= _against_halves(halvings)
@@ -248,7 +243,7 @@ class SetStudy:
             return None
         return precision_recall(made.vectors, real.vectors, self.config.neighbours)
 
-    def _likeness(self, side: VolumeSet, report: Callable[[int, int], None] | None) -> float | None:
+    def _likeness(self, name: str, side: VolumeSet, report: Report) -> float | None:
         """Mean MS-SSIM of random pairs of a set: the higher, the less diverse."""
         if side.shape is None or not scales_for(side.shape):
             return None
@@ -256,8 +251,7 @@ class SetStudy:
         values = []
         for done, (i, j) in enumerate(pairs):
             values.append(self._pair(side.entries[i], side.entries[j]))
-            if report:
-                report(done + 1, len(pairs))
+            report(f"MS-SSIM {name}", done + 1, len(pairs))
         return float(np.mean(values))
 
     def _pair(self, a: Entry, b: Entry) -> float:
@@ -270,7 +264,7 @@ class SetStudy:
         return float(cached_json(self.cache / f"{key}.json", compute))
 
     def _notes(self, made: VolumeSet, real: VolumeSet, inside: PrecisionRecall | None) -> Iterator[str]:
-        sides = dict(zip(SETS, (made, real), strict=True))
+        sides = _by_name(made, real)
         yield f"Only distances with the same features ('{self.config.fid.features}'), slices and counts compare."
         for name, side in sides.items():
             yield from _grid_notes(name, side, self.config.fid)
@@ -289,7 +283,7 @@ def describe(entry: Entry, config: FidConfig, cache: Path) -> str:
     try:
         settings = config.model_dump(mode="json", exclude={"batch_size"})
         key = key_of("slices", maisi.__version__, settings, sha256(entry.image), entry.affine)
-        path = cache / f"{key}.npz"
+        path = cache / f"{key}{_KEPT}"
         stored = None if path.exists() else entry.ct()
     except MaisiError as error:
         return str(error)
@@ -316,6 +310,24 @@ def chosen_pairs(count: int, most: int, seed: int) -> list[tuple[int, int]]:
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     order = np.random.default_rng([seed, count]).permutation(len(pairs))[:most]
     return [pairs[number] for number in sorted(order)]
+
+
+def _read_set(entries: Sequence[Entry], answers: Sequence[str]) -> VolumeSet:
+    """The volumes of which `describe` told a path."""
+    kept = [(entry, Path(answer)) for entry, answer in zip(entries, answers, strict=True) if answer.endswith(_KEPT)]
+    return VolumeSet(tuple(entry for entry, _ in kept), tuple(Description.read(path) for _, path in kept))
+
+
+def _by_name(made: VolumeSet, real: VolumeSet) -> dict[str, VolumeSet]:
+    return dict(zip(SETS, (made, real), strict=True))
+
+
+def _planes(score: FidScore) -> dict[str, float]:
+    return {"fid": score.average, **{f"fid_{plane}": float(getattr(score, plane)) for plane in PLANES}}
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Where nobody wants to know."""
 
 
 @lru_cache(maxsize=1)
