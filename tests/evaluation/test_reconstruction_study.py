@@ -77,6 +77,7 @@ def test_means_come_with_intervals_and_structures_by_name(result) -> None:
     in_body = 60 * math.sqrt(2 / math.pi)
     assert summary["mae_hu_heart"] == pytest.approx(in_body, rel=0.1)
     assert summary["volumes_lungs"] == 3
+    assert "mae_hu_left_lung_upper_lobe_low" in summary
     row = result.items[0]["structures"]
     lungs = [n for n in row if n.startswith("left lung") or n.startswith("right lung")]
     assert row["lungs"]["voxels"] == sum(row[name]["voxels"] for name in lungs)

@@ -1,7 +1,13 @@
 """An autoencoder judged on CTs: every measure, volume by volume and structure by structure. Knows no file format.
 
 What is judged is a `Reconstructor`: any function from a CT to its reconstruction. `AutoencoderReconstructor` is one of
-this package's autoencoders; another's network takes a few lines in the caller's code.
+this package's autoencoders; another's network takes a few lines in the caller's code:
+
+    def theirs(ct: Volume) -> Volume:
+        values = torch.from_numpy(window_ct(ct.array))[None, None]
+        return ct.with_array(unwindow_ct(network(values)[0, 0].numpy()))
+
+    ReconstructionStudy(theirs, {"network": "theirs, version 2"}, ReconstructionConfig()).run(find_entries([folder]))
 """
 
 from __future__ import annotations
@@ -38,6 +44,9 @@ Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
 MEASURES = ("psnr", "ssim", "mae_hu", "perceptual")
+_DRAWN = 24
+"""Structures in the picture, at most; the table has them all."""
+
 COLUMNS = ("volume", "size", "spacing_mm", *MEASURES)
 
 
@@ -174,9 +183,10 @@ class ReconstructionStudy:
             summary |= self._interval(measure, [row[measure] for row in rows])
         for name in dict.fromkeys(name for row in rows for name in row["structures"]):
             held = [row["structures"][name] for row in rows if name in row["structures"]]
-            summary[f"volumes_{name}"] = len(held)
+            key = name.replace(" ", "_")
+            summary[f"volumes_{key}"] = len(held)
             for measure in ("mae_hu", "psnr"):
-                summary |= self._interval(f"{measure}_{name}", [one[measure] for one in held])
+                summary |= self._interval(f"{measure}_{key}", [one[measure] for one in held])
         return summary
 
     def _interval(self, name: str, values: Sequence[float | None]) -> dict[str, float | None]:
@@ -206,8 +216,10 @@ def draw(result: Result, figure: Any) -> None:
     rows = [row for row in result.items if row["psnr"] is not None]
     left.scatter([row["psnr"] for row in rows], [row["ssim"] for row in rows], s=18)
     left.set(xlabel="PSNR (dB)", ylabel="SSIM", title=f"{len(result.items)} volume(s)")
-    names = ["all voxels", *(n.removeprefix("volumes_") for n in result.summary if n.startswith("volumes_"))][:24]
-    keys = ["mae_hu", *(f"mae_hu_{name}" for name in names[1:])]
+    structures = [key.removeprefix("volumes_") for key in result.summary if key.startswith("volumes_")]
+    most = min(_DRAWN, len(structures))
+    names = ["all voxels", *(name.replace("_", " ") for name in structures[:most])]
+    keys = ["mae_hu", *(f"mae_hu_{name}" for name in structures[:most])]
     means = [result.summary[key] or 0.0 for key in keys]
     ends = [(result.summary[f"{key}_low"], result.summary[f"{key}_high"]) for key in keys]
     reach = [
@@ -217,7 +229,7 @@ def draw(result: Result, figure: Any) -> None:
     right.barh(names, means, xerr=np.array(reach).T, color="0.75", ecolor="0.25", capsize=2)
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=8)
-    right.set(xlabel="mean absolute error (HU)", title="by structure")
+    right.set(xlabel="mean absolute error (HU)", title=f"by structure, {most} of {len(structures)}")
 
 
 def _structures(ct: Volume, made: Volume, labels: Volume) -> dict[str, dict[str, Any]]:

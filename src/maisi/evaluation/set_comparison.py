@@ -356,15 +356,15 @@ def _against_halves(halvings: Halvings) -> dict[str, float | None]:
 def _count_notes(sides: Mapping[str, VolumeSet]) -> Iterator[str]:
     """How many volumes a covariance of full rank would need, where there are fewer."""
     for name, side in sides.items():
-        for plane in PLANES:
-            slices = sum(one.slices[plane] for one in side.descriptions)
-            size = len(side.descriptions[0].vector) // len(PLANES)
-            if slices <= size:
-                needed = math.ceil((size + 1) * len(side.descriptions) / slices)
-                yield (
-                    f"The {name} set has {slices} {plane} slices for covariances of {size} features; about {needed} "
-                    "volumes would fill them, so compare this FID only with others of as many."
-                )
+        counts = {plane: sum(one.slices[plane] for one in side.descriptions) for plane in PLANES}
+        plane = min(counts, key=lambda p: counts[p])
+        slices, size = counts[plane], len(side.descriptions[0].vector) // len(PLANES)
+        if slices <= size:
+            needed = math.ceil((size + 1) * len(side.descriptions) / slices)
+            yield (
+                f"The {name} set has {slices} {plane} slices for covariances of {size} features; about {needed} "
+                "volumes would fill them, so compare this FID only with others of as many."
+            )
 
 
 def _scale_notes(sides: Mapping[str, VolumeSet]) -> Iterator[str]:
