@@ -9,7 +9,7 @@ from maisi import cli
 from maisi.data.phantom import phantom
 from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
-from maisi.evaluation import set_comparison
+from maisi.evaluation import set_comparison, set_description
 from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, fid
 from maisi.evaluation.mmd import mmd
 from maisi.evaluation.ms_ssim import ms_ssim
@@ -93,7 +93,7 @@ def test_one_worker_is_as_good_as_two(result, sets, tmp_path) -> None:
 
 
 def test_a_finished_volume_is_not_looked_at_again(result, sets, monkeypatch) -> None:
-    monkeypatch.setattr(set_comparison, "_described_arrays", None)
+    monkeypatch.setattr(set_description, "_described_arrays", None)
     monkeypatch.setattr(set_comparison, "ms_ssim", None)
     assert run(sets / "made", sets / "real", sets.parent) == result
 

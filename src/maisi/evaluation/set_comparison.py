@@ -12,7 +12,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +25,15 @@ import maisi
 from maisi.config import Config
 from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import cached_arrays, cached_json, key_of
-from maisi.evaluation.fid import PLANES, FidConfig, FidScore, PlaneMoments, SliceFid, fid, on_common_grid, pooled
+from maisi.evaluation.cache import cached_json, key_of
+from maisi.evaluation.fid import PLANES, FidConfig, FidScore, PlaneMoments, fid, on_common_grid, pooled
 from maisi.evaluation.halves import Halvings, compare_with_halves, smallest_half
 from maisi.evaluation.mmd import Kernel, mmd
 from maisi.evaluation.ms_ssim import ms_ssim, scales_for
 from maisi.evaluation.precision_recall import NEIGHBOURS, PrecisionRecall, precision_recall
 from maisi.evaluation.result import Result
+from maisi.evaluation.set_description import Description, VolumeSet, describe, is_path, read_set
 from maisi.evaluation.volumes import Entry, Found, skipped
-from maisi.volume import Volume
 from maisi.weights.load import sha256
 
 Report = Callable[[str, int, int], None]
@@ -43,7 +43,6 @@ Metric = Literal["fid", "mmd", "ms-ssim", "precision-recall"]
 METRICS: tuple[Metric, ...] = ("fid", "mmd", "ms-ssim", "precision-recall")
 SETS = ("generated", "real")
 _COVERAGE = ("precision", "recall")
-_KEPT = ".npz"
 COLUMNS = ("volume", "set", "size", "spacing_mm", "slices", "inside_other")
 
 
@@ -71,69 +70,6 @@ class SetConfig(Config):
     pairs: int = Field(default=20, ge=1)
     ways: int = Field(default=5, ge=1)
     seed: int = Field(default=0, ge=0)
-
-
-@dataclass(frozen=True)
-class Description:
-    """What is kept of one volume; its slices' features stay in a file.
-
-    Attributes:
-        path: of the features, plane -> float32 (slices, D).
-        vector: float64 (3 D,), mean features of each plane's slices, one plane after the other.
-        slices: number of slices, plane by plane.
-        shape: of the common grid.
-        stored_shape: of the file, in RAS+ order.
-        stored_spacing_mm: so.
-        turned: whether the file's axes are not RAS+.
-    """
-
-    path: Path
-    vector: NDArray[np.float64]
-    slices: Mapping[str, int]
-    shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
-    stored_spacing_mm: tuple[float, ...]
-    turned: bool
-
-    @classmethod
-    def read(cls, path: Path) -> Description:
-        """Read what `describe` kept."""
-        with np.load(path, allow_pickle=False) as stored:
-            features = {plane: stored[plane] for plane in PLANES}
-            shapes = tuple(stored["shape"].tolist()), tuple(stored["stored_shape"].tolist())
-            spacing_mm = tuple(stored["stored_spacing_mm"].tolist())
-            turned = bool(stored["turned"])
-        vector = np.concatenate([features[plane].mean(axis=0, dtype=np.float64) for plane in PLANES])
-        return cls(path, vector, {plane: len(f) for plane, f in features.items()}, *shapes, spacing_mm, turned)
-
-    def features(self) -> dict[str, NDArray[np.float32]]:
-        """Read the features of the slices."""
-        with np.load(self.path, allow_pickle=False) as stored:
-            return {plane: stored[plane] for plane in PLANES}
-
-    @property
-    def spacing_text(self) -> str:
-        """The stored spacing, short."""
-        return "x".join(f"{mm:.4g}" for mm in self.stored_spacing_mm)
-
-
-@dataclass(frozen=True)
-class VolumeSet:
-    """The described volumes of one side, in the order of their entries."""
-
-    entries: tuple[Entry, ...]
-    descriptions: tuple[Description, ...]
-
-    @property
-    def vectors(self) -> NDArray[np.float64]:
-        """One row for each volume."""
-        return np.stack([description.vector for description in self.descriptions])
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        """Of all volumes on the common grid, or None where they differ."""
-        shapes = {description.shape for description in self.descriptions}
-        return next(iter(shapes)) if len(shapes) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -182,11 +118,11 @@ class SetStudy:
         for answer in self._answers(entries):
             answers.append(answer)
             report("volumes", len(answers), len(entries))
-        faults = [answer for answer in answers if not answer.endswith(_KEPT)]
+        faults = [answer for answer in answers if not is_path(answer)]
         notes = skipped(faults, len(answers) - len(faults), skip)
         cut = len(generated.entries)
-        made = _read_set(generated.entries, answers[:cut])
-        true = _read_set(real.entries, answers[cut:])
+        made = read_set(generated.entries, answers[:cut])
+        true = read_set(real.entries, answers[cut:])
         for name, side in _by_name(made, true).items():
             _require_two(len(side.entries), name)
         return made, true, notes
@@ -278,44 +214,11 @@ class SetStudy:
             yield from _scale_notes(sides)
 
 
-def describe(entry: Entry, config: FidConfig, cache: Path) -> str:
-    """Describe one volume into the cache and return the path; where it can't be read, the sentence that says so."""
-    try:
-        settings = config.model_dump(mode="json", exclude={"batch_size"})
-        key = key_of("slices", maisi.__version__, settings, sha256(entry.image), entry.affine)
-        path = cache / f"{key}{_KEPT}"
-        stored = None if path.exists() else entry.ct()
-    except MaisiError as error:
-        return str(error)
-    if stored is not None:
-        cached_arrays(path, partial(_described_arrays, stored, _judge(config)))
-    return str(path)
-
-
-def _described_arrays(stored: Volume, judge: SliceFid) -> dict[str, NDArray[Any]]:
-    """What `Description.read` reads, of a CT in HU as it was stored."""
-    ras = stored.to_ras()
-    ct = on_common_grid(ras, judge.config)
-    facts = {"shape": ct.shape, "stored_shape": ras.shape, "stored_spacing_mm": ras.spacing_mm}
-    turned = not np.allclose(stored.affine, ras.affine)
-    return {
-        **judge.describe(ct),
-        **{name: np.array(value) for name, value in facts.items()},
-        "turned": np.array(turned),
-    }
-
-
 def chosen_pairs(count: int, most: int, seed: int) -> list[tuple[int, int]]:
     """At most `most` different pairs of `count` things, drawn without repetition from `seed`."""
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     order = np.random.default_rng([seed, count]).permutation(len(pairs))[:most]
     return [pairs[number] for number in sorted(order)]
-
-
-def _read_set(entries: Sequence[Entry], answers: Sequence[str]) -> VolumeSet:
-    """The volumes of which `describe` told a path."""
-    kept = [(entry, Path(answer)) for entry, answer in zip(entries, answers, strict=True) if answer.endswith(_KEPT)]
-    return VolumeSet(tuple(entry for entry, _ in kept), tuple(Description.read(path) for _, path in kept))
 
 
 def _by_name(made: VolumeSet, real: VolumeSet) -> dict[str, VolumeSet]:
@@ -328,11 +231,6 @@ def _planes(score: FidScore) -> dict[str, float]:
 
 def _silent(stage: str, done: int, total: int) -> None:
     """Where nobody wants to know."""
-
-
-@lru_cache(maxsize=1)
-def _judge(config: FidConfig) -> SliceFid:
-    return SliceFid(config)
 
 
 def _require_two(count: int, name: str) -> None:
