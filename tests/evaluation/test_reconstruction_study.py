@@ -83,6 +83,15 @@ def test_means_come_with_intervals_and_structures_by_name(result) -> None:
     assert row["lungs"]["voxels"] == sum(row[name]["voxels"] for name in lungs)
 
 
+def test_classes_of_ones_own_have_their_names_or_numbers(data) -> None:
+    ct = read_volume(data / "images" / "0.nii.gz").to_ras()
+    ids = np.zeros(ct.shape, np.uint8)
+    ids[:4], ids[4:9] = 150, 151
+    row = study(Noise(60)).judge(ct, ct.with_array(ids), names={150: "my plate"})
+    assert row["structures"]["my plate"]["voxels"] == 4 * ct.shape[1] * ct.shape[2]
+    assert "label 151" in row["structures"]
+
+
 def test_a_perfect_reconstruction_has_no_error_and_no_finite_psnr(data) -> None:
     found = study(Noise(0)).run(find_entries([data / "images"]))
     assert (found.summary["psnr"], found.summary["mae_hu"], found.summary["perceptual"]) == (None, 0, 0)

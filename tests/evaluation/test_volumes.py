@@ -44,7 +44,9 @@ def folder(tmp_path):
         row = {"id": name, "patient": "z", "split": split, "image": f"{name}.npy", "labels": f"{name}-labels.npy"}
         row |= {"affine": CT.affine.tolist(), "spacing_mm": CT.spacing_mm, "shape": CT.shape, "modality": modality}
         rows.append(row)
-    (tmp_path / "prepared" / "index.json").write_text(json.dumps({"version": 1, "cases": rows}))
+    (tmp_path / "prepared" / "index.json").write_text(
+        json.dumps({"version": 1, "cases": rows, "custom_labels": {"150": "my plate"}})
+    )
     return tmp_path
 
 
@@ -78,6 +80,14 @@ def test_label_maps_are_found_by_name_and_turned_to_their_image(folder) -> None:
         ct, labels = entry.pair()
         np.testing.assert_array_equal(ct.array, CT.array)
         np.testing.assert_array_equal(labels.array, LABELS.array)
+
+
+def test_names_of_own_classes_come_along(folder) -> None:
+    assert find_entries([folder / "prepared"]).entries[0].label_names() == {150: "my plate"}
+    write_volume(folder / "labels" / "a.nii.gz", LABELS, names={151: "their plate"})
+    first, second = find_entries([folder / "images"], labels=folder / "labels").entries
+    assert (first.label_names(), second.label_names()) == ({151: "their plate"}, {})
+    assert find_entries([folder / "images"]).entries[0].label_names() == {}
 
 
 def test_pairs_that_do_not_match_are_refused(folder) -> None:

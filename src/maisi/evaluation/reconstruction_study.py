@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -44,6 +45,8 @@ Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
 MEASURES = ("psnr", "ssim", "mae_hu", "perceptual")
+_NO_NAMES: Mapping[int, str] = MappingProxyType({})
+
 _DRAWN = 24
 """Structures in the picture, at most; the table has them all."""
 
@@ -129,15 +132,23 @@ class ReconstructionStudy:
                 faults.append(str(error))
                 skipped(faults, 1, skip_unreadable)
             else:
-                rows.append(self._row(entry, partial(self.judge, ct, labels, features)))
+                rows.append(self._row(entry, partial(self.judge, ct, labels, features, entry.label_names())))
             if report:
                 report("volumes", done + 1, len(found.entries))
         notes = (*found.notes, *skipped(faults, len(rows), skip_unreadable), *self._notes(rows))
         settings = {**self.config.model_dump(mode="json"), **self.identity, "maisi": maisi.__version__}
         return Result("reconstruction", self._summary(rows), rows, settings, COLUMNS, notes)
 
-    def judge(self, ct: Volume, labels: Volume | None = None, features: Features | None = None) -> dict[str, Any]:
+    def judge(
+        self,
+        ct: Volume,
+        labels: Volume | None = None,
+        features: Features | None = None,
+        names: Mapping[int, str] = _NO_NAMES,
+    ) -> dict[str, Any]:
         """Return the row of one CT with its label map (RAS+, one grid); None stands for an infinite PSNR.
+
+        `names` are those of label ids that the vocabulary lacks.
 
         Raises:
             MaisiError: it is too small, or the reconstruction lies on another grid.
@@ -162,7 +173,7 @@ class ReconstructionStudy:
             "ssim": whole.ssim,
             "mae_hu": whole.mae_hu,
             "perceptual": near,
-            "structures": {} if labels is None else _structures(ct, made, labels),
+            "structures": {} if labels is None else _structures(ct, made, labels, names),
         }
 
     @cached_property
@@ -174,7 +185,15 @@ class ReconstructionStudy:
             return {"volume": entry.name, **compute()}
         files = [sha256(path) for path in entry.files]
         settings = self.config.model_dump(mode="json", include={"spacing_mm", "features", "slices"})
-        key = key_of("reconstruction", maisi.__version__, dict(self.identity), settings, files, entry.affine)
+        key = key_of(
+            "reconstruction",
+            maisi.__version__,
+            dict(self.identity),
+            settings,
+            files,
+            entry.affine,
+            sorted(entry.custom_labels.items()),
+        )
         return {"volume": entry.name, **cached_json(self.cache / f"{key}.json", compute)}
 
     def _summary(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -232,11 +251,11 @@ def draw(result: Result, figure: Any) -> None:
     right.set(xlabel="mean absolute error (HU)", title=f"by structure, {most} of {len(structures)}")
 
 
-def _structures(ct: Volume, made: Volume, labels: Volume) -> dict[str, dict[str, Any]]:
+def _structures(ct: Volume, made: Volume, labels: Volume, custom: Mapping[int, str]) -> dict[str, dict[str, Any]]:
     """Groups first, then every label by its name."""
     groups: dict[str, Sequence[int]] = {name: sorted(ids) for name, ids in STRUCTURES.items()}
     ids = ids_in(labels.array)
-    names = {id: f"label {id}" for id in ids if id} | label_names(ids)
+    names = {id: custom.get(id, f"label {id}") for id in ids if id} | label_names(ids)
     groups |= {name: [id] for id, name in sorted(names.items()) if name not in groups}
     found = compare_structures(ct.array, made.array, labels.array, groups)
     return {

@@ -7,8 +7,8 @@ without `labels.nii.gz`), or a folder of volumes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
-from maisi.io.nifti import read_header, read_labels, read_volume
+from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume
 from maisi.volume import Volume
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd")
@@ -41,6 +41,7 @@ class Entry:
         image: a volume file, or an array (.npy) of a prepared folder.
         labels: its label map, of the same kind, or None.
         affine: of a prepared folder's arrays, 4 rows of 4; None: the files say it themselves.
+        custom_labels: names of a prepared folder's own classes, id -> name.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     image: Path
     labels: Path | None = None
     affine: tuple[tuple[float, ...], ...] | None = None
+    custom_labels: Mapping[int, str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Look at the headers alone.
@@ -88,6 +90,12 @@ class Entry:
         if self.labels is None:
             return None
         return read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
+
+    def label_names(self) -> dict[int, str]:
+        """Names that the folder or the label map's header gives to ids; {} where they give none."""
+        if self.labels is None or self.affine is not None:
+            return dict(self.custom_labels)
+        return read_label_names(self.labels)
 
     def pair(self) -> tuple[Volume, Volume | None]:
         """Read the CT and its label map, both RAS+ and on one grid.
@@ -190,9 +198,10 @@ def ct_of(folder: PreparedFolder, case: PreparedCase) -> Volume:
 
 def _in_prepared(folder: Path, split: str) -> Found:
     index = PreparedFolder(folder).index
+    own = index.custom_labels
     chosen = [case for case in index.cases if split in ("all", case.split)]
     entries = tuple(
-        Entry(c.id, c.patient, folder / c.image, None if c.labels is None else folder / c.labels, c.affine)
+        Entry(c.id, c.patient, folder / c.image, None if c.labels is None else folder / c.labels, c.affine, own)
         for c in chosen
         if c.is_ct
     )
