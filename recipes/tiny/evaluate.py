@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,12 +38,14 @@ from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
 from maisi.data.preprocess import HU_MAX, HU_MIN, crop_or_pad, resample
 from maisi.data.quality_measures import stray_share
 from maisi.data.segmentation import segment
-from maisi.device import resolve_device, resolve_precision
 from maisi.errors import MaisiError
+from maisi.evaluation.cache import cached_arrays, cached_json
 from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, fid, pooled
+from maisi.evaluation.halves import compare_with_halves
 from maisi.evaluation.intensity import HuHistogram, total_variation, wasserstein_hu
 from maisi.evaluation.pictures import Tile, contact_sheet
 from maisi.evaluation.reconstruction import compare
+from maisi.evaluation.volumes import ct_of
 from maisi.generation import codec
 from maisi.generation.pipeline import Model, load
 from maisi.io.files import atomic_path, write_json
@@ -52,7 +53,7 @@ from maisi.io.preview import BONE, SOFT_TISSUE, Window
 from maisi.networks.autoencoder import Autoencoder
 from maisi.training.perceptual import FeatureName
 from maisi.volume import Volume
-from maisi.weights.load import load_network, sha256
+from maisi.weights.load import sha256
 
 Triple = tuple[int, int, int]
 
@@ -117,17 +118,15 @@ class Description:
         body = segment(ct).array > 0
         return cls(judge.describe(ct), HuHistogram.of(ct.array, body), stray_share(ct, body))
 
-    def save(self, path: Path) -> None:
-        """Write as npz."""
-        with atomic_path(path) as part, part.open("wb") as file:
-            np.savez(file, counts=self.histogram.counts, stray=self.stray, **cast(Any, self.features))
+    def as_arrays(self) -> dict[str, NDArray[Any]]:
+        """For a file."""
+        return {"counts": self.histogram.counts, "stray": np.array(self.stray), **self.features}
 
     @classmethod
-    def load(cls, path: Path) -> Description:
-        """Inverse of `save`."""
-        with np.load(path, allow_pickle=False) as stored:
-            features = {plane: stored[plane] for plane in PLANES}
-            return cls(features, HuHistogram(stored["counts"]), float(stored["stray"]))
+    def from_arrays(cls, stored: Mapping[str, NDArray[Any]]) -> Description:
+        """Inverse of `as_arrays`."""
+        features = {plane: stored[plane] for plane in PLANES}
+        return cls(features, HuHistogram(stored["counts"]), float(stored["stray"]))
 
 
 class Evaluation:
@@ -183,13 +182,13 @@ class Evaluation:
     def measure_autoencoder(self, own: Path) -> dict[str, Any]:
         """PSNR, SSIM and MAE of each validation case, and their means by part of the body."""
         cases = ct_cases(self.folder, "validation")
-        rows = [cached(own / f"autoencoder-{case.id}.json", partial(self.reconstruction, case)) for case in cases]
+        rows = [cached_json(own / f"autoencoder-{case.id}.json", partial(self.reconstruction, case)) for case in cases]
         parts = sorted({row["part"] for row in rows})
         return {"cases": rows, "means": {part: means([r for r in rows if r["part"] == part]) for part in parts}}
 
     def reconstruction(self, case: PreparedCase) -> dict[str, Any]:
         """The three measures of one case."""
-        ct = volume_of(self.folder, case)
+        ct = ct_of(self.folder, case)
         if not is_head_neck(case):
             ct = crop_or_pad(ct, at_most(ct.shape, TORSO_CROP))
         made = codec.decode(self.autoencoder, codec.encode(self.autoencoder, ct))
@@ -202,10 +201,7 @@ class Evaluation:
         """The autoencoder on its own, or the model's."""
         if not self.arguments.autoencoder:
             return self.model.autoencoder
-        device = resolve_device()
-        dtype = resolve_precision(self.arguments.precision, device)
-        network = load_network(self.arguments.autoencoder, device, dtype, network="autoencoder")
-        return cast(Autoencoder, cast(Any, network).to(memory_format=torch.channels_last_3d))
+        return codec.load_autoencoder(self.arguments.autoencoder, precision=self.arguments.precision)
 
     def measure_generation(self, own: Path) -> dict[str, Any]:
         """Generated against real head-neck volumes; draws the generated ones."""
@@ -237,10 +233,12 @@ class Evaluation:
 
     def described(self, path: Path, ct: Callable[[], Volume]) -> Description:
         """The description kept at `path`, made of `ct()` if it is not there yet."""
-        if not path.exists():
-            Description.of(ct(), self.judge).save(path)
-            say(f"described {path.stem}")
-        return Description.load(path)
+
+        def compute() -> dict[str, NDArray[Any]]:
+            say(f"describing {path.stem}")
+            return Description.of(ct(), self.judge).as_arrays()
+
+        return Description.from_arrays(cached_arrays(path, compute))
 
     def real_cases(self) -> list[PreparedCase]:
         """Head-neck cases of both splits that fill enough of the grid along each axis, a random choice of them."""
@@ -256,7 +254,7 @@ class Evaluation:
 
     def on_grid(self, case: PreparedCase) -> Volume:
         """A real head-neck CT as the generated ones are: same grid, same window."""
-        ct = crop_or_pad(resample(volume_of(self.folder, case), SPACING_MM), SIZE, value=HU_MIN)
+        ct = crop_or_pad(resample(ct_of(self.folder, case), SPACING_MM), SIZE, value=HU_MIN)
         return ct.with_array(np.clip(ct.array, HU_MIN, HU_MAX).astype(np.int16))
 
     def draw(self, volumes: Sequence[Volume]) -> None:
@@ -310,7 +308,7 @@ class Evaluation:
 
     def mask_pair(self, case: PreparedCase) -> tuple[Volume, Volume]:
         """The CT and the label map of a case on the grid that is generated on."""
-        ct = volume_of(self.folder, case)
+        ct = ct_of(self.folder, case)
         labels = Volume(np.asarray(self.folder.labels(case)), ct.affine)
         spacing = SPACING_MM if is_head_neck(case) else TORSO_MASK_SPACING_MM
         ct, labels = resample(ct, spacing), resample(labels, spacing, order=0)
@@ -319,42 +317,26 @@ class Evaluation:
 
 
 def compare_sets(made: Sequence[Description], real: Sequence[Description], patients: Sequence[str]) -> dict[str, Any]:
-    """Distances of generated to real volumes, beside those between halves of the real ones.
-
-    All sets of a way to halve have the same number of volumes, since FID depends on it.
-    """
-    rows: list[dict[str, Any]] = []
-    for way in range(WAYS_TO_HALVE):
-        first, second = halves(patients, np.random.default_rng(way))
-        count = min(len(made), len(first), len(second))
-        a, b = ([real[i] for i in half[:count]] for half in (first, second))
-        between = distances(a, b)
-        to_real = [distances(made[:count], half) for half in (a, b)]
-        apart = {name: float(np.mean([d[name] for d in to_real])) for name in between}
-        rows.append({"count": count, "generated_to_real": apart, "real_to_real": between})
-        say(f"way {way + 1} to halve: FID {apart['fid']:.2f} generated, {between['fid']:.2f} real")
-    mean = {
-        kind: {name: float(np.mean([row[kind][name] for row in rows])) for name in rows[0][kind]}
-        for kind in ("generated_to_real", "real_to_real")
-    }
-    ratios = [row["generated_to_real"]["fid"] / row["real_to_real"]["fid"] for row in rows]
+    """Distances of generated to real volumes, beside those between halves of the real ones."""
+    found = compare_with_halves(made, real, patients, tuple, distances, WAYS_TO_HALVE)
+    for number, way in enumerate(found.ways):
+        apart, between = way.made_to_real["fid"], way.real_to_real["fid"]
+        say(f"way {number + 1} to halve: FID {apart:.2f} generated, {between:.2f} real")
+    names = found.ways[0].real_to_real
     return {
         "generated": len(made),
         "real": len(real),
-        "count": rows[0]["count"],
-        **mean,
-        "fid_ratio": mean["generated_to_real"]["fid"] / mean["real_to_real"]["fid"],
-        "fid_ratio_range": [min(ratios), max(ratios)],
+        "count": found.ways[0].count,
+        "generated_to_real": {name: found.made_to_real(name) for name in names},
+        "real_to_real": {name: found.real_to_real(name) for name in names},
+        "fid_ratio": found.ratio("fid"),
+        "fid_ratio_range": found.ratio_range("fid"),
         "stray_share": {"generated": stray(made), "real": stray(real)},
-        "ways_to_halve": rows,
+        "ways_to_halve": [
+            {"count": way.count, "generated_to_real": way.made_to_real, "real_to_real": way.real_to_real}
+            for way in found.ways
+        ],
     }
-
-
-def halves(patients: Sequence[str], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Indices of two sets without a patient in common, each in random order of patients."""
-    names = list(rng.permutation(sorted(set(patients))))
-    places = [[i for name in part for i, p in enumerate(patients) if p == name] for part in (names[::2], names[1::2])]
-    return places[0], places[1]
 
 
 def distances(a: Sequence[Description], b: Sequence[Description]) -> dict[str, float]:
@@ -464,22 +446,10 @@ def at_most(size: Triple, most: Triple) -> Triple:
     return (x, y, z)
 
 
-def volume_of(folder: PreparedFolder, case: PreparedCase) -> Volume:
-    """The image of a case with its affine."""
-    return Volume(np.asarray(folder.image(case)), np.array(case.affine))
-
-
 def store(path: Path, array: NDArray[Any]) -> None:
     """Write an array, whole or not at all."""
     with atomic_path(path) as part, part.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-
-
-def cached(path: Path, compute: Callable[[], Any]) -> Any:
-    """JSON values kept at `path`, computed if they are not there yet."""
-    if not path.exists():
-        write_json(path, compute())
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def versions() -> dict[str, str]:

@@ -139,14 +139,6 @@ def test_a_lost_volume_alone_is_made_again_with_the_same_bytes(measured, evaluat
     assert path.read_bytes() == before
 
 
-def test_halves_have_no_patient_in_common(evaluate):
-    patients = ["a", "b", "a", "c", "d", "d", "e"]
-    for seed in range(5):
-        first, second = evaluate.halves(patients, np.random.default_rng(seed))
-        assert sorted(first + second) == list(range(7))
-        assert not {patients[i] for i in first} & {patients[i] for i in second}
-
-
 def test_an_autoencoder_can_be_measured_alone(evaluate, prepared, model_folder, tmp_path, monkeypatch):
     file = model_folder / "autoencoder.safetensors"
     run(evaluate, monkeypatch, "--autoencoder", file, "--data", prepared, "-o", tmp_path / "out")

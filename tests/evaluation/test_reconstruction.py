@@ -6,7 +6,7 @@ import pytest
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from maisi.errors import MaisiError
-from maisi.evaluation.reconstruction import compare, mean_absolute_error, psnr, ssim
+from maisi.evaluation.reconstruction import compare, compare_structures, mean_absolute_error, psnr, ssim
 
 SIZES = [(40, 23, 17), (11, 12, 13), (16, 33, 20)]
 
@@ -90,6 +90,23 @@ def test_faults_are_explained():
         ssim(np.zeros((8, 8, 6)), np.zeros((8, 8, 6)))
     with pytest.raises(MaisiError, match="SSIM needs 11 voxels"):
         ssim(np.zeros((8, 8, 8)), np.zeros((8, 8, 8)), "gaussian")
+
+
+def test_structures_are_measured_by_their_own_voxels():
+    rng = np.random.default_rng(5)
+    hu = rng.integers(-1500, 1500, (37, 10, 9)).astype(np.int16)
+    made = (hu + rng.normal(0, 50, hu.shape)).astype(np.int16)
+    labels = rng.integers(0, 5, hu.shape).astype(np.uint8)
+    found = compare_structures(hu, made, labels, {"one": [1], "pair": [2, 4], "absent": [9]})
+    assert set(found) == {"one", "pair"}
+    for name, where in {"one": labels == 1, "pair": (labels == 2) | (labels == 4)}.items():
+        a, b = (np.clip(v[where].astype(float), -1000, 1000) for v in (hu, made))
+        assert found[name].voxels == where.sum()
+        assert found[name].mae_hu == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
+        assert found[name].psnr_db == pytest.approx(peak_signal_noise_ratio(a, b, data_range=2000), abs=1e-4)
+    assert compare_structures(hu, hu, labels, {"one": [1]})["one"].psnr_db == math.inf
+    with pytest.raises(MaisiError, match="one grid"):
+        compare_structures(hu, made, labels[1:], {"one": [1]})
 
 
 def peak_of(shape):

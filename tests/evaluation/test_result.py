@@ -49,3 +49,9 @@ def test_the_columns_of_a_table_may_be_chosen() -> None:
     assert "| 1 |" in lines
     assert not any("a/b" in line for line in lines)
     assert shown(3) == "3"
+
+
+def test_an_interval_stands_beside_its_number() -> None:
+    summary = {"psnr": 30.0, "psnr_low": 29.0, "psnr_high": 31.5, "x_low": 1.0, "y": 2.0, "y_low": None, "y_high": None}
+    rows = Result("x", summary, (), {}).table().splitlines()[4:-1]
+    assert rows == ["| psnr | 30 (29 to 31.5) |", "| x_low | 1 |", "| y | 2 |"]

@@ -72,12 +72,12 @@ def autoencoder_file(model: str | None, autoencoder: Path | None) -> Path:
 
 
 def require_new(path: Path, *endings: str) -> None:
-    """Refuse, before any work, an output file that exists or cannot be made.
+    """Refuse, before any work, an output file (or a folder: without `endings`) that exists or cannot be made.
 
     Raises:
         MaisiError: so.
     """
-    if not path.name.lower().endswith(endings):
+    if endings and not path.name.lower().endswith(endings):
         raise MaisiError(f"{path}: this command writes {' or '.join(endings)}; give a name that ends so.")
     if path.exists():
         raise MaisiError(f"{path} exists; choose another name or remove it.")

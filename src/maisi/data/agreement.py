@@ -32,7 +32,7 @@ def joint_counts(a: Array, b: Array) -> NDArray[np.int64]:
         raise MaisiError(f"Label maps of shapes {a.shape} and {b.shape} can't be compared; bring them to one grid.")
     counts = np.zeros(256 * 256, np.int64)
     for slab_a, slab_b in zip(a, b, strict=True):
-        pairs = _ids(slab_a) * 256 + _ids(slab_b)
+        pairs = label_ids(slab_a) * 256 + label_ids(slab_b)
         counts += np.bincount(pairs.ravel(), minlength=counts.size)
     return counts.reshape(256, 256)
 
@@ -60,7 +60,12 @@ def _dice(counts: NDArray[np.int64], ids: list[int]) -> float | None:
     return 2 * both / size if size else None
 
 
-def _ids(labels: Array) -> NDArray[np.int64]:
+def label_ids(labels: Array) -> NDArray[np.int64]:
+    """Return the labels as int64.
+
+    Raises:
+        MaisiError: values are not whole numbers from 0 to 255.
+    """
     ids = labels.astype(np.int64)
     if (ids != labels).any() or ids.min() < 0 or ids.max() > 255:
         raise MaisiError("A label map holds values other than whole numbers from 0 to 255; give label ids.")

@@ -168,7 +168,7 @@ class SliceFid:
 
     def describe(self, ct: Volume) -> dict[str, NDArray[np.float32]]:
         """Return the feature vectors (slices, D) of the central slices of each plane of a CT in HU."""
-        values = window_ct(self._on_common_grid(ct).array)
+        values = window_ct(on_common_grid(ct, self.config).array)
         return {plane: self._plane(values, axis) for plane, axis in PLANES.items()}
 
     def moments(self, volumes: Iterable[Volume]) -> PlaneMoments:
@@ -179,18 +179,20 @@ class SliceFid:
         """
         return pooled(self.describe(volume) for volume in volumes)
 
-    def _on_common_grid(self, ct: Volume) -> Volume:
-        ct = ct.to_ras()
-        if self.config.spacing_mm is not None:
-            ct = resample(ct, self.config.spacing_mm)
-        return ct if self.config.size is None else crop_or_pad(ct, self.config.size, value=HU_MIN)
-
     def _plane(self, values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
         stack = np.moveaxis(values, axis, 0)
         count = max(1, round(self.config.centre_share * len(stack)))
         start = (len(stack) - count) // 2
         config = self.config
         return slice_features(stack[start : start + count], self.features, config.side, config.batch_size)
+
+
+def on_common_grid(ct: Volume, config: FidConfig) -> Volume:
+    """Bring a CT to RAS+ and to the spacing and size of `config`, where it names them; what is padded is air."""
+    ct = ct.to_ras()
+    if config.spacing_mm is not None:
+        ct = resample(ct, config.spacing_mm)
+    return ct if config.size is None else crop_or_pad(ct, config.size, value=HU_MIN)
 
 
 def pooled(descriptions: Iterable[Mapping[str, NDArray[np.float32]]]) -> PlaneMoments:

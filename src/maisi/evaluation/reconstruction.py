@@ -1,4 +1,6 @@
-"""How close a reconstructed CT is to its original: PSNR, SSIM, mean absolute error. Knows no network.
+"""How close a reconstructed CT is to its original: PSNR, SSIM, mean absolute error, in all and by structure.
+
+Knows no network.
 
 All three look at HU clipped to the window that the models know, [-1000, 1000]; PSNR and SSIM see it mapped to
 [0, 1], so their data range is 1. Sums run over slabs along X, so temporary arrays stay small.
@@ -6,7 +8,7 @@ All three look at HU clipped to the window that the models know, [-1000, 1000]; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from maisi.data.agreement import label_ids
 from maisi.data.preprocess import HU_MAX, HU_MIN, window_ct
 from maisi.errors import MaisiError
 
@@ -57,10 +60,56 @@ def compare(original_hu: Array, made_hu: Array, window: Window = "uniform") -> R
     )
 
 
+@dataclass(frozen=True)
+class StructureError:
+    """How far a reconstruction is off inside one structure.
+
+    Attributes:
+        voxels: of the structure.
+        mae_hu: mean absolute difference in HU.
+        psnr_db: of its voxels alone, with the whole window as data range; infinite where nothing differs.
+    """
+
+    voxels: int
+    mae_hu: float
+    psnr_db: float
+
+
+def compare_structures(
+    original_hu: Array, made_hu: Array, labels: Array, groups: Mapping[str, Collection[int]]
+) -> dict[str, StructureError]:
+    """Compare two CTs in HU inside groups of label ids, all (X, Y, Z); groups that the labels lack are left out.
+
+    Raises:
+        MaisiError: shapes differ, or a label is not a whole number from 0 to 255.
+    """
+    _require_same_shape(original_hu, made_hu)
+    _require_same_shape(original_hu, labels)
+    voxels, absolute, squared = np.zeros((3, 256))
+    for start in range(0, len(labels), SLAB):
+        slab = slice(start, start + SLAB)
+        ids = label_ids(labels[slab]).ravel()
+        difference = (window_ct(made_hu[slab]) - window_ct(original_hu[slab])).astype(np.float64).ravel()
+        voxels += np.bincount(ids, minlength=256)
+        absolute += np.bincount(ids, np.abs(difference), 256)
+        squared += np.bincount(ids, difference**2, 256)
+    found = {}
+    for name, members in groups.items():
+        chosen = sorted(members)
+        count = voxels[chosen].sum()
+        if count:
+            mae, mse = absolute[chosen].sum() / count, squared[chosen].sum() / count
+            found[name] = StructureError(int(count), float(mae * (HU_MAX - HU_MIN)), _decibels(mse, 1.0))
+    return found
+
+
 def psnr(original: Array, made: Array, data_range: float = 1.0) -> float:
     """Return the peak signal-to-noise ratio in dB: 10 log10(data_range^2 / mean squared error)."""
-    error = _mean(original, made, np.square)
-    return float("inf") if error == 0 else float(10 * np.log10(data_range**2 / error))
+    return _decibels(_mean(original, made, np.square), data_range)
+
+
+def _decibels(squared_error: float, data_range: float) -> float:
+    return float("inf") if squared_error == 0 else float(10 * np.log10(data_range**2 / squared_error))
 
 
 def mean_absolute_error(original: Array, made: Array) -> float:
@@ -83,6 +132,11 @@ def ssim(original: Array, made: Array, window: Window = "uniform", data_range: f
     Raises:
         MaisiError: shapes differ, or an axis is shorter than the window.
     """
+    return similarity(original, made, window, data_range)[0]
+
+
+def similarity(original: Array, made: Array, window: Window, data_range: float = 1.0) -> tuple[float, float]:
+    """Return the mean of SSIM, as `ssim`, and that of its factor for contrast and structure alone."""
     _require_same_shape(original, made)
     radius = SSIM_RADIUS[window]
     if min(original.shape) < 2 * radius + 1:
@@ -90,15 +144,18 @@ def ssim(original: Array, made: Array, window: Window = "uniform", data_range: f
             f"SSIM needs {2 * radius + 1} voxels along each axis, this volume has {original.shape}; "
             "compare a larger one."
         )
-    total = 0.0
+    whole = structure = 0.0
     for start in range(radius, original.shape[0] - radius, SLAB):
         block = slice(start - radius, min(start + SLAB, original.shape[0] - radius) + radius)
-        total += float(_similarity(original[block], made[block], window, data_range).sum())
-    return total / float(np.prod([n - 2 * radius for n in original.shape]))
+        values, contrast = _similarity(original[block], made[block], window, data_range)
+        whole += float(values.sum())
+        structure += float(contrast.sum())
+    count = float(np.prod([n - 2 * radius for n in original.shape]))
+    return whole / count, structure / count
 
 
-def _similarity(a: Array, b: Array, window: Window, data_range: float) -> Array:
-    """SSIM at each voxel whose window lies inside the block."""
+def _similarity(a: Array, b: Array, window: Window, data_range: float) -> tuple[Array, Array]:
+    """SSIM and its contrast-structure factor at each voxel whose window lies inside the block."""
     radius = SSIM_RADIUS[window]
     smooth = _smoother(window)
     x, y = a.astype(np.float64), b.astype(np.float64)
@@ -109,10 +166,10 @@ def _similarity(a: Array, b: Array, window: Window, data_range: float) -> Array:
     var_y = correction * (smooth(y * y) - mean_y**2)
     covariance = correction * (smooth(x * y) - mean_x * mean_y)
     c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
-    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    structure: Array = (2 * covariance + c2) / (var_x + var_y + c2)
     values: Array = structure * (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    inside = slice(radius, -radius)
-    return values[inside, inside, inside]
+    inside = (slice(radius, -radius),) * 3
+    return values[inside], structure[inside]
 
 
 def _smoother(window: Window) -> Callable[[Array], Array]:

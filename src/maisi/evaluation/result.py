@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ class Result:
 
     Attributes:
         name: of the evaluation, as on the command line.
-        summary: headline numbers by name, such as "psnr", "ssim", "fid"; None where one could not be had.
+        summary: headline numbers by name, such as "psnr", "ssim", "fid"; None where one could not be had. The ends
+            of an interval are called "psnr_low" and "psnr_high", and stand in the table beside the number.
         items: one row for each volume, or each pair of sets.
         settings: what decides the numbers: options, seeds, hashes.
         columns: keys of `items` that the table shows, in order; () is all of the first row.
@@ -48,12 +49,22 @@ class Result:
     def table(self) -> str:
         """The summary and the rows as Markdown."""
         lines = [f"# {self.name}", "", "| measure | value |", "|---|---|"]
-        lines += [f"| {name} | {shown(value)} |" for name, value in self.summary.items()]
+        lines += [f"| {name} | {value} |" for name, value in self._with_intervals()]
         columns = self.columns or tuple(self.items[0] if self.items else ())
         if columns:
             lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in self.items]
         return "\n".join([*lines, "", *self.notes]) + "\n"
+
+    def _with_intervals(self) -> Iterator[tuple[str, str]]:
+        """The summary's names and values as text, both ends of an interval behind the number."""
+        ends = {name: [f"{name}_low", f"{name}_high"] for name in self.summary}
+        inside = {end for pair in ends.values() if self.summary.keys() >= set(pair) for end in pair}
+        for name, value in self.summary.items():
+            low, high = (self.summary.get(end) for end in ends[name])
+            reach = "" if low is None or high is None else f" ({shown(low)} to {shown(high)})"
+            if name not in inside:
+                yield name, shown(value) + reach
 
 
 def write_result(folder: Path, result: Result, draw: Callable[[Any], None]) -> None:

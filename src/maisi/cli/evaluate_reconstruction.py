@@ -1,0 +1,83 @@
+"""`maisi evaluate reconstruction`: how well an autoencoder gives CTs back."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import click
+
+from maisi.cli.options import (
+    FILE,
+    autoencoder_file,
+    autoencoder_options,
+    output_option,
+    progress,
+    require_new,
+    running_options,
+)
+
+
+@click.command()
+@click.argument("images", type=FILE, nargs=-1, required=True)
+@click.option("--labels", type=FILE, help="Folder of label maps named as the images are; adds measures by structure.")
+@click.option("--split", default="validation", show_default=True, help="Of prepared folders: train, validation, all.")
+@autoencoder_options
+@click.option("--spacing", metavar="X,Y,Z", help="Resample to this spacing in mm first.  [default: as stored]")
+@click.option(
+    "--lpips-features",
+    "features",
+    default="efficientnet-lite0",
+    show_default=True,
+    help="Of the perceptual distance: efficientnet-lite0, gradients, or none to leave it out.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap intervals.")
+@click.option("--cache", type=FILE, help="Folder for finished volumes, to go on from.  [default: OUTPUT.cache]")
+@click.option("--skip-unreadable", is_flag=True, help="Leave out, and list, what can't be read.")
+@running_options
+@output_option("Folder to make, with result.json, table.md and figure.png.")
+def reconstruction(
+    images: tuple[Path, ...],
+    labels: Path | None,
+    split: str,
+    model: str | None,
+    autoencoder: Path | None,
+    spacing: str | None,
+    features: str,
+    seed: int,
+    cache: Path | None,
+    skip_unreadable: bool,
+    output: Path,
+    **where: str,
+) -> None:
+    """Encode and decode IMAGES (CT files, folders, prepared folders) and compare.
+
+    \b
+    maisi evaluate reconstruction PREPARED --model tiny -o out/
+    maisi evaluate reconstruction images/ --labels labels/ --autoencoder vae.safetensors -o out/
+    """
+    from maisi.evaluation.cache import cache_folder
+    from maisi.evaluation.result import write_result
+    from maisi.evaluation.volumes import find_entries, readable
+    from maisi.request import Request
+
+    require_new(output)
+    spacing_mm = Request.parse(spacing=spacing, seed=seed).spacing
+    path = autoencoder_file(model, autoencoder)
+    found = readable(find_entries(images, split, labels), skip_unreadable)
+    from maisi.config import parse_config
+    from maisi.evaluation.reconstruction_study import (
+        AutoencoderReconstructor,
+        ReconstructionConfig,
+        ReconstructionStudy,
+        draw,
+    )
+
+    values = {"spacing_mm": spacing_mm, "features": features, "seed": seed}
+    config = parse_config(ReconstructionConfig, values, "The evaluation")
+    reconstructor = AutoencoderReconstructor(path, **where)
+    study = ReconstructionStudy(reconstructor, reconstructor.identity, config, cache_folder(output, cache))
+    with progress() as report:
+        result = study.run(found, skip_unreadable, partial(report, "reconstruct"))
+    write_result(output, result, partial(draw, result))
+    click.echo(str(output))

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from maisi.data.phantom import phantom
+from maisi.errors import MaisiError
+from maisi.evaluation.volumes import find_entries, readable
+from maisi.io.nifti import write_volume
+from maisi.volume import Volume
+
+CT, LABELS = phantom((24, 20, 16), (14.0, 14.0, 14.0), ("chest",), seed=0)
+
+
+def turned(volume):
+    """The same volume with its axes in another order and one reversed."""
+    array = np.transpose(volume.array, (2, 0, 1))[:, ::-1]
+    affine = volume.affine[:, [2, 0, 1, 3]].copy()
+    affine[:3, 3] += affine[:3, 1] * (array.shape[1] - 1)
+    affine[:3, 1] *= -1
+    return Volume(np.ascontiguousarray(array), affine)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """a, b and their label maps, one of them turned; two generated items; a prepared folder of three cases."""
+    for place in ("images", "labels", "items/0000", "items/0001", "prepared"):
+        (tmp_path / place).mkdir(parents=True)
+    write_volume(tmp_path / "images" / "a.nii.gz", CT)
+    write_volume(tmp_path / "images" / "b_0000.nii", CT)
+    (tmp_path / "images" / "notes.txt").write_text("no volume")
+    write_volume(tmp_path / "labels" / "a.nii.gz", turned(LABELS))
+    write_volume(tmp_path / "labels" / "b.nii.gz", LABELS)
+    for item in ("0000", "0001"):
+        write_volume(tmp_path / "items" / item / "image.nii.gz", CT)
+    write_volume(tmp_path / "items" / "0000" / "labels.nii.gz", LABELS)
+    rows = []
+    for name, split, modality in (("p", "train", "ct"), ("q", "validation", "ct"), ("r", "validation", "mri")):
+        np.save(tmp_path / "prepared" / f"{name}.npy", CT.array)
+        np.save(tmp_path / "prepared" / f"{name}-labels.npy", LABELS.array)
+        row = {"id": name, "patient": "z", "split": split, "image": f"{name}.npy", "labels": f"{name}-labels.npy"}
+        row |= {"affine": CT.affine.tolist(), "spacing_mm": CT.spacing_mm, "shape": CT.shape, "modality": modality}
+        rows.append(row)
+    (tmp_path / "prepared" / "index.json").write_text(
+        json.dumps({"version": 1, "cases": rows, "custom_labels": {"150": "my plate"}})
+    )
+    return tmp_path
+
+
+def names(found):
+    return [entry.name for entry in found.entries]
+
+
+def test_files_and_folders_of_every_kind(folder) -> None:
+    assert names(find_entries([folder / "images"])) == ["a", "b_0000"]
+    assert names(find_entries([folder / "images" / "a.nii.gz", folder / "items"])) == ["a", "0000", "0001"]
+    assert names(find_entries([folder / "items" / "0001"])) == ["0001"]
+    found = find_entries([folder / "items"])
+    assert [entry.labels is not None for entry in found.entries] == [True, False]
+    assert [entry.patient for entry in found.entries] == ["0000", "0001"]
+
+
+def test_splits_of_prepared_folders(folder) -> None:
+    assert names(find_entries([folder / "prepared"])) == ["p", "q"]
+    found = find_entries([folder / "prepared"], "validation")
+    assert (names(found), found.entries[0].patient) == (["q"], "z")
+    assert "1 case(s)" in found.notes[0]
+    assert "not CT" in found.notes[0]
+    ct, labels = found.entries[0].pair()
+    np.testing.assert_array_equal(ct.array, CT.array)
+    np.testing.assert_array_equal(labels.array, LABELS.array)
+
+
+def test_label_maps_are_found_by_name_and_turned_to_their_image(folder) -> None:
+    found = readable(find_entries([folder / "images"], labels=folder / "labels"))
+    for entry in found.entries:
+        ct, labels = entry.pair()
+        np.testing.assert_array_equal(ct.array, CT.array)
+        np.testing.assert_array_equal(labels.array, LABELS.array)
+
+
+def test_names_of_own_classes_come_along(folder) -> None:
+    assert find_entries([folder / "prepared"]).entries[0].label_names() == {150: "my plate"}
+    write_volume(folder / "labels" / "a.nii.gz", LABELS, names={151: "their plate"})
+    first, second = find_entries([folder / "images"], labels=folder / "labels").entries
+    assert (first.label_names(), second.label_names()) == ({151: "their plate"}, {})
+    assert find_entries([folder / "images"]).entries[0].label_names() == {}
+
+
+def test_pairs_that_do_not_match_are_refused(folder) -> None:
+    write_volume(folder / "labels" / "a.nii.gz", Volume(LABELS.array, np.eye(4)))
+    with pytest.raises(MaisiError, match="different grids"):
+        readable(find_entries([folder / "images"], labels=folder / "labels"))
+    with pytest.raises(MaisiError, match="different grids"):
+        find_entries([folder / "images"], labels=folder / "labels").entries[0].pair()
+    (folder / "labels" / "a.nii.gz").unlink()
+    with pytest.raises(MaisiError, match=r"no label map for 1 image\(s\) \(a\)"):
+        find_entries([folder / "images"], labels=folder / "labels")
+    write_volume(folder / "labels" / "q.nii.gz", LABELS)
+    with pytest.raises(MaisiError, match="its own labels"):
+        find_entries([folder / "prepared"], "validation", folder / "labels")
+
+
+def test_unreadable_files_are_listed_and_skipped_only_when_asked(folder) -> None:
+    for name in ("c", "d"):
+        (folder / "images" / f"{name}.nii").write_bytes(b"nonsense")
+    found = find_entries([folder / "images"])
+    with pytest.raises(MaisiError, match=r"c\.nii.*d\.nii.*--skip-unreadable"):
+        readable(found)
+    left = readable(found, skip=True)
+    assert names(left) == ["a", "b_0000"]
+    assert [note.startswith("Left out: ") for note in left.notes] == [True, True]
+    for path in (folder / "images").glob("[ab]*"):
+        path.unlink()
+    with pytest.raises(MaisiError, match="No volume could be read"):
+        readable(find_entries([folder / "images"]), skip=True)
+
+
+def test_twins_are_told_apart_by_their_folder(folder) -> None:
+    shutil.copytree(folder / "images", folder / "more")
+    shutil.copytree(folder / "items", folder / "again")
+    found = find_entries([folder / "images", folder / "more", folder / "items", folder / "again"])
+    expected = ["images/a", "images/b_0000", "more/a", "more/b_0000", "items/0000", "items/0001", "again/0000"]
+    assert names(found)[:7] == expected
+    assert found.entries[0].patient == "images/a"
+    with pytest.raises(MaisiError, match="Two CTs"):
+        find_entries([folder / "images", folder / "images"])
+
+
+def test_what_is_no_ct_is_refused(folder) -> None:
+    write_volume(folder / "images" / "a.nii.gz", CT.with_array((CT.array > 0).astype(np.int16)))
+    with pytest.raises(MaisiError, match="no CT in HU"):
+        find_entries([folder / "images"]).entries[0].ct()
+    (folder / "empty").mkdir()
+    with pytest.raises(MaisiError, match="holds no CT"):
+        find_entries([folder / "empty"])
+    with pytest.raises(MaisiError, match="does not exist"):
+        find_entries([folder / "nowhere"])
+    with pytest.raises(MaisiError, match="no split"):
+        find_entries([folder / "images"], "test")
+    (folder / "prepared" / "q.npy").write_bytes(b"nonsense")
+    with pytest.raises(MaisiError, match="damaged"):
+        readable(find_entries([folder / "prepared"], "validation"))
