@@ -107,9 +107,8 @@ def _seekable(header: StoredHeader, opened: ExitStack) -> tuple[IO[bytes], int]:
         raise _unreadable(header.path, error) from error
     folder = Path(tempfile.gettempdir())
     with writing(folder):
-        file = opened.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+        file = opened.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
         copy_voxels(stream, header, file)
-        file.flush()
     return file, 0
 
 

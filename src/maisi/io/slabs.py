@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
 from maisi.io.files import writing
-from maisi.io.stored import StoredHeader, bad_values, converted, require_finite, stored_bytes
+from maisi.io.stored import StoredHeader, bad_values, converted, require_finite, stored_bytes, write_all
 from maisi.volume import turn_to_ras
 
 Array = NDArray[Any]
@@ -190,10 +190,3 @@ def read_at(file: IO[bytes], offset: int, count: int, dtype: np.dtype[Any]) -> A
             raise MaisiError("A file became shorter while it was read; start again.")
         position += read
     return np.frombuffer(buffer, dtype)
-
-
-def write_all(file: IO[bytes], data: memoryview | bytes) -> None:
-    """Write to an unbuffered file, which may take less at once than it is given."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[file.write(view) :]

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import psutil
@@ -145,8 +145,15 @@ def read_voxels(stream: ByteStream, header: StoredHeader) -> NDArray[Any]:
     return array
 
 
-def copy_voxels(stream: ByteStream, header: StoredHeader, file: BinaryIO) -> None:
-    """Decompress the voxels that `header` promises into a file; nothing is held.
+def write_all(file: IO[bytes], data: memoryview | bytes) -> None:
+    """Write to an unbuffered file, which may take less at once than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def copy_voxels(stream: ByteStream, header: StoredHeader, file: IO[bytes]) -> None:
+    """Decompress the voxels that `header` promises into an unbuffered file; nothing is held.
 
     Raises:
         MaisiError: the stream ends early or is damaged.
@@ -154,7 +161,8 @@ def copy_voxels(stream: ByteStream, header: StoredHeader, file: BinaryIO) -> Non
     left = header.stored_bytes
     while left > 0:
         data = read_some(stream, min(left, _CHUNK), header.path)
-        left -= file.write(data)
+        write_all(file, data)
+        left -= len(data)
     _check_end(stream, header.path)
 
 
