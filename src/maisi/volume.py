@@ -80,17 +80,44 @@ class Volume:
 
     def to_ras(self) -> Volume:
         """Reorder and flip the axes so that they run closest to Right, Anterior, Superior; no resampling."""
-        rotation = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
-        order = _closest_axes(rotation)
-        array = np.transpose(self.array, order)
-        affine = self.affine.copy()
-        affine[:3, :3] = self.affine[:3, order]
-        for axis in range(3):
-            if affine[axis, axis] < 0:
-                array = np.flip(array, axis)
-                affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
-                affine[:3, axis] *= -1
-        return Volume(np.ascontiguousarray(array), affine)
+        turn = turn_to_ras(self.shape, self.affine)
+        return Volume(np.ascontiguousarray(turn.applied(self.array)), turn.affine)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the axes of a grid are reordered and flipped, and what grid that makes.
+
+    Attributes:
+        order: for each new axis, the old one.
+        flipped: whether the new axis runs the other way.
+        shape: of the new grid.
+        affine: of the new grid.
+    """
+
+    order: tuple[int, int, int]
+    flipped: tuple[bool, bool, bool]
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+
+    def applied(self, array: Array) -> Array:
+        """Turn an array of the old grid, or some of its rows: a view."""
+        turned: Array = np.flip(np.transpose(array, self.order), tuple(a for a in range(3) if self.flipped[a]))
+        return turned
+
+
+def turn_to_ras(shape: tuple[int, int, int], affine: NDArray[np.float64]) -> Turn:
+    """Bring the axes of a grid closest to Right, Anterior, Superior; no resampling."""
+    first, second, third = _closest_axes(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    order = (first, second, third)
+    turned = affine.copy()
+    turned[:3, :3] = affine[:3, order]
+    x, y, z = (turned[axis, axis] < 0 for axis in range(3))
+    for axis, flipped in enumerate((x, y, z)):
+        if flipped:
+            turned[:3, 3] += turned[:3, axis] * (shape[order[axis]] - 1)
+            turned[:3, axis] *= -1
+    return Turn(order, (bool(x), bool(y), bool(z)), (shape[first], shape[second], shape[third]), turned)
 
 
 def checked_affine(affine: NDArray[Any]) -> NDArray[np.float64]:

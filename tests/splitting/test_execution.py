@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from maisi.errors import MaisiError
 from maisi.layers.blocks import Downsample, ResidualBlock, Upsample, conv3
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
 from maisi.splitting.execution import Execution
-from maisi.splitting.maps import Store, Whole
+from maisi.splitting.maps import Pulled, Store, Whole
 
 SMALL = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 2, 1), norm_groups=4, upsampling="nearest")
 
@@ -119,6 +120,35 @@ def test_files_of_waiting_parts_go_when_something_fails(tmp_path: Path) -> None:
         pieces.close()
         del pieces
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_parts_wait(tmp_path: Path) -> None:
+    """The kernel refuses to write on; the sentence names the folder, and no part is left in it."""
+    resource = pytest.importorskip("resource")
+    execution = Execution(parts=3, store=Store("disk", tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with torch.inference_mode(), pytest.raises(MaisiError, match=rf"Cannot write {tmp_path}: .*; choose"):
+            split.decode(Autoencoder(SMALL), torch.randn(1, 4, 5, 3, 4), execution, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_may_be_pulled(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, asked = Autoencoder(SMALL), torch.rand(1, 1, 20, 12, 16), []
+
+    def fetch(start: int, stop: int) -> Tensor:
+        asked.append((start, stop))
+        return x[:, :, start:stop]
+
+    with torch.inference_mode():
+        pieces = split.encoded(model, Pulled(0, 20, fetch), Execution(parts=4), 0)
+        made = torch.cat([rows for _, _, rows in pieces], 2)
+        assert relative(made[:, :4], model.encode(x).mean) < 1e-5
+    assert asked == [(0, 6), (4, 11), (9, 16), (14, 20)], "a row more on each side, and each part once"
 
 
 def test_lower_precision_ends_in_float32() -> None:

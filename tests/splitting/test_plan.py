@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import AutoencoderConfig
-from maisi.splitting.plan import FIXED_BYTES, Plan, make_plan
+from maisi.splitting import plan as planning
+from maisi.splitting.plan import FIXED_BYTES, Plan, make_plan, peak_bytes
 
 CPU = torch.device("cpu")
 CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4, upsampling="nearest")
@@ -52,6 +54,45 @@ def test_the_longest_axis_is_cut() -> None:
     for size, axis in (((64, 64, 96), 2), ((64, 96, 96), 1), ((64, 64, 64), 0)):
         made = make_plan(CONFIG, "decode", size, 10**12, device=CPU, dtype=torch.float32)
         assert made.axis == axis
+
+
+def test_an_image_that_is_pulled_is_not_counted() -> None:
+    """Cut into parts, of the image (float32) only those rows are there that are asked for."""
+    cut = Plan("encode", SIZE, 0, 8, "disk", False)
+    whole, pulled = (
+        peak_bytes(CONFIG, replace(cut, streamed=streamed), CPU, torch.float32) for streamed in (False, True)
+    )
+    image = 80 * 64 * 64 * 4
+    assert 0.5 * image < whole - pulled <= image
+
+
+@pytest.mark.parametrize("task", ["encode", "decode"])
+def test_processes_share_the_memory_and_the_rows(task: str) -> None:
+    def shared(processes: int) -> Plan:
+        return make_plan(CONFIG, task, SIZE, 10**12, device=CPU, dtype=torch.float32, processes=processes)  # type: ignore[arg-type]
+
+    one, two, five = ((shared(n).peak_bytes - FIXED_BYTES) for n in (1, 2, 5))
+    assert 0.5 * one < two < 0.75 * one
+    assert 0.2 * one < five < 0.5 * one
+    assert "in each of 2 processes" in str(shared(2))
+    assert shared(20).parts == 1
+    with pytest.raises(MaisiError, match=r"21 processes cannot share 80 x 64 x 64 voxels, .* start at most 20"):
+        shared(21)
+
+
+@pytest.mark.parametrize(("processes", "again"), [(1, True), (2, False)])
+def test_processes_do_not_interpolate_anew(processes: int, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: set[bool] = set()
+
+    def too_much(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> int:
+        tried.add(plan.recompute)
+        return 10**15
+
+    monkeypatch.setattr(planning, "peak_bytes", too_much)
+    config = AutoencoderConfig(**CONFIG.model_dump() | {"upsampling": "trilinear"})
+    with pytest.raises(MaisiError, match="takes at least"):
+        make_plan(config, "decode", SIZE, 1, device=CPU, dtype=torch.float32, processes=processes)
+    assert (True in tried) == again
 
 
 def test_a_plan_says_what_it_is() -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -16,8 +17,6 @@ from maisi.splitting import autoencoder as split
 from maisi.splitting.execution import Execution
 from maisi.splitting.processes import joined
 
-CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4)
-
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -25,9 +24,15 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def inputs() -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
+def inputs(upsampling: str = "nearest") -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    return Autoencoder(CONFIG), torch.randn(1, 4, 7, 3, 4), torch.rand(1, 1, 28, 12, 16)
+    config = AutoencoderConfig(
+        channels=(8, 16, 16),
+        num_res_blocks=(1, 1, 1),
+        norm_groups=4,
+        upsampling=upsampling,  # type: ignore[arg-type]
+    )
+    return Autoencoder(config), torch.randn(1, 4, 7, 3, 4), torch.rand(1, 1, 28, 12, 16)
 
 
 def enter(rank: int, size: int, port: int) -> None:
@@ -35,25 +40,31 @@ def enter(rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
-def compute(rank: int, size: int, port: int, axis: int, results: object) -> None:
+def compute(rank: int, size: int, port: int, axis: int, upsampling: str, results: object) -> None:
     enter(rank, size, port)
-    model, z, x = inputs()
+    model, z, x = inputs(upsampling)
     with torch.inference_mode(), joined(torch.device("cpu")) as group:
-        execution = Execution(parts=2, group=group)
+        # what is interpolated cannot be computed anew by those who share it: see plan
+        execution = Execution(parts=2, group=group, recompute=upsampling != "trilinear")
+        assert group.agreed(lambda: f"of {group.rank}") == "of 0"
+        slabs = ((rows[0, 0] * 1000).short().numpy() for _, _, rows in split.decoded(model, z, execution, axis))
+        passed = list(group.in_order(slabs))
         image = group.gathered(split.decode(model, z, execution, axis), 2 + axis)
         latent = group.gathered(split.encode(model, x, execution, axis).mean, 2 + axis)
         if rank == 0:
-            results.put((image.numpy(), latent.numpy()))  # type: ignore[attr-defined, union-attr]
+            results.put((image.numpy(), latent.numpy(), np.concatenate(passed, axis)))  # type: ignore[attr-defined, union-attr]
 
 
-@pytest.mark.parametrize(("size", "axis"), [(2, 0), (3, 0), (3, 1)])
-def test_processes_agree_with_one(size: int, axis: int) -> None:
+@pytest.mark.parametrize(("size", "axis", "upsampling"), [(2, 0, "transposed"), (3, 0, "trilinear"), (3, 1, "nearest")])
+def test_processes_agree_with_one(size: int, axis: int, upsampling: str) -> None:
+    """Of 7 rows, and of 3: one for each of them."""
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    running = mp.spawn(compute, (size, free_port(), axis, results), nprocs=size, join=False)
-    image, latent = results.get()
+    running = mp.spawn(compute, (size, free_port(), axis, upsampling, results), nprocs=size, join=False)
+    image, latent, passed = results.get()
     running.join()
-    model, z, x = inputs()
+    model, z, x = inputs(upsampling)
+    assert np.abs(passed - image[0, 0] * 1000).max() < 1.1
     with torch.inference_mode():
         assert torch.allclose(torch.from_numpy(image), model.decode(z), atol=1e-5)
         assert torch.allclose(torch.from_numpy(latent), model.encode(x).mean, atol=1e-5)

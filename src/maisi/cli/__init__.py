@@ -14,6 +14,7 @@ import click
 
 import maisi
 from maisi.cli import evaluation, exchange, generation, images, knowledge, mask, quality, training, weights
+from maisi.cli.group import processes, speaks, tell
 from maisi.errors import MaisiError
 
 BAD_INPUT = 2
@@ -33,10 +34,12 @@ def run(arguments: Sequence[str]) -> int:
     except MaisiError as error:
         return _refuse(str(error))
     except click.ClickException as error:
-        error.show()
+        if speaks():
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted; nothing is left half-written.", err=True)
+        why = "Interrupted" if processes() == 1 else "Stopped, or another process of the group was lost"
+        tell(f"{why}; nothing is left half-written.", err=True)
         return INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -50,7 +53,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _refuse(sentence: str) -> int:
-    click.echo(f"maisi: {sentence}", err=True)
+    tell(f"maisi: {sentence}", err=True)
     return BAD_INPUT
 
 

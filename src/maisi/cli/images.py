@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from maisi.cli.group import agreed, joined_group, processes, tell
 from maisi.cli.options import (
     FILE,
     VOLUME_ENDINGS,
@@ -19,6 +23,11 @@ from maisi.cli.options import (
     require_new,
     running_options,
 )
+from maisi.errors import MaisiError
+
+if TYPE_CHECKING:
+    from maisi.data.latents import Latent
+    from maisi.splitting.plan import Plan
 
 _MADE_BY = "autoencoder_sha256"
 
@@ -40,26 +49,43 @@ def encode(
     only_plan: bool,
     **where: str,
 ) -> None:
-    """Turn IMAGE into latents: mean and log_variance, float32, 4 x X/4 x Y/4 x Z/4."""
+    """Turn IMAGE into latents: mean and log_variance, float32, 4 x X/4 x Y/4 x Z/4.
+
+    A CT is read part by part, never whole, and several processes may share it (torchrun -m maisi.cli encode ...). An
+    MR image is read whole by one, since its percentiles are those of all voxels.
+    """
     from maisi.anatomy import parse_modality
-    from maisi.io.nifti import read_volume
+    from maisi.io.nifti import opened_rows, read_volume
+    from maisi.volume import Volume
 
     require_new(output, ".safetensors")
     modality, limit = parse_modality(modality), parsed_memory(memory)
     path = autoencoder_file(model, autoencoder)
-    volume = read_volume(image)
-    from maisi.data.latents import save_latent
-    from maisi.generation import codec
-    from maisi.weights.load import sha256
+    streamed = modality == "ct"
+    if processes() > 1 and not streamed:
+        raise MaisiError("Processes can share a CT only, since an MR image is read whole; start one process.")
+    with opened_rows(image) if streamed else nullcontext(read_volume(image).to_ras()) as source:
+        from maisi.data.latents import save_latent
+        from maisi.generation import codec
+        from maisi.weights.load import sha256
 
-    plan = codec.file_plan(path, "encode", volume.to_ras().shape, memory=limit, **where)
-    if only_plan:
-        click.echo(str(plan))
-        return
-    notes = {_MADE_BY: sha256(path)}
-    latent = codec.encode(codec.load_autoencoder(path, **where), volume, modality, notes, plan)
-    save_latent(output, latent)
-    click.echo(f"{output}: {' x '.join(map(str, latent.mean.shape))}")
+        def plan(shared: int) -> Plan:
+            place = (where["device"], where["precision"])
+            return codec.file_plan(path, "encode", source.shape, *place, limit, streamed=streamed, processes=shared)
+
+        with joined_group(where["device"]) as group:
+            chosen = agreed(group, plan)
+            if only_plan:
+                tell(str(chosen))
+                return
+            network, notes = codec.load_autoencoder(path, **where), {_MADE_BY: sha256(path)}
+            if isinstance(source, Volume):
+                latent: Latent | None = codec.encode(network, source, modality, notes, chosen)
+            else:
+                latent = codec.encode_rows(network, source, chosen, notes, group)
+            if latent is not None:
+                save_latent(output, latent)
+                tell(f"{output}: {' x '.join(map(str, latent.mean.shape))}")
 
 
 @click.command()
@@ -77,25 +103,39 @@ def decode(
     only_plan: bool,
     **where: str,
 ) -> None:
-    """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place."""
+    """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place.
+
+    The image is written part by part and never whole in memory, and several processes may share the work (torchrun -m
+    maisi.cli decode ...).
+    """
     from maisi.data.latents import load_latent
-    from maisi.io.nifti import write_volume
+    from maisi.io.nifti import write_slabs
+    from maisi.io.slabs import Slabs
     from maisi.weights.load import sha256
 
     require_new(output, *VOLUME_ENDINGS)
     path, limit = autoencoder_file(model, autoencoder), parsed_memory(memory)
     read = load_latent(latent)
     if read.notes.get(_MADE_BY, sha256(path)) != sha256(path):
-        click.echo("Note: the latent was made with another autoencoder.", err=True)
+        tell("Note: the latent was made with another autoencoder.", err=True)
     from maisi.generation import codec
 
-    plan = codec.file_plan(path, "decode", read.size, memory=limit, **where)
-    if only_plan:
-        click.echo(str(plan))
-        return
-    volume = codec.decode(codec.load_autoencoder(path, **where), read, plan)
-    write_volume(output, volume, description="decoded by maisi from latents", synthetic=False)
-    click.echo(f"{output}: {' x '.join(map(str, volume.shape))}")
+    def plan(shared: int) -> Plan:
+        place = (where["device"], where["precision"])
+        return codec.file_plan(path, "decode", read.size, *place, limit, streamed=True, processes=shared)
+
+    with joined_group(where["device"]) as group:
+        chosen = agreed(group, plan)
+        if only_plan:
+            tell(str(chosen))
+            return
+        slabs = codec.decode_slabs(codec.load_autoencoder(path, **where), read, chosen, group)
+        if group is not None and group.rank > 0:
+            deque(slabs, maxlen=0)
+            return
+        volume = Slabs(read.size, read.affine, codec.STORED, chosen.axis, slabs)
+        write_slabs(output, volume, description="decoded by maisi from latents", synthetic=False)
+        tell(f"{output}: {' x '.join(map(str, read.size))}")
 
 
 @click.command()

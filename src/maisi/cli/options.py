@@ -32,7 +32,7 @@ def budget_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say how much memory may be used."""
     help = "Print how it would be done and the memory that takes, and do nothing else."
     command = click.option("--plan", "only_plan", is_flag=True, help=help)(command)
-    help = "What the process may use, such as 6GiB.  [default: all that is free]"
+    help = "What the process may use, such as 6GiB; of several, each.  [default: all that is free]"
     return click.option("--memory", metavar="AMOUNT", help=help)(command)
 
 

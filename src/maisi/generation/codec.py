@@ -6,9 +6,9 @@ Latents are those of the volume in RAS+ orientation, padded at the far end of ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,12 +23,19 @@ from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import decoded, encoded
 from maisi.splitting.execution import Execution
+from maisi.splitting.maps import Pulled
 from maisi.splitting.plan import Plan, Task, Triple, budget_beside, make_plan
 from maisi.volume import Volume
 from maisi.weights.load import load_network, read_header
 
+if TYPE_CHECKING:
+    from maisi.splitting.processes import Processes
+
 MR_UNIT = 1000.0
 """MR has no physical unit: the models' 1 (the 99.5 percentile of a training image) becomes this stored value."""
+
+STORED = np.dtype(np.int16)
+"""Type of stored intensities."""
 
 
 def load_autoencoder(path: Path, device: str = "auto", precision: str = "auto") -> Autoencoder:
@@ -68,6 +75,9 @@ def coding_plan(
     dtype: torch.dtype,
     memory: int | None = None,
     weights: int = 0,
+    *,
+    streamed: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """How a volume will be encoded or decoded; this loads and computes nothing.
 
@@ -75,6 +85,8 @@ def coding_plan(
         size: of the volume, before padding.
         memory: bytes that the process may use on the device; None: all that is free there.
         weights: bytes of networks still to be loaded.
+        streamed: whether the image is taken from, or given to, a place outside the memory part by part.
+        processes: how many share the work.
 
     Raises:
         MaisiError: the memory does not suffice.
@@ -82,20 +94,40 @@ def coding_plan(
     multiple = config.compression
     x, y, z = (-(-n // multiple) * multiple for n in size)
     # encoding: the values in [0, 1]; decoding: the stored image
-    beside = x * y * z * (4 if task == "encode" else 2) if device.type == "cpu" else 0
-    budget = budget_beside(weights + beside, memory, device)
-    return make_plan(config, task, (x, y, z), budget, device=device, dtype=dtype)
+    beside = 0 if streamed or device.type != "cpu" else x * y * z * (4 if task == "encode" else 2)
+    budget = budget_beside(weights + beside, memory, device, processes)
+    more: dict[str, Any] = {"streamed": streamed, "processes": processes}
+    return make_plan(config, task, (x, y, z), budget, device=device, dtype=dtype, **more)
 
 
 def file_plan(
-    path: Path, task: Task, size: Triple, device: str = "auto", precision: str = "auto", memory: int | None = None
+    path: Path,
+    task: Task,
+    size: Triple,
+    device: str = "auto",
+    precision: str = "auto",
+    memory: int | None = None,
+    *,
+    streamed: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """As `coding_plan`, for an autoencoder's file that is not loaded yet."""
     header = read_header(path)
     config = parse_config(AutoencoderConfig, header.config, str(path))
     place = resolve_device(device)
     dtype = resolve_precision(precision, place)
-    return coding_plan(config, task, size, place, dtype, memory, header.parameters * dtype.itemsize)
+    weights = header.parameters * dtype.itemsize
+    return coding_plan(config, task, size, place, dtype, memory, weights, streamed=streamed, processes=processes)
+
+
+class Rows(Protocol):
+    """A CT in RAS+ that is asked for a few rows at a time; `io.slabs.StoredRows` is one."""
+
+    shape: Triple
+    affine: NDArray[np.float64]
+
+    def rows(self, axis: int, start: int, stop: int) -> NDArray[Any]:
+        """HU, (X, Y, Z), rows start to stop - 1 of an axis."""
 
 
 @torch.inference_mode()
@@ -122,6 +154,43 @@ def encode(
 
 
 @torch.inference_mode()
+def encode_rows(
+    autoencoder: Autoencoder,
+    ct: Rows,
+    plan: Plan,
+    notes: Mapping[str, str] | None = None,
+    group: Processes | None = None,
+) -> Latent | None:
+    """As `encode`, of a CT that is never whole in memory; in a group each process encodes its share of the rows.
+
+    Returns:
+        The latent; None for all but the first process of a group.
+    """
+    device, dtype = place_of(autoencoder)
+    layout, multiple, axis = layout_of(autoencoder), autoencoder.config.compression, plan.axis
+    last = ct.shape[axis]
+
+    def fetch(start: int, stop: int) -> Tensor:
+        shape = [-(-n // multiple) * multiple for n in ct.shape]
+        shape[axis] = stop - start
+        values = np.zeros(shape, np.float32)
+        if start < last:
+            held = window_ct(ct.rows(axis, start, min(stop, last)))
+            values[tuple(slice(0, n) for n in held.shape)] = held
+        return torch.from_numpy(values)[None, None].to(device, dtype).contiguous(memory_format=layout)
+
+    image = Pulled(axis, -(-last // multiple) * multiple, fetch)
+    execution = plan.execution(device, group=group)
+    coded: Tensor | None = torch.cat([part[0] for _, _, part in encoded(autoencoder, image, execution, axis)], 1 + axis)
+    if group is not None and coded is not None:
+        coded = group.gathered(coded, 1 + axis)
+    if coded is None:
+        return None
+    mean, log_variance = (half.contiguous().numpy() for half in coded.cpu().chunk(2))
+    return Latent(mean, log_variance, ct.affine, ct.shape, "ct", dict(notes or {}))
+
+
+@torch.inference_mode()
 def decode(autoencoder: Autoencoder, latent: Latent, plan: Plan | None = None) -> Volume:
     """Decode the mean of a volume's latents: int16, RAS+, of the volume's own size and affine; `plan` as above.
 
@@ -133,6 +202,27 @@ def decode(autoencoder: Autoencoder, latent: Latent, plan: Plan | None = None) -
     values = decode_tensor(autoencoder, torch.from_numpy(latent.mean)[None], latent.modality, plan)
     inside = tuple(slice(0, n) for n in latent.size)
     return Volume(np.ascontiguousarray(values[inside]), latent.affine)
+
+
+def decode_slabs(
+    autoencoder: Autoencoder, latent: Latent, plan: Plan, group: Processes | None = None
+) -> Iterator[NDArray[np.int16]]:
+    """As `decode`, in slabs along the plan's axis; of a group the first process is given those of all, the others none.
+
+    Raises:
+        MaisiError: as `decode`.
+    """
+    require_decodable(autoencoder.config, latent)
+    given = torch.from_numpy(latent.mean)[None]
+    slabs = _decoded_slabs(autoencoder, given, latent.modality, plan, group)
+    inside = (cropped for start, slab in slabs if (cropped := _inside(slab, latent.size, plan.axis, start)).size)
+    return inside if group is None else group.in_order(inside)
+
+
+def _inside(slab: NDArray[np.int16], size: Triple, axis: int, start: int) -> NDArray[np.int16]:
+    """Without what lies beyond `size`; the slab's first row of the axis is `start`."""
+    ends = [max(0, n - start) if a == axis else n for a, n in enumerate(size)]
+    return slab[tuple(slice(0, n) for n in ends)]
 
 
 def require_decodable(config: AutoencoderConfig, latent: Latent) -> None:
@@ -166,19 +256,29 @@ def decode_tensor(
     autoencoder: Autoencoder, latent: Tensor, modality: str, plan: Plan | None = None
 ) -> NDArray[np.int16]:
     """Latent `1 4 X/4 Y/4 Z/4` (unscaled) -> stored intensities (X, Y, Z), see `intensities`."""
-    device, dtype = place_of(autoencoder)
-    axis, execution = _execution(plan, device)
-    latent = latent.to(device, dtype).contiguous(memory_format=layout_of(autoencoder))
+    axis = 0 if plan is None else plan.axis
     image = np.empty([n * autoencoder.config.compression for n in latent.shape[2:]], np.int16)
-    for start, stop, rows in decoded(autoencoder, latent, execution, axis):
-        place = (*[slice(None)] * axis, slice(start, stop))
-        image[place] = intensities(rows[0, 0].cpu().numpy(), modality)
+    for start, slab in _decoded_slabs(autoencoder, latent, modality, plan):
+        place = (*[slice(None)] * axis, slice(start, start + slab.shape[axis]))
+        image[place] = slab
     return image
 
 
-def _execution(plan: Plan | None, device: torch.device) -> tuple[int, Execution]:
+@torch.inference_mode()
+def _decoded_slabs(
+    autoencoder: Autoencoder, latent: Tensor, modality: str, plan: Plan | None, group: Processes | None = None
+) -> Iterator[tuple[int, NDArray[np.int16]]]:
+    """First row and stored intensities of each part."""
+    device, dtype = place_of(autoencoder)
+    axis, execution = _execution(plan, device, group)
+    latent = latent.to(device, dtype).contiguous(memory_format=layout_of(autoencoder))
+    for start, _, rows in decoded(autoencoder, latent, execution, axis):
+        yield start, intensities(rows[0, 0].cpu().numpy(), modality)
+
+
+def _execution(plan: Plan | None, device: torch.device, group: Processes | None = None) -> tuple[int, Execution]:
     """The cut axis and how to run; without a plan, whole."""
-    return (0, Execution(devices=(device,))) if plan is None else (plan.axis, plan.execution(device))
+    return (0, Execution(devices=(device,))) if plan is None else (plan.axis, plan.execution(device, group=group))
 
 
 def normalised(array: NDArray[Any], modality: str) -> NDArray[np.float32]:

@@ -78,6 +78,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say in a sentence that a file or folder cannot be written to, where that is a fault of the place.
+
+    Raises:
+        MaisiError: so.
+    """
+    try:
+        yield
+    except OSError as error:
+        _raise_as_maisi(error, place)
+        raise
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; what JSON cannot say (NaN, infinity) is a ValueError."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

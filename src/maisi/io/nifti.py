@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Extension, Nifti1Header
@@ -22,10 +24,11 @@ from numpy.typing import NDArray
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.io.files import atomic_path
+from maisi.io.files import atomic_path, writing
 from maisi.io.label_names import EXTENSION_CODE, label_table_xml, names_in_xml
-from maisi.io.nrrd import read_nrrd, read_nrrd_header, write_nrrd
-from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader, read_some, read_voxels, skip, stored_bytes
+from maisi.io.nrrd import nrrd_voxels, read_nrrd_header, write_nrrd
+from maisi.io.slabs import Slabs, StoredRows
+from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader, copy_voxels, read_some, read_voxels, skip
 from maisi.volume import Volume
 
 SYNTHETIC = "synthetic CT made by maisi"
@@ -69,14 +72,44 @@ def read_volume(path: Path, budget_bytes: int | None = None) -> Volume:
     header = read_header(path)
     try:
         header.check_size(budget_bytes)
-        if _kind(header.path) == "nrrd":
-            return read_nrrd(header)
-        with _open(header.path) as stream:
-            skip(stream, header.offset, header.path)
+        with _voxels(header) as stream:
             array = read_voxels(stream, header)
     except OSError as error:
         raise _unreadable(header.path, error) from error
     return Volume(array, header.affine)
+
+
+@contextmanager
+def opened_rows(path: Path) -> Iterator[StoredRows]:
+    """Open a volume that is read a few rows at a time and never whole; all of it is checked first.
+
+    Compressed voxels are decompressed once, into an unnamed file in the folder for temporary files.
+
+    Raises:
+        MaisiError: as `read_volume`, but for the budget; or no place for what is decompressed.
+    """
+    header = read_header(path)
+    header.check_size(sys.maxsize)
+    with ExitStack() as opened:
+        file, offset = _seekable(header, opened)
+        rows = StoredRows(header, file, offset)
+        rows.require_finite()
+        yield rows
+
+
+def _seekable(header: StoredHeader, opened: ExitStack) -> tuple[IO[bytes], int]:
+    """Return a file with the voxels as they are, and where in it they begin."""
+    try:
+        if not header.compressed:
+            return opened.enter_context(header.path.open("rb")), header.offset
+        stream = opened.enter_context(_voxels(header))
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+    folder = Path(tempfile.gettempdir())
+    with writing(folder):
+        file = opened.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
+        copy_voxels(stream, header, file)
+    return file, 0
 
 
 def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
@@ -142,21 +175,38 @@ def write_volume(
         MaisiError: unknown ending, values that int16 cannot hold, or a place that cannot be written to.
     """
     path = Path(path)
+    stored = _storable(volume.array)
+    slabs = Slabs(volume.shape, volume.affine, stored.dtype, 2, [stored])
+    write_slabs(path, slabs, description=description, synthetic=synthetic, names=names)
+
+
+def write_slabs(
+    path: Path,
+    volume: Slabs,
+    *,
+    description: str | None = None,
+    synthetic: bool = True,
+    names: Mapping[int, str] | None = None,
+) -> None:
+    """As `write_volume`, of a volume of uint8 or int16 that comes slab by slab, with the same bytes.
+
+    Slabs that are not along Z wait beside `path`, in a file without a name.
+    """
+    path = Path(path)
     kind = _kind(path)
     text = description if description is not None else SYNTHETIC if synthetic else "made by maisi"
     note = {"synthetic": synthetic, "description": text, "made_by": f"maisi {maisi.__version__}"}
-    stored = volume.with_array(_storable(volume.array))
     if kind == "nrrd":
         fields = {key: json.dumps(value).strip('"') for key, value in note.items()}
-        write_nrrd(path, stored, text, fields)
+        write_nrrd(path, volume, text, fields)
         return
-    header = _nifti_header(stored, text, json.dumps(note), names)
+    header = _nifti_header(volume, text, json.dumps(note), names)
     with atomic_path(path) as part, part.open("wb") as file:
         if kind == "nii":
-            _write_nifti(file, header, stored.array)
+            _write_nifti(file, header, volume.stored_bytes(path.parent))
         else:
             with gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
-                _write_nifti(packed, header, stored.array)
+                _write_nifti(packed, header, volume.stored_bytes(path.parent))
 
 
 def _kind(path: Path) -> str:
@@ -180,6 +230,18 @@ def _open(path: Path) -> Iterator[ByteStream]:
                 yield unpacked
         else:
             yield file
+
+
+@contextmanager
+def _voxels(header: StoredHeader) -> Iterator[ByteStream]:
+    """Open for reading at the first voxel, decompressed."""
+    if _kind(header.path) == "nrrd":
+        with nrrd_voxels(header) as stream:
+            yield stream
+        return
+    with _open(header.path) as stream:
+        skip(stream, header.offset, header.path)
+        yield stream
 
 
 def _is_gzip(path: Path) -> bool:
@@ -279,11 +341,11 @@ def _extensions(header: bytes) -> Iterator[bytes]:
 
 
 def _nifti_header(
-    volume: Volume, description: str, comment: str, names: Mapping[int, str] | None = None
+    volume: Slabs, description: str, comment: str, names: Mapping[int, str] | None = None
 ) -> Nifti1Header:
     header = Nifti1Header(endianness="<")
     header.set_data_shape(volume.shape)
-    header.set_data_dtype(volume.array.dtype)
+    header.set_data_dtype(volume.dtype)
     header.set_qform(volume.affine, code="scanner")
     header.set_sform(volume.affine, code="scanner")
     header.set_xyzt_units("mm")
@@ -295,7 +357,7 @@ def _nifti_header(
     return header
 
 
-def _write_nifti(file: Any, header: Nifti1Header, array: NDArray[Any]) -> None:
+def _write_nifti(file: Any, header: Nifti1Header, voxels: Iterable[memoryview]) -> None:
     header.write_to(file)
-    for data in stored_bytes(array):
+    for data in voxels:
         file.write(data)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from gzip import GzipFile
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
-from maisi.io.stored import GZIP_LEVEL, StoredHeader, read_voxels, stored_bytes
-from maisi.volume import Volume
+from maisi.io.slabs import Slabs
+from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader
 
 _HEADER_LIMIT = 1 << 20
 
@@ -75,15 +76,15 @@ def read_nrrd_header(path: Path) -> StoredHeader:
     )
 
 
-def read_nrrd(header: StoredHeader) -> Volume:
-    """Read the voxels that a checked header promises."""
+@contextmanager
+def nrrd_voxels(header: StoredHeader) -> Iterator[ByteStream]:
+    """Open for reading at the first voxel, decompressed."""
     with header.path.open("rb") as file:
         file.seek(header.offset)
-        array = read_voxels(GzipFile(fileobj=file) if header.compressed else file, header)
-    return Volume(array, header.affine)
+        yield GzipFile(fileobj=file) if header.compressed else file
 
 
-def write_nrrd(path: Path, volume: Volume, comment: str, fields: Mapping[str, str]) -> None:
+def write_nrrd(path: Path, volume: Slabs, comment: str, fields: Mapping[str, str]) -> None:
     """Write a volume, gzipped, in the space left-posterior-superior; the same volume gives the same bytes.
 
     Args:
@@ -96,7 +97,7 @@ def write_nrrd(path: Path, volume: Volume, comment: str, fields: Mapping[str, st
     lines = [
         "NRRD0005",
         f"# {comment}",
-        f"type: {next(name for name in _TYPES[volume.array.dtype.name])}",
+        f"type: {next(name for name in _TYPES[volume.dtype.name])}",
         "dimension: 3",
         "space: left-posterior-superior",
         "sizes: " + " ".join(str(n) for n in volume.shape),
@@ -110,7 +111,7 @@ def write_nrrd(path: Path, volume: Volume, comment: str, fields: Mapping[str, st
     with atomic_path(path) as part, part.open("wb") as file:
         file.write(("\n".join(lines) + "\n\n").encode("ascii", "replace"))
         packer = zlib.compressobj(level=GZIP_LEVEL, wbits=31)
-        for data in stored_bytes(volume.array):
+        for data in volume.stored_bytes(path.parent):
             file.write(packer.compress(data))
         file.write(packer.flush())
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import psutil
@@ -139,27 +139,56 @@ def read_voxels(stream: ByteStream, header: StoredHeader) -> NDArray[Any]:
     _fill(buffer.data, stream, header.path)
     if header.compressed:
         _check_end(stream, header.path)
-    array = buffer.view(header.dtype).reshape(header.shape, order="F")
-    if header.scaled:
-        array = array.astype(header.value_dtype)
-        array *= header.slope
-        array += header.intercept
-    else:
-        array = array.astype(header.value_dtype, copy=False)
+    array = converted(buffer.view(header.dtype).reshape(header.shape, order="F"), header)
     if array.dtype.kind == "f":
-        _require_finite(array, header.path)
+        require_finite(bad_values(array), header.path)
     return array
 
 
-def stored_bytes(array: NDArray[Any]) -> Iterator[bytes]:
-    """Yield the voxels as files hold them: little-endian, first axis fastest; some slices at a time.
+def write_all(file: IO[bytes], data: memoryview | bytes) -> None:
+    """Write to an unbuffered file, which may take less at once than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
-    So no second copy of a large volume is made, and an array whose last axis is the fastest is not read voxel by
-    voxel from all over the memory.
+
+def copy_voxels(stream: ByteStream, header: StoredHeader, file: IO[bytes]) -> None:
+    """Decompress the voxels that `header` promises into an unbuffered file; nothing is held.
+
+    Raises:
+        MaisiError: the stream ends early or is damaged.
+    """
+    left = header.stored_bytes
+    while left > 0:
+        data = read_some(stream, min(left, _CHUNK), header.path)
+        write_all(file, data)
+        left -= len(data)
+    _check_end(stream, header.path)
+
+
+def converted(stored: NDArray[Any], header: StoredHeader) -> NDArray[Any]:
+    """Stored voxels, all or some, as values: `header.value_dtype`, slope and intercept applied."""
+    if not header.scaled:
+        return stored.astype(header.value_dtype, copy=False)
+    array = stored.astype(header.value_dtype)
+    array *= header.slope
+    array += header.intercept
+    return array
+
+
+def stored_bytes(array: NDArray[Any]) -> Iterator[memoryview]:
+    """Yield the voxels as files hold them: little-endian, first axis fastest; a plane along Z at a time.
+
+    Planes are laid out some at a time: so no second copy of a large volume is made, and an array whose last axis is the
+    fastest is not read voxel by voxel from all over the memory. That each plane comes alone makes the bytes of a
+    compressed file those of the volume, however it was cut before.
     """
     little = array.dtype.newbyteorder("<")
+    plane = array.shape[0] * array.shape[1] * array.dtype.itemsize
     for z in range(0, array.shape[2], _SLAB):
-        yield array[:, :, z : z + _SLAB].astype(little, copy=False).tobytes(order="F")
+        data = memoryview(array[:, :, z : z + _SLAB].astype(little, copy=False).tobytes(order="F"))
+        for start in range(0, len(data), plane):
+            yield data[start : start + plane]
 
 
 def skip(stream: ByteStream, count: int, path: Path) -> None:
@@ -199,8 +228,17 @@ def _check_end(stream: ByteStream, path: Path) -> None:
         raise truncated(path) from error
 
 
-def _require_finite(array: NDArray[Any], path: Path) -> None:
-    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+def bad_values(array: NDArray[Any]) -> int:
+    """Count what is NaN or infinite."""
+    return array.size - int(np.count_nonzero(np.isfinite(array)))
+
+
+def require_finite(bad: int, path: Path) -> None:
+    """Refuse a volume with `bad` values that are not finite.
+
+    Raises:
+        MaisiError: there are some.
+    """
     if bad:
         raise MaisiError(f"{path}: {bad} of its voxels are not finite (NaN or infinity); replace them first.")
 

@@ -10,6 +10,7 @@ import math
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from maisi.io.files import writing
 
 Storage = Literal["device", "host", "disk"]
 """Where parts wait: on the device that made them, in the machine's memory, or in files."""
@@ -61,6 +64,18 @@ class Whole(FeatureMap):
         return self.tensor.narrow(self.dim, start, stop - start).to(device)
 
 
+class Pulled(FeatureMap):
+    """A map whose rows are fetched when they are asked for: the end of a chain that is read from a file."""
+
+    def __init__(self, axis: int, size: int, fetch: Callable[[int, int], Tensor]) -> None:
+        """`fetch` gives rows start to stop - 1, `B C X Y Z`."""
+        self.axis, self.size, self.fetch = axis, size, fetch
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Fetch them anew each time."""
+        return self.fetch(start, stop).to(device)
+
+
 class Waiting(Protocol):
     """One part of a stored map."""
 
@@ -91,12 +106,21 @@ class OnDisk:
     """A part that waits in a file, its rows one after the other, so that a few are read without the rest."""
 
     def __init__(self, tensor: Tensor, dim: int, folder: Path) -> None:
+        """Write it.
+
+        Raises:
+            MaisiError: the disk is full.
+        """
         first = tensor.movedim(dim, 0).contiguous().cpu()
         self.dim, self.dtype, self.shape = dim, first.dtype, first.shape[1:]
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False) as file:
+        with writing(folder), tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False) as file:
             self.path = Path(file.name)
             self._finalizer = weakref.finalize(self, self.path.unlink, missing_ok=True)
-            first.view(torch.uint8).numpy().tofile(file)
+            try:
+                file.write(first.view(torch.uint8).numpy().data)
+            except BaseException:
+                self._finalizer()
+                raise
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Waiting`."""

@@ -18,9 +18,10 @@ from maisi.device import feature_layout, free_memory, used_memory
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import decoded, encoded
-from maisi.splitting.execution import Execution
+from maisi.splitting.execution import Execution, Group
 from maisi.splitting.forecast import forecast, scratch_of
-from maisi.splitting.maps import Storage, Store
+from maisi.splitting.layers import Moments
+from maisi.splitting.maps import Pulled, Storage, Store
 
 Triple = tuple[int, int, int]
 Task = Literal["encode", "decode"]
@@ -44,6 +45,8 @@ class Plan:
         storage: where the parts of stored maps wait.
         recompute: see `Execution`.
         peak_bytes: forecast.
+        streamed: whether an image to encode is read row by row (else it lies in memory whole).
+        processes: how many share the rows of every map; `peak_bytes` is what each of them takes.
     """
 
     task: Task
@@ -53,11 +56,13 @@ class Plan:
     storage: Storage
     recompute: bool
     peak_bytes: int = 0
+    streamed: bool = False
+    processes: int = 1
 
-    def execution(self, device: torch.device, folder: Path | None = None) -> Execution:
+    def execution(self, device: torch.device, folder: Path | None = None, group: Group | None = None) -> Execution:
         """Ready to run; parts that wait on disk go to `folder` (default: the system's for temporary files)."""
         store = Store(self.storage, folder or Path(tempfile.gettempdir()))
-        return Execution(parts=self.parts, devices=(device,), store=store, recompute=self.recompute)
+        return Execution(parts=self.parts, devices=(device,), store=store, recompute=self.recompute, group=group)
 
     def __str__(self) -> str:
         """Describe it in a line."""
@@ -65,7 +70,8 @@ class Plan:
         how = "whole" if self.parts == 1 else f"{self.parts} parts along {AXES[self.axis]}"
         where = {"device": "", "host": ", waiting in the machine's memory", "disk": ", waiting on disk"}[self.storage]
         again = ", upsampled maps computed anew" if self.recompute else ""
-        return f"{self.task} {size}: {how}{where}{again}; about {gib(self.peak_bytes)} beside the weights"
+        shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.task} {size}: {how}{where}{again}; about {gib(self.peak_bytes)}{shared} beside the weights"
 
 
 def make_plan(
@@ -76,30 +82,39 @@ def make_plan(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    streamed: bool = False,
+    processes: int = 1,
 ) -> Plan:
-    """Choose the quickest plan within `budget` bytes, weights not counted; it cuts the longest axis.
+    """Choose the quickest plan within `budget` bytes (of each process), weights not counted; it cuts the longest axis.
 
     Args:
         size: voxels of the image, multiples of the compression.
 
     Raises:
-        MaisiError: no plan is that small; says what the smallest takes.
+        MaisiError: no plan is that small; says what the smallest takes. Or there are more processes than rows.
     """
     # of equal axes the first, whose parts are contiguous in memory
     axis = max(range(3), key=lambda a: (size[a], -a))
     rows = size[axis] // config.compression
+    if rows < processes:
+        raise MaisiError(
+            f"{processes} processes cannot share {' x '.join(str(n) for n in size)} voxels, whose latents have {rows} "
+            f"rows along {AXES[axis]}; start at most {rows}."
+        )
+    rows = -(-rows // processes)
 
     def candidate(storage: Storage, recompute: bool, parts: int) -> Plan:
-        plan = Plan(task, size, axis, parts, storage, recompute)
+        plan = Plan(task, size, axis, parts, storage, recompute, streamed=streamed, processes=processes)
         return replace(plan, peak_bytes=peak_bytes(config, plan, device, dtype))
 
     counts = sorted({min(n, rows) for n in PARTS})
-    for storage, recompute in _ways(task, device):
+    again = task == "decode" and (processes == 1 or config.upsampling != "trilinear")
+    for storage, recompute in _ways(again, device):
         for parts in counts:
             plan = candidate(storage, recompute, parts)
             if plan.peak_bytes <= budget:
                 return plan
-    smallest = candidate("disk", task == "decode", rows)
+    smallest = candidate("disk", again, rows)
     if smallest.peak_bytes <= budget:
         return smallest
     raise MaisiError(
@@ -108,26 +123,33 @@ def make_plan(
     )
 
 
-def _ways(task: Task, device: torch.device) -> Iterator[tuple[Storage, bool]]:
-    """Ways to keep maps, quickest first."""
+def _ways(again: bool, device: torch.device) -> Iterator[tuple[Storage, bool]]:
+    """Ways to keep maps, quickest first; `again`: whether upsampled maps can be computed anew.
+
+    They can in decoders; but not where processes share a map that is interpolated, which needs two rows of the
+    neighbour and has one.
+    """
     yield "device", False
-    if task == "decode":
+    if again:
         yield "device", True
     if device.type != "cpu":
         yield "host", False
     yield "disk", False
-    if task == "decode":
+    if again:
         yield "disk", True
 
 
-def budget_beside(taken: int, memory: int | None, device: torch.device) -> int:
+def budget_beside(taken: int, memory: int | None, device: torch.device, processes: int = 1) -> int:
     """Bytes that a plan may use.
 
     Args:
         taken: what else will be needed beside what is in use now: weights not loaded yet, the result.
-        memory: what the whole process may use on the device; None: all that is free there now.
+        memory: what the whole process may use on the device; None: all that is free there now (on a CPU: its share).
+        processes: how many share the machine's memory.
     """
-    return (free_memory(device) if memory is None else memory - used_memory(device)) - taken
+    if memory is not None:
+        return memory - used_memory(device) - taken
+    return free_memory(device) // (1 if device.type == "cuda" else processes) - taken
 
 
 @lru_cache(maxsize=512)
@@ -136,19 +158,38 @@ def peak_bytes(config: AutoencoderConfig, plan: Plan, device: torch.device, dtyp
     layout, nowhere = feature_layout(device, dtype), torch.device("meta")
     with nowhere:
         model = Autoencoder(config).to(dtype).requires_grad_(False)
-    there = Execution(plan.parts, (nowhere,), Store(plan.storage), plan.recompute)
+    group = None if plan.processes == 1 else _Imagined(plan.processes - 1, plan.processes)
+    there = Execution(plan.parts, (nowhere,), Store(plan.storage), plan.recompute, group=group)
+    decoding = plan.task == "decode"
+    channels = config.latent_channels if decoding else config.in_channels
+    size = [n // config.compression for n in plan.size] if decoding else list(plan.size)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        shape = [1, channels, *size[: plan.axis], stop - start, *size[plan.axis + 1 :]]
+        return torch.empty(shape, dtype=dtype, device=nowhere).contiguous(memory_format=layout)
 
     def run() -> None:
-        shape = (1, config.in_channels, *plan.size)
-        if plan.task == "decode":
-            x, y, z = (n // config.compression for n in plan.size)
-            shape = (1, config.latent_channels, x, y, z)
-        given = torch.empty(shape, dtype=dtype, device=nowhere).contiguous(memory_format=layout)
-        for _ in (decoded if plan.task == "decode" else encoded)(model, given, there, plan.axis):
+        pulled = plan.streamed and not decoding
+        given = Pulled(plan.axis, size[plan.axis], rows) if pulled else rows(0, size[plan.axis])
+        for _ in (decoded if decoding else encoded)(model, given, there, plan.axis):
             pass
 
     with torch.inference_mode():
         return FIXED_BYTES + forecast(run, scratch_of(device))
+
+
+@dataclass
+class _Imagined:
+    """In a forecast, the group of the last process, whose share is the largest; it is given two neighbours' rows."""
+
+    rank: int
+    size: int
+
+    def merged(self, moments: Moments) -> Moments:
+        return moments
+
+    def edges(self, first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return first, last
 
 
 def gib(size: int) -> str:

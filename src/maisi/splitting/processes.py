@@ -6,26 +6,83 @@ until the results are gathered. Works on CPUs (gloo) and GPUs (NCCL) under `torc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from maisi.errors import MaisiError
+from maisi.io.slabs import Spool
 from maisi.splitting.layers import Moments
 
 TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
+
+
+class LostProcessError(MaisiError):
+    """Another process of the group did not answer: what went wrong is said there, or by who ended it."""
 
 
 class Processes:
     """The processes of torch.distributed's default group, in the order of their rows; see `execution.Group`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where what travels has to lie."""
+        self.device = device
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def agreed(self, decide: Callable[[], T]) -> T:
+        """What the first process decides; the others wait for it."""
+        made = [decide() if self.rank == 0 else None]
+        with _together():
+            dist.broadcast_object_list(made, 0)
+        return cast(T, made[0])
+
+    def in_order(self, slabs: Iterable[NDArray[np.int16]]) -> Iterator[NDArray[np.int16]]:
+        """For the first process the slabs of all, one after the other; the others' iterators end when theirs are sent.
+
+        All compute at the same time: slabs of the others wait in an unnamed file until those before are taken.
+
+        Raises:
+            MaisiError: a process is lost, or the disk with the folder for temporary files is full.
+        """
+        if self.rank == 0:
+            yield from slabs
+            for other in range(1, self.size):
+                yield from self._received(other)
+            return
+        with Spool(Path(tempfile.gettempdir())) as spool:
+            for slab in slabs:
+                spool.add(slab)
+            for number, (x, y, z) in enumerate(spool.shapes):
+                self._send(np.array((x, y, z), np.int64))
+                self._send(spool.planes(number, 0, z))
+            self._send(np.zeros(3, np.int64))
+
+    def _received(self, other: int) -> Iterator[NDArray[np.int16]]:
+        while (shape := self._receive(other, 3, np.int64)).any():
+            yield self._receive(other, int(shape.prod()), np.int16).reshape(shape, order="F")
+
+    def _send(self, array: NDArray[Any]) -> None:
+        raw = np.frombuffer(array.tobytes(order="F"), np.uint8).copy()
+        with _together():
+            dist.send(torch.from_numpy(raw).to(self.device), 0)
+
+    def _receive(self, other: int, count: int, dtype: type[np.generic]) -> NDArray[Any]:
+        raw = torch.empty(count * np.dtype(dtype).itemsize, dtype=torch.uint8, device=self.device)
+        with _together():
+            dist.recv(raw, other)
+        return raw.cpu().numpy().view(dtype)
 
     def merged(self, moments: Moments) -> Moments:
         """Statistics of all processes' rows: gathered, then merged in the order of the ranks by each of them."""
@@ -51,6 +108,7 @@ class Processes:
 
     def gathered(self, rows: Tensor, dim: int) -> Tensor | None:
         """All processes' rows joined, for the first process; None for the others. They may differ in number."""
+        rows = rows.to(self.device)
         counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
         with _together():
             dist.all_gather(counts, torch.tensor([rows.shape[dim]], device=rows.device))
@@ -71,16 +129,27 @@ class Processes:
 def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     """Join the processes that `torchrun` started.
 
+    On GPUs each takes the one of its number on its machine, which becomes the current one.
+
     Raises:
-        MaisiError: not all of them come, or one is lost on the way.
+        MaisiError: not all of them come, or one is lost on the way; more of them than GPUs.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     with _together():
         dist.init_process_group(backend, timeout=timeout)
     try:
-        yield Processes()
+        yield Processes(device if device.type == "cuda" else torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+
+
+def _take_gpu(number: int) -> None:
+    there = torch.cuda.device_count()
+    if number >= there:
+        raise MaisiError(f"There are more processes than GPUs here ({there}); start one for each GPU, or --device cpu.")
+    torch.cuda.set_device(number)
 
 
 @contextmanager
@@ -90,4 +159,4 @@ def _together() -> Iterator[None]:
         yield
     except (RuntimeError, dist.DistError) as error:
         reason = str(error).splitlines()[0]
-        raise MaisiError(f"Another process of the group was lost ({reason}); start all of them again.") from None
+        raise LostProcessError(f"Another process of the group was lost ({reason}); start all of them again.") from None
