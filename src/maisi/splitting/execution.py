@@ -54,8 +54,8 @@ class Execution:
         devices: the parts of a map are spread over these in order.
         store: where the parts of stored maps wait.
         recompute: do not store what an upsampling makes, the widest maps of a decoder; compute its rows anew each of
-            the three times they are needed. Under autograd keep, of each residual block, its result alone and compute
-            the map inside it anew in the backward pass. Less memory for more time.
+            the three times they are needed. Under autograd the same for the map inside each
+            residual block. Less memory for more time.
         share: this process's rows of the maps, first and end, as numerators of `denominator`.
         group: the processes that hold the other rows.
     """
@@ -89,9 +89,12 @@ class Execution:
                 continue
             if following is None:
                 return self._made(block, x, moments, dtype)
+            made = self._made(block, x, moments)
             normed = isinstance(following, nn.GroupNorm | ResidualBlock)
-            step = partial(self._step, block, x, moments, normed)
-            x, moments = computed_twice(step) if self.recompute else step()
+            if isinstance(block, Upsample) and self.recompute:
+                x, moments = made, self._moments(made) if normed else None
+            else:
+                x, moments = self._stored(made, normed, release=True)
         return x
 
     def pieces(self, x: FeatureMap, release: bool = True) -> Iterator[tuple[int, int, Tensor]]:
@@ -106,15 +109,6 @@ class Execution:
         stretches = self.stretches(size)
         count = len(stretches)
         return [(*rows, self.devices[index * len(self.devices) // count]) for index, rows in enumerate(stretches)]
-
-    def _step(
-        self, block: nn.Module, x: FeatureMap, moments: Moments | None, normed: bool
-    ) -> tuple[FeatureMap, Moments | None]:
-        """A block's map, stored or not, with its statistics if a norm follows."""
-        made = self._made(block, x, moments)
-        if isinstance(block, Upsample) and self.recompute:
-            return made, self._moments(made) if normed else None
-        return self._stored(made, normed, release=True)
 
     def _made(
         self, block: nn.Module, x: FeatureMap, moments: Moments | None, dtype: torch.dtype | None = None
@@ -133,7 +127,11 @@ class Execution:
 
     def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments) -> FeatureMap:
         inner = Convolved(Activated(x, Activation(block.norm1, moments)), block.conv1)
-        h, h_moments = self._stored(inner, True, release=False)
+        h: FeatureMap = inner
+        if self.recompute and torch.is_grad_enabled():
+            h_moments: Moments | None = self._moments(inner)
+        else:
+            h, h_moments = self._stored(inner, True, release=False)
         assert h_moments is not None
         outer = Convolved(Activated(h, Activation(block.norm2, h_moments)), block.conv2)
         shortcut = x if isinstance(block.shortcut, nn.Identity) else Convolved(x, block.shortcut)
