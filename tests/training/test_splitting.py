@@ -10,6 +10,7 @@ import torch
 from maisi.device import parse_memory
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import AutoencoderConfig
+from maisi.splitting.plan import FIXED_BYTES
 from maisi.training.autoencoder import AutoencoderRun, AutoencoderStage
 from maisi.training.loop import run
 from maisi.training.runs import run_stage
@@ -17,7 +18,7 @@ from maisi.training.splitting import Coding, SplittingConfig, coding_for, step_b
 
 CPU = torch.device("cpu")
 MODEL = AutoencoderConfig(channels=(8, 16), num_res_blocks=(1, 0), norm_groups=4)
-SHAPE = (1, 1, 32, 32, 64)
+SHAPE = (1, 1, 64, 64, 64)
 
 
 def split(whole: AutoencoderRun, splitting: SplittingConfig) -> AutoencoderRun:
@@ -69,7 +70,9 @@ def test_a_resumed_run_may_be_split_otherwise(autoencoder_run: AutoencoderRun, t
     assert run(AutoencoderStage(other), other.loop, other, tmp_path) == 5
 
 
-def test_less_memory_more_parts_until_nothing_fits() -> None:
+def test_less_memory_more_parts_until_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maisi.training.splitting.PARTS", (2, 4))
+
     def bytes_of(coding: Coding) -> int:
         return step_bytes(MODEL, SHAPE, coding, CPU, torch.float32)
 
@@ -78,20 +81,20 @@ def test_less_memory_more_parts_until_nothing_fits() -> None:
 
     whole = bytes_of(Coding())
     assert coding(whole).execution is None
-    ways = []
-    budget = whole - 1
-    for _ in range(4):
-        found = coding(budget)
+    ways: list[tuple[bool, int]] = []
+    taken = whole
+    while not (ways and ways[-1][0]):
+        found = coding(taken - 1)
         assert found.execution is not None
         assert found.axis == 2
-        assert bytes_of(found) <= budget
+        assert bytes_of(found) < taken
         ways.append((found.execution.recompute, found.execution.parts))
-        budget = bytes_of(found) * 9 // 10
-    assert ways == sorted(ways)
+        taken = bytes_of(found)
+    assert ways == sorted(ways), "a slower way is taken before a quicker one is exhausted"
     assert ways[0] == (False, 2)
-    assert ways[-1][0]
-    with pytest.raises(MaisiError, match=r"32 x 32 x 64 voxels takes the autoencoder at least [\d.]+ GiB"):
-        coding(budget // 2)
+    assert taken - FIXED_BYTES < (whole - FIXED_BYTES) / 2
+    with pytest.raises(MaisiError, match=r"64 x 64 x 64 voxels takes the autoencoder at least [\d.]+ GiB"):
+        coding(FIXED_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,10 @@ def test_faults_are_named(values: str, message: str, prepared: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_memory_that_is_too_small_is_refused_before_anything_is_made(prepared: Path, tmp_path: Path) -> None:
+def test_a_memory_that_is_too_small_is_refused_before_anything_is_made(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maisi.training.splitting.PARTS", (2,))
     assert parse_memory("64MiB") == 2**26
     path = tmp_path / "run.yaml"
     path.write_text(

@@ -37,7 +37,8 @@ def _left_to_slow_kernel(x: Tensor, weight: Tensor) -> bool:
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     small = len(x) == 1 and weight.shape[2] > 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return small and plain and not trained and torch.backends.mkldnn.is_available()
+    there = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return small and plain and not trained and there
 
 
 def conv3(in_channels: int, out_channels: int, stride: int = 1, padding: int = 1) -> nn.Conv3d:
