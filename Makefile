@@ -20,9 +20,14 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# Beside the reference on this machine; more sizes and budgets: benchmarks/decode.py --help
+# Beside the reference on this machine, a few minutes; more sizes, budgets and rounds: python benchmarks/NAME.py --help
 bench: $(VENV)/.installed-test
-	$(BIN)/python benchmarks/decode.py --size 64
+	$(BIN)/python benchmarks/decode.py --size 64 -o out/bench/decode-64.json
+	$(BIN)/python benchmarks/encode.py --size 64 -o out/bench/encode-64.json
+	$(BIN)/python benchmarks/denoise.py --network unet --latent 32 -o out/bench/denoise-unet-32.json
+	$(BIN)/python benchmarks/denoise.py --network controlnet --latent 32 -o out/bench/denoise-controlnet-32.json
+	$(BIN)/python benchmarks/end_to_end.py --size 64 --steps 4 -o out/bench/end-to-end-64.json
+	$(BIN)/python benchmarks/splitting.py --task decode --size 64,48,48 --parts 1,2,4,8 -o out/bench/splitting-decode
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

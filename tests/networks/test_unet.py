@@ -74,6 +74,16 @@ def test_samples_of_a_batch_do_not_influence_each_other():
     torch.testing.assert_close(net(x, times, **both)[1:], second, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_residual_resampling_runs_in_bfloat16(layout: torch.memory_format):
+    net = randomised(UNetConfig(**NARROW, residual_resampling=True))
+    with torch.inference_mode():
+        exact = net(latent(4, 8, 4), TIMES)
+        x = latent(4, 8, 4).bfloat16().contiguous(memory_format=layout)
+        made = net.to(torch.bfloat16, memory_format=layout)(x, TIMES)
+    assert float((made.float() - exact).norm() / exact.norm()) < 0.1
+
+
 def test_size_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="multiple of 4"):
         randomised(CARRIED)(latent(4, 6, 4), TIMES, **conditions())

@@ -25,6 +25,7 @@ from maisi.training.mask_autoencoder import MaskAutoencoderRun
 from maisi.training.mask_diffusion import MaskDiffusionRun
 from maisi.training.optimizer import OptimizerConfig
 from maisi.training.patches import PatchConfig
+from maisi.training.splitting import SplittingConfig
 
 AUTOENCODER = AutoencoderConfig(channels=(4, 8), num_res_blocks=(1, 1), norm_groups=4, upsampling="nearest")
 UNET = UNetConfig(
@@ -126,6 +127,11 @@ def autoencoder_run(prepared: Path) -> AutoencoderRun:
         validation_cases=1,
         validation_size=(24, 24, 24),
     )
+
+
+@pytest.fixture
+def split_autoencoder_run(autoencoder_run: AutoencoderRun) -> AutoencoderRun:
+    return autoencoder_run.model_copy(update={"splitting": SplittingConfig(parts=3, axis=1)})
 
 
 @pytest.fixture

@@ -41,12 +41,15 @@ def train(stage_class: Any, config: Any, folder: Path, steps: int) -> dict[str, 
     return dict(load_checkpoint(path).tensors)
 
 
-NAMES = ("autoencoder", "diffusion", "controlnet", "inpainting", "mask_autoencoder", "mask_diffusion")
+NAMES = (
+    *("autoencoder", "split_autoencoder", "diffusion", "controlnet", "inpainting"),
+    *("mask_autoencoder", "mask_diffusion"),
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    classes = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage}
+    classes = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage, "split_autoencoder": AutoencoderStage}
     classes |= dict.fromkeys(("controlnet", "inpainting"), ControlNetStage)
     classes |= {"mask_autoencoder": MaskAutoencoderStage, "mask_diffusion": MaskDiffusionStage}
     config = request.getfixturevalue(f"{name}_run")
@@ -57,6 +60,7 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path, request: pytest
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert any(not torch.equal(whole[key], part[key]) for key in whole)
     exported = {"diffusion": "unet", "inpainting": "controlnet", "mask_diffusion": "mask_unet"}.get(name, name)
+    exported = exported.removeprefix("split_")
     assert (tmp_path / "whole" / f"{exported}.safetensors").is_file()
 
 

@@ -154,7 +154,9 @@ class ConditionedBlock(nn.Module):
 
     def _resize(self, x: Tensor) -> Tensor:
         if self.resample == "down":
-            return F.avg_pool3d(x, kernel_size=2)
+            # PyTorch's CPU kernel for contiguous maps knows no bfloat16
+            wide = x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+            return F.avg_pool3d(wide, kernel_size=2).to(x.dtype)
         if self.resample == "up":
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return x

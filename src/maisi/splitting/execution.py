@@ -7,10 +7,11 @@ alone. Knows no autoencoder and no budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Protocol
+from itertools import zip_longest
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from maisi.splitting.layers import (
     TransposedConvolved,
 )
 from maisi.splitting.maps import FeatureMap, Parts, Store, cuts
+
+Result = TypeVar("Result")
 
 
 class Group(Protocol):
@@ -51,7 +54,8 @@ class Execution:
         devices: the parts of a map are spread over these in order.
         store: where the parts of stored maps wait.
         recompute: do not store what an upsampling makes, the widest maps of a decoder; compute its rows anew each of
-            the three times they are needed. Less memory for more time.
+            the three times they are needed. Under autograd the same for the map inside each
+            residual block. Less memory for more time.
         share: this process's rows of the maps, first and end, as numerators of `denominator`.
         group: the processes that hold the other rows.
     """
@@ -78,26 +82,15 @@ class Execution:
             dtype: precision of the last convolution; None is that of the weights.
         """
         x, moments = source, None
-        for index, block in enumerate(blocks):
-            following = blocks[index + 1] if index + 1 < len(blocks) else None
-            normed = isinstance(following, nn.GroupNorm | ResidualBlock)
+        for block, following in zip_longest(blocks, blocks[1:]):
             if isinstance(block, nn.GroupNorm):
                 assert moments is not None
                 x = Activated(x, Activation(block, moments, silu=False))
                 continue
-            if isinstance(block, nn.Conv3d):
-                made: FeatureMap = Convolved(x, block, dtype=dtype if following is None else None)
-            elif isinstance(block, ResidualBlock):
-                assert moments is not None
-                made = self._residual(block, x, moments)
-            elif isinstance(block, Downsample):
-                made = Convolved(x, block.conv, far_pad=1)
-            elif isinstance(block, Upsample):
-                made = _upsampled(block, x)
-            else:
-                raise TypeError(f"splitting does not know the layer {type(block).__name__}")
             if following is None:
-                return made
+                return self._made(block, x, moments, dtype)
+            made = self._made(block, x, moments)
+            normed = isinstance(following, nn.GroupNorm | ResidualBlock)
             if isinstance(block, Upsample) and self.recompute:
                 x, moments = made, self._moments(made) if normed else None
             else:
@@ -106,16 +99,39 @@ class Execution:
 
     def pieces(self, x: FeatureMap, release: bool = True) -> Iterator[tuple[int, int, Tensor]]:
         """Compute the parts of a map in order: first row, end, `B C X Y Z`; `release` what they came from."""
-        stretches = self.stretches(x.size)
-        for index, (start, stop) in enumerate(stretches):
-            device = self.devices[index * len(self.devices) // len(stretches)]
-            yield start, stop, self._rows(x, start, stop, device)
+        for start, stop, device in self._places(x.size):
+            yield start, stop, computed_twice(partial(x.rows, start, stop, device))
             if release and not torch.is_grad_enabled():
                 x.release(stop)
 
+    def _places(self, size: int) -> list[tuple[int, int, torch.device]]:
+        """The stretches of a map, each with the device that computes it."""
+        stretches = self.stretches(size)
+        count = len(stretches)
+        return [(*rows, self.devices[index * len(self.devices) // count]) for index, rows in enumerate(stretches)]
+
+    def _made(
+        self, block: nn.Module, x: FeatureMap, moments: Moments | None, dtype: torch.dtype | None = None
+    ) -> FeatureMap:
+        """A block's map, whose rows are still to be asked for."""
+        if isinstance(block, nn.Conv3d):
+            return Convolved(x, block, dtype=dtype)
+        if isinstance(block, ResidualBlock):
+            assert moments is not None
+            return self._residual(block, x, moments)
+        if isinstance(block, Downsample):
+            return Convolved(x, block.conv, far_pad=1)
+        if isinstance(block, Upsample):
+            return _upsampled(block, x)
+        raise TypeError(f"splitting does not know the layer {type(block).__name__}")
+
     def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments) -> FeatureMap:
         inner = Convolved(Activated(x, Activation(block.norm1, moments)), block.conv1)
-        h, h_moments = self._stored(inner, True, release=False)
+        h: FeatureMap = inner
+        if self.recompute and torch.is_grad_enabled():
+            h_moments: Moments | None = self._moments(inner)
+        else:
+            h, h_moments = self._stored(inner, True, release=False)
         assert h_moments is not None
         outer = Convolved(Activated(h, Activation(block.norm2, h_moments)), block.conv2)
         shortcut = x if isinstance(block.shortcut, nn.Identity) else Convolved(x, block.shortcut)
@@ -129,7 +145,7 @@ class Execution:
         edge_rows: list[Tensor] = []
         for first, end, made in self.pieces(x, release):
             if normed:
-                found.append(Moments.of(made))
+                found.append(computed_twice(partial(Moments.of, made)))
             if self.group is not None and (first == start or end == stop):
                 edge_rows += [made.narrow(x.dim, 0, 1), made.narrow(x.dim, end - first - 1, 1)]
             parts.add(first, end, self.store.put(made, x.axis))
@@ -143,19 +159,26 @@ class Execution:
 
     def _moments(self, x: FeatureMap) -> Moments:
         """Statistics of a map that is not stored."""
-        return self._joint([Moments.of(rows) for _, _, rows in self.pieces(x, release=False)])
+
+        def found(start: int, stop: int, device: torch.device) -> Moments:
+            return Moments.of(x.rows(start, stop, device))
+
+        return self._joint([computed_twice(partial(found, *place)) for place in self._places(x.size)])
 
     def _joint(self, found: Sequence[Moments]) -> Moments:
         mine = reduce(Moments.merged, found)
         return mine if self.group is None else self.group.merged(mine)
 
-    @staticmethod
-    def _rows(x: FeatureMap, start: int, stop: int, device: torch.device) -> Tensor:
-        compute = partial(x.rows, start, stop, device)
-        if not torch.is_grad_enabled():
-            return compute()
-        made: Tensor = checkpoint(compute, use_reentrant=False)
-        return made
+
+def computed_twice(compute: Callable[[], Result]) -> Result:
+    """Under autograd a checkpoint: of what `compute` makes on the way nothing is kept, the backward pass makes it anew.
+
+    Nothing that it calls may draw random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return compute()
+    made: Result = checkpoint(compute, use_reentrant=False, preserve_rng_state=False)
+    return made
 
 
 def _upsampled(block: Upsample, x: FeatureMap) -> FeatureMap:

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CONVOLUTIONS = frozenset({"aten::convolution", "aten::conv3d", "aten::conv_transpose3d.input"})
+CONVOLUTIONS = frozenset(
+    {"aten::convolution", "aten::conv3d", "aten::conv_transpose3d.input", "aten::convolution_backward"}
+)
 """Names of the operation; in inference mode PyTorch does not take it apart, so that others reach the counter."""
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maisi.layers.blocks import folded_kernel
+from maisi.layers.blocks import convolved, folded_kernel
 from maisi.splitting.maps import FeatureMap
 
 _COPIES: WeakKeyDictionary[Tensor, dict[torch.device, Tensor]] = WeakKeyDictionary()
@@ -132,7 +132,7 @@ class Convolved(FeatureMap):
         ends[self.axis] = (0, 0) if before == after else (before, after)
         if any(ends_of_axis != (0, 0) for ends_of_axis in ends):
             x = F.pad(x, [n for pair in reversed(ends) for n in pair])
-        return F.conv3d(x, weight, bias, self.conv.stride, padding)
+        return convolved(x, weight, bias, self.conv.stride, padding)
 
     def release(self, before: int) -> None:
         """Rows below the reach of `before` are done with."""

@@ -22,6 +22,7 @@ from maisi.training.losses import adversarial, perceptual
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.patches import PatchConfig, PatchSource
 from maisi.training.perceptual import FeatureName, Features, load_features
+from maisi.training.splitting import SplittingConfig, coding_for
 from maisi.training.state import Checkpoint, step_generator
 from maisi.weights.load import load_network, save_network
 
@@ -69,6 +70,7 @@ class AutoencoderRun(Config):
     model: AutoencoderConfig = AutoencoderConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     patches: PatchConfig = PatchConfig()
+    splitting: SplittingConfig = SplittingConfig()
     losses: AutoencoderLosses = AutoencoderLosses()
     optimizer: OptimizerConfig = OptimizerConfig()
     discriminator_optimizer: OptimizerConfig = OptimizerConfig()
@@ -103,6 +105,8 @@ class AutoencoderStage:
         if run.decoder_only:
             for part in (model.encoder, model.quant_conv_mu, model.quant_conv_log_sigma):
                 part.requires_grad_(False)
+        shape = (run.patches.batch_size, model.config.in_channels, *run.patches.size)
+        self.coding = coding_for(run.splitting, model.config, shape, self.device, run.loop.dtype)
         self.layout = layout = feature_layout(self.device, run.loop.dtype)
         self.model: Autoencoder = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.trainee = Trainee("autoencoder", self.model, run.optimizer, run.loop.steps)
@@ -143,10 +147,10 @@ class AutoencoderStage:
         losses = self.run.losses
         halved = bool(torch.rand((), generator=generator) < losses.equivariance)
         with self._autocast():
-            distribution = self.model.encode(x)
+            distribution = self.coding.encode(self.model, x)
             noise = torch.randn(distribution.mean.shape, generator=generator).to(self.device)
             z = distribution.mean + torch.exp(0.5 * distribution.log_variance) * noise
-            output = self.model.decode(F.avg_pool3d(z, 2) if halved else z).float()
+            output = self.coding.decode(self.model, F.avg_pool3d(z, 2) if halved else z).float()
         if halved:
             x = F.avg_pool3d(x, 2)
         terms = {"l1": F.l1_loss(output, x), "kl": losses.kl * distribution.kl().float()}
@@ -184,7 +188,7 @@ class AutoencoderStage:
         stride = max(1, len(cases) // self.run.validation_cases)
         for case in cases[::stride][: self.run.validation_cases]:
             x = self._centre(case).to(self.device)
-            y = model.decode(model.encode(x).mean).clamp(0, 1)
+            y = self.coding.decode(model, self.coding.encode(model, x).mean).clamp(0, 1)
             errors.append((float((x - y).square().mean()), float((x - y).abs().mean())))
             middle = [t[0, 0, :, t.shape[3] // 2, :].flip(1).T for t in (x, y, 0.5 + 2 * (y - x))]
             columns.append(torch.cat([_square(m) for m in middle], 0))

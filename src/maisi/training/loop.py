@@ -26,6 +26,9 @@ from maisi.errors import MaisiError
 from maisi.io.files import write_json
 from maisi.training.state import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
+FREE_SETTINGS = ("loop.", "splitting.")
+"""Settings that a resumed run may change: they say when and where things happen, not what is learned."""
+
 
 class LoopConfig(Config):
     """When the loop does what. All `every` values are in optimizer steps; 0 is never.
@@ -124,7 +127,7 @@ def _resume(stage: Stage, resolved: Config, folder: Path) -> int:
         return 0
     checkpoint = load_checkpoint(path)
     mine, theirs = resolved.model_dump(mode="json"), checkpoint.facts["config"]
-    changed = sorted(k for k in _flat(mine).items() ^ _flat(theirs).items() if not k[0].startswith("loop."))
+    changed = sorted(k for k in _flat(mine).items() ^ _flat(theirs).items() if not k[0].startswith(FREE_SETTINGS))
     if changed:
         names = ", ".join(sorted({name for name, _ in changed}))
         raise MaisiError(

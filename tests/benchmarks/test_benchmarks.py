@@ -1,0 +1,104 @@
+"""The benchmarks at small sizes: they run, ours agrees with the reference, and what they write is whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+CASES = {
+    "decode": ["--size", "16", "--splits", "1,2"],
+    "encode": ["--size", "16"],
+    "denoise": ["--network", "unet", "--latent", "4", "--repeats", "2"],
+    "denoise-controlnet": ["--network", "controlnet", "--latent", "4,4,8", "--repeats", "2"],
+    "end_to_end": ["--size", "16", "--steps", "2"],
+}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Imports a script, with its runs done in this process: each would spend seconds on importing PyTorch."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("maisi.device.keep_freed_memory", lambda: None)
+    before = set(sys.modules)
+
+    def one(name: str) -> ModuleType:
+        script, beside = __import__(name), __import__("beside")
+        run = getattr(script, "one_run", None) or __import__("coding").one_run
+
+        def here(file: str, kind: str, folder: Path, settings: dict) -> object:  # type: ignore[type-arg]
+            made, cost = run(kind, folder, settings)
+            np.save(folder / f"made-{kind}.npy", made)
+            return cost
+
+        monkeypatch.setattr(beside, "child", here)
+        return script
+
+    yield one
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and BENCHMARKS in Path(sys.modules[name].__file__).parents:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ours_beside_the_reference(case: str, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = case.split("-")[0]
+    out = tmp_path / "results" / f"{case}.json"
+    monkeypatch.setattr(sys, "argv", [name, *CASES[case], "--small", "--rounds", "2", "-o", str(out)])
+    script = load(name)
+    if name in ("decode", "encode"):
+        __import__("coding").main(str(BENCHMARKS / f"{name}.py"), name, "")
+    else:
+        script.main()
+    result = json.loads(out.read_text())
+    assert [len(result["runs"][kind]) for kind in ("reference", "fp32", "bf16")] == [2, 2, 2]
+    assert result["ours"]["fp32"]["largest_difference"] < 1e-3
+    assert 0 < result["ours"]["bf16"]["largest_difference"] < 0.5
+    least, most = result["ours"]["fp32"]["speed_least_most"]
+    assert 0 < least <= result["ours"]["fp32"]["speed"] <= most
+    assert {"name", "load_before", "under_load"} == result["machine"].keys()
+    table = out.with_suffix(".md").read_text()
+    assert result["machine"]["name"] in table
+    assert "| bf16 |" in table
+
+
+@pytest.mark.parametrize("task", ["decode", "encode", "train"])
+def test_splitting(task: str, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results" / "splitting"
+    arguments = ["--task", task, "--size", "32,8,8", "--parts", "1,2", "--small", "-o", str(out)]
+    monkeypatch.setattr(sys, "argv", ["splitting", *arguments])
+    script = load("splitting")
+    script.main()
+    result = json.loads(out.with_name("splitting.json").read_text())
+    assert len(result["memory"]) == 2 * len(script.WAYS[task])
+    assert [row["size"][0] for row in result["time"]] == [8, 16, 24, 32]
+    assert all(row["seconds"] > 0 and row["forecast_bytes"] > 0 for row in result["memory"])
+    for kind in ("memory", "time"):
+        assert (tmp_path / "results" / f"splitting-{kind}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_of_its_own_counts_its_own_memory(load, tmp_path: Path) -> None:
+    """The peak is what the work takes, not what was there before, nor a peak that has passed."""
+    load("decode")
+    beside = sys.modules["beside"]
+    mib = 2**20
+    held = torch.ones(64 * mib // 4)
+    _, cost = beside.measured(lambda: float(torch.ones(32 * mib // 4).sum()), torch.device("cpu"))
+    assert 0 <= cost.peak_bytes < 60 * mib
+    assert held.sum() > 0
+
+
+def test_the_real_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+    import subprocess
+
+    order = [sys.executable, str(BENCHMARKS / "encode.py"), "--size", "8", "--small", "--kinds", "fp32"]
+    done = subprocess.run(order, capture_output=True, text=True, check=True)
+    assert "encode 8 x 8 x 8, small configuration" in done.stdout
+    assert "| fp32 |" in done.stdout
