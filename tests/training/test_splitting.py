@@ -10,11 +10,10 @@ import torch
 from maisi.device import parse_memory
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import AutoencoderConfig
-from maisi.splitting.plan import FIXED_BYTES
 from maisi.training.autoencoder import AutoencoderRun, AutoencoderStage
 from maisi.training.loop import run
 from maisi.training.runs import run_stage
-from maisi.training.splitting import Coding, SplittingConfig, coding_for, step_bytes
+from maisi.training.splitting import FIXED_BYTES, Coding, SplittingConfig, coding_for, step_bytes
 
 CPU = torch.device("cpu")
 MODEL = AutoencoderConfig(channels=(8, 16), num_res_blocks=(1, 0), norm_groups=4)
