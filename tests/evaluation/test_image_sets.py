@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from maisi.evaluation.image_sets import find_images
 
 from maisi.data.manifest import Case, CaseList, write_cases
 from maisi.data.prepare import prepare
 from maisi.errors import MaisiError
-from maisi.evaluation.image_sets import find_images
 from maisi.io.nifti import write_volume
 from maisi.volume import Volume
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from maisi.evaluation.kept import Cache, cache_for
 
 from maisi.errors import MaisiError
-from maisi.evaluation.kept import Cache, cache_for
 
 
 def test_an_answer_is_computed_once_for_each_key(tmp_path) -> None:

@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from maisi.evaluation.image_sets import SetImage
+from maisi.evaluation.kept import Cache
 
 from maisi.cli import run
 from maisi.data.phantom import phantom
 from maisi.errors import MaisiError
-from maisi.evaluation.image_sets import SetImage
-from maisi.evaluation.kept import Cache
 from maisi.evaluation.memorisation import (
     CoarseGrid,
     Correlator,
