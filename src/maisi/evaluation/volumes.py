@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maisi.data.manifest import Case, read_cases
-from maisi.data.prepare import label_map
+from maisi.data.prepare import GRID_TOLERANCE_MM, label_map
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
@@ -35,8 +35,6 @@ _CHANNEL = "_0000"
 
 _SHOWN = 5
 _TOLERANCE_MM = 1e-2
-_LISTED_TOLERANCE_MM = 0.5
-"""Of case lists: what `maisi prepare` lets pass."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Entry:
         labels = read_header(self.labels)
         apart = _corners(image.shape, image.affine)[:, None] - _corners(labels.shape, labels.affine)[None]
         nearest = np.linalg.norm(apart, axis=2).min(axis=1).max()
-        tolerance_mm = _TOLERANCE_MM if self.case is None else _LISTED_TOLERANCE_MM
+        tolerance_mm = _TOLERANCE_MM if self.case is None else GRID_TOLERANCE_MM
         if sorted(image.shape) != sorted(labels.shape) or nearest > tolerance_mm:
             raise self._no_pair()
 
