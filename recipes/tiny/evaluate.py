@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,6 @@ from maisi.data.preprocess import HU_MAX, HU_MIN, crop_or_pad, resample
 from maisi.data.quality_measures import stray_share
 from maisi.data.segmentation import segment
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import cached_arrays, cached_json
 from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, fid, pooled
 from maisi.evaluation.halves import compare_with_halves
 from maisi.evaluation.intensity import HuHistogram, total_variation, wasserstein_hu
@@ -182,7 +182,7 @@ class Evaluation:
     def measure_autoencoder(self, own: Path) -> dict[str, Any]:
         """PSNR, SSIM and MAE of each validation case, and their means by part of the body."""
         cases = ct_cases(self.folder, "validation")
-        rows = [cached_json(own / f"autoencoder-{case.id}.json", partial(self.reconstruction, case)) for case in cases]
+        rows = [kept_json(own / f"autoencoder-{case.id}.json", partial(self.reconstruction, case)) for case in cases]
         parts = sorted({row["part"] for row in rows})
         return {"cases": rows, "means": {part: means([r for r in rows if r["part"] == part]) for part in parts}}
 
@@ -233,12 +233,13 @@ class Evaluation:
 
     def described(self, path: Path, ct: Callable[[], Volume]) -> Description:
         """The description kept at `path`, made of `ct()` if it is not there yet."""
-
-        def compute() -> dict[str, NDArray[Any]]:
+        if not path.exists():
             say(f"describing {path.stem}")
-            return Description.of(ct(), self.judge).as_arrays()
-
-        return Description.from_arrays(cached_arrays(path, compute))
+            arrays: dict[str, Any] = Description.of(ct(), self.judge).as_arrays()
+            with atomic_path(path) as part, part.open("wb") as file:
+                np.savez(file, **arrays)
+        with np.load(path, allow_pickle=False) as stored:
+            return Description.from_arrays(stored)
 
     def real_cases(self) -> list[PreparedCase]:
         """Head-neck cases of both splits that fill enough of the grid along each axis, a random choice of them."""
@@ -444,6 +445,13 @@ def at_most(size: Triple, most: Triple) -> Triple:
     """The smaller of both, axis by axis."""
     x, y, z = (min(pair) for pair in zip(size, most, strict=True))
     return (x, y, z)
+
+
+def kept_json(path: Path, compute: Callable[[], Any]) -> Any:
+    """JSON values kept at `path`, computed if they are not there yet."""
+    if not path.exists():
+        write_json(path, compute())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def store(path: Path, array: NDArray[Any]) -> None:

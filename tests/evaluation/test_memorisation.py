@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +11,7 @@ import pytest
 from maisi.cli import run
 from maisi.data.phantom import phantom
 from maisi.errors import MaisiError
-from maisi.evaluation.image_sets import SetImage
-from maisi.evaluation.kept import Cache
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.memorisation import (
     CoarseGrid,
     Correlator,
@@ -23,6 +21,7 @@ from maisi.evaluation.memorisation import (
     slice_mean_features,
     summed_up,
 )
+from maisi.evaluation.volumes import Entry
 from maisi.io.nifti import write_volume
 from maisi.volume import Volume
 
@@ -43,10 +42,10 @@ def copy_of(ct: Volume, flipped: tuple[int, ...] = (0,), noise_hu: float = 40.0)
     return Volume.from_spacing(np.clip(noisy, -1024, 3071).astype(np.int16), ct.spacing_mm)
 
 
-def as_image(name: str, ct: Volume, tmp_path) -> SetImage:
+def as_image(name: str, ct: Volume, tmp_path, patient: str | None = None) -> Entry:
     path = tmp_path / f"{name}.npy"
     np.save(path, ct.array)
-    return SetImage(name, name, (path,), lambda: ct)
+    return Entry(name, patient or name, path, affine=tuple(map(tuple, ct.affine.tolist())))
 
 
 def slow_correlation(a: np.ndarray, b: np.ndarray, overlap: float) -> float:
@@ -158,7 +157,7 @@ def test_a_feature_that_is_the_same_for_all_patients_does_not_drown_the_others(p
     made = [as_image("made", people[4], tmp_path)]
 
     def describe(ct: Volume) -> np.ndarray:
-        n = next(number for number, one in enumerate(people) if one is ct)
+        n = next(number for number, one in enumerate(people) if np.array_equal(one.array, ct.array))
         return np.array([n, n, 1e-9 * n**5])
 
     found = find_neighbours(made, images, (), ("planted", describe), Cache(tmp_path / "cache"), grid=GRID)
@@ -168,7 +167,7 @@ def test_a_feature_that_is_the_same_for_all_patients_does_not_drown_the_others(p
 
 
 def test_one_patient_is_no_baseline(people, tmp_path) -> None:
-    training = [SetImage(f"{i}", "same", (tmp_path,), partial(lambda ct: ct, ct)) for i, ct in enumerate(people[:2])]
+    training = [as_image(f"{i}", ct, tmp_path, patient="same") for i, ct in enumerate(people[:2])]
     with pytest.raises(MaisiError, match="one patient"):
         find_neighbours(training, training, (), ("none", lambda ct: np.zeros(1)), Cache(tmp_path / "c"))
 
@@ -201,7 +200,7 @@ def test_the_command_draws_no_real_image_unless_told_to(people, tmp_path, monkey
         (["--features", "taste"], "features"),
         (["--baseline", "1"], "at least 2"),
         (["--seed", "-1"], "0 or more"),
-        (["--heldout", "absent"], "absent is neither"),
+        (["--heldout", "absent"], "absent does not exist"),
     ],
 )
 def test_refusals(people, tmp_path, capsys, words, said) -> None:
@@ -210,3 +209,17 @@ def test_refusals(people, tmp_path, capsys, words, said) -> None:
     assert run(["evaluate", "memorisation", place, place, *words, "-o", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+def test_what_cannot_be_read_is_refused_or_left_out_and_said(people, tmp_path, capsys) -> None:
+    for number, ct in enumerate(people[:2]):
+        write_volume(tmp_path / f"{number}.nii.gz", ct.with_array(ct.array))
+    (tmp_path / "broken.nii.gz").write_bytes(b"nonsense")
+    words = ["evaluate", "memorisation", str(tmp_path), str(tmp_path), "-o", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert "broken.nii.gz" in capsys.readouterr().err
+    assert not (tmp_path / "out.cache").exists()
+    assert run([*words, "--skip-unreadable"]) == 0
+    values = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [row["image"] for row in values["items"]] == ["0", "1"]
+    assert sum("broken.nii.gz" in note for note in values["notes"]) == 2

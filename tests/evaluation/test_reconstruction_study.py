@@ -12,6 +12,7 @@ from maisi import cli
 from maisi.data.phantom import phantom
 from maisi.data.preprocess import resample
 from maisi.errors import MaisiError
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.reconstruction_study import ReconstructionConfig, ReconstructionStudy
 from maisi.evaluation.volumes import find_entries
 from maisi.generation import codec
@@ -120,15 +121,16 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(data, tmp_path) -> None:
                 raise KeyboardInterrupt
             return super().__call__(ct)
 
+    cache = Cache(tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
-        study(Stops(60), tmp_path).run(found)
+        study(Stops(60), cache).run(found)
     made = Noise(60)
-    resumed = study(made, tmp_path).run(found)
+    resumed = study(made, cache).run(found)
     assert len(made.seen) == 1
     whole = study(Noise(60)).run(found)
     assert (resumed.items, resumed.summary) == (whole.items, whole.summary)
     other = Noise(60)
-    study(other, tmp_path, slices=1).run(found)
+    study(other, cache, slices=1).run(found)
     assert len(other.seen) == 3  # other settings are another result
 
 
@@ -160,7 +162,8 @@ def test_the_command_judges_a_model(data, model, model_folder, tmp_path) -> None
     images = data / "images"
     common = (images, "--labels", data / "labels", "--model", model_folder, "--precision", "fp32", "--device", "cpu")
     common += ("--lpips-features", "gradients")
-    assert evaluate(*common, "-o", tmp_path / "out") == 0
+    kept = ("--cache", tmp_path / "kept")
+    assert evaluate(*common, *kept, "-o", tmp_path / "out") == 0
     values = json.loads((tmp_path / "out" / "result.json").read_text())
     ct = read_volume(images / "0.nii.gz").to_ras()
     made = codec.decode(model.autoencoder, codec.encode(model.autoencoder, ct))
@@ -169,13 +172,14 @@ def test_the_command_judges_a_model(data, model, model_folder, tmp_path) -> None
     assert values["summary"]["volumes"] == 3
     assert values["settings"]["autoencoder_sha256"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"result.json", "table.md", "figure.png"}
-    assert len(list((tmp_path / "out.cache").iterdir())) == 3
+    answers = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    assert len(answers) == 3 + 1
     # from the cache alone, with the autoencoder named as a file
     autoencoder = model_folder / "autoencoder.safetensors"
-    again = [*common[:3], "--autoencoder", autoencoder, *common[5:], "--cache", tmp_path / "out.cache"]
+    again = [*common[:3], "--autoencoder", autoencoder, *common[5:], *kept]
     assert evaluate(*again, "-o", tmp_path / "again") == 0
     assert json.loads((tmp_path / "again" / "result.json").read_text()) == values
-    assert len(list((tmp_path / "out.cache").iterdir())) == 3
+    assert answers == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
 
 
 def test_the_command_refuses_before_it_works(data, tmp_path, capsys) -> None:

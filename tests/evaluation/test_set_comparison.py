@@ -10,6 +10,7 @@ from maisi.data.phantom import phantom
 from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
 from maisi.evaluation import set_comparison, set_description
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, fid
 from maisi.evaluation.mmd import mmd
 from maisi.evaluation.ms_ssim import ms_ssim
@@ -37,9 +38,9 @@ def sets(tmp_path_factory):
     return folder
 
 
-def run(made, real, cache, workers=1, skip=False, **how):
+def run(made, real, folder, workers=1, skip=False, **how):
     config = SetConfig(**{"fid": SEEN, "ways": 2, "pairs": 3} | how)
-    return SetStudy(config, cache, workers).run(find_entries([made]), find_entries([real]), skip)[0]
+    return SetStudy(config, Cache(folder / "cache"), workers).run(find_entries([made]), find_entries([real]), skip)[0]
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,7 @@ def test_the_command(sets, tmp_path, capsys) -> None:
     assert values["settings"]["fid"]["size"] == [32, 28, 22]
     assert values["summary"]["fid"] > 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"result.json", "table.md", "figure.png"}
+    assert not (tmp_path / "out.cache").exists()
     capsys.readouterr()
     for wrong, word in (
         (("--metrics", "fid,is"), "is"),

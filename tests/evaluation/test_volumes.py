@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 
+from maisi.anatomy import BODY
+from maisi.data.manifest import Case, CaseList, write_cases
 from maisi.data.phantom import phantom
+from maisi.data.prepare import prepare
 from maisi.errors import MaisiError
 from maisi.evaluation.volumes import find_entries, readable
 from maisi.io.nifti import write_volume
@@ -72,6 +76,99 @@ def test_splits_of_prepared_folders(folder) -> None:
     ct, labels = found.entries[0].pair()
     np.testing.assert_array_equal(ct.array, CT.array)
     np.testing.assert_array_equal(labels.array, LABELS.array)
+
+
+def test_generated_items_that_are_no_ct_or_unfinished_are_left_out(folder) -> None:
+    for item, modality in (("0000", "ct"), ("0001", "mri"), ("0002.part-12", "ct")):
+        place = folder / "items" / item
+        place.mkdir(exist_ok=True)
+        write_volume(place / "image.nii.gz", CT)
+        (place / "record.json").write_text(json.dumps({"request": {"modality": modality}}))
+    found = find_entries([folder / "items"])
+    assert names(found) == ["0000"]
+    assert found.notes[0].startswith("1 item(s)")
+    with pytest.raises(MaisiError, match="holds no CT"):
+        find_entries([folder / "items" / "0001"])
+
+
+@pytest.fixture
+def listed(folder):
+    """A list of c with labels of another vocabulary and an own class, d without labels, an MR; the CTs prepared as well."""
+    foreign = np.zeros(LABELS.shape, np.uint8)
+    foreign[8:16, 8:14, 4:12] = 1  # the spleen of TotalSegmentator
+    own = np.zeros(LABELS.shape, np.uint8)
+    own[2:4, 8:14, 4:12] = 150
+    write_volume(folder / "spleen.nii.gz", turned(LABELS.with_array(foreign)))
+    write_volume(folder / "own.nii.gz", LABELS.with_array(own))
+    image = folder / "images" / "a.nii.gz"
+    cases = CaseList(
+        cases=(
+            Case(id="c", patient="x", image=image, labels=folder / "spleen.nii.gz", vocabulary="totalsegmentator"),
+            Case(id="d", patient="x", image=image, split="validation"),
+            Case(id="e", patient="y", image=image, labels=folder / "own.nii.gz", split="train"),
+            Case(id="m", patient="y", image=image, modality="mri"),
+        ),
+        custom_labels={150: "my plate"},
+    )
+    write_cases(folder / "cases.json", cases)
+    prepare(cases.model_copy(update={"cases": cases.cases[:3]}), folder / "made")
+    return folder
+
+
+def test_case_lists_give_what_preparing_them_gives(listed) -> None:
+    found = readable(find_entries([listed / "cases.json"]))
+    assert [(e.name, e.patient, e.has_labels) for e in found.entries] == [
+        ("c", "x", True),
+        ("d", "x", True),
+        ("e", "y", True),
+    ]
+    assert found.notes == (f"1 case(s) of {listed / 'cases.json'} are not CT and were left out.",)
+    for entry, prepared in zip(found.entries, find_entries([listed / "made"]).entries, strict=True):
+        ct, labels = entry.pair()
+        cut, expected = prepared.pair()
+        start = np.rint((cut.affine[:3, 3] - ct.affine[:3, 3]) / 14).astype(int)
+        box = tuple(slice(s, s + n) for s, n in zip(start, cut.shape, strict=True))
+        np.testing.assert_array_equal(ct.array[box], cut.array)
+        np.testing.assert_array_equal(labels.array[box], expected.array)
+        assert labels.array.max() >= BODY
+        assert entry.label_names() == {150: "my plate"}
+    assert (found.entries[2].pair()[1].array == 150).any()
+    assert names(find_entries([listed / "cases.json"], "validation")) == ["d"]
+    assert names(find_entries([listed / "cases.json"], "train")) == ["e"]
+
+
+def test_lists_that_do_not_fit_are_refused(listed) -> None:
+    write_volume(listed / "labels" / "d.nii.gz", LABELS)
+    with pytest.raises(MaisiError, match="its own labels"):
+        find_entries([listed / "cases.json"], "validation", listed / "labels")
+    write_volume(listed / "own.nii.gz", Volume(LABELS.array, np.eye(4)))
+    with pytest.raises(MaisiError, match="different grids"):
+        readable(find_entries([listed / "cases.json"], "train"))
+    (listed / "own.nii.gz").unlink()
+    with pytest.raises(MaisiError, match=r"own\.nii\.gz"):
+        find_entries([listed / "cases.json"])
+
+
+def test_the_hash_is_of_what_is_read(folder, listed) -> None:
+    first, second = find_entries([folder / "items"]).entries
+    assert first.hash == find_entries([folder / "items" / "0000"]).entries[0].hash != second.hash
+    entries = find_entries([listed / "cases.json"]).entries
+    assert len({entry.hash for entry in entries}) == 3
+    assert pickle.loads(pickle.dumps(entries[0])) == entries[0]
+    text = (listed / "cases.json").read_text()
+    (listed / "cases.json").write_text(text.replace("totalsegmentator", "maisi"))
+    other = find_entries([listed / "cases.json"]).entries
+    assert other[0].hash != entries[0].hash
+    assert other[1].hash == entries[1].hash
+    write_volume(folder / "items" / "0001" / "image.nii.gz", CT.with_array(CT.array + 1))
+    assert find_entries([folder / "items"]).entries[1].hash != second.hash
+
+
+def test_a_side_of_which_there_is_none(folder) -> None:
+    index = json.loads((folder / "prepared" / "index.json").read_text())
+    (folder / "prepared" / "index.json").write_text(json.dumps(index | {"cases": index["cases"][1:]}))
+    with pytest.raises(MaisiError, match="holds no CT for train"):
+        find_entries([folder / "prepared"], "train")
 
 
 def test_label_maps_are_found_by_name_and_turned_to_their_image(folder) -> None:

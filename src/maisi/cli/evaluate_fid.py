@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from maisi.cli.options import FILE, output_option, progress, require_new
+from maisi.cli.options import FILE, cache_option, progress, require_new, result_option, skip_option
 
 
 @click.command()
@@ -31,9 +31,9 @@ from maisi.cli.options import FILE, output_option, progress, require_new
 @click.option("--split", default="all", show_default=True, help="Of prepared folders: train, validation, all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of halves and pairs.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that look at volumes.")
-@click.option("--cache", type=FILE, help="Folder for finished volumes, to go on from.  [default: OUTPUT.cache]")
-@click.option("--skip-unreadable", is_flag=True, help="Leave out, and list, what can't be read.")
-@output_option("Folder to make, with result.json, table.md and figure.png.")
+@skip_option
+@cache_option
+@result_option
 def fid(
     generated: Path,
     real: Path,
@@ -52,7 +52,7 @@ def fid(
     Every distance stands beside that of two halves of REAL. The reference's settings are --spacing 1,1,1
     --size 512,512,512 --center-slices 0.4; features differ, so its numbers do too.
     """
-    from maisi.evaluation.cache import cache_folder
+    from maisi.evaluation.cache import cache_for
     from maisi.evaluation.result import write_result
     from maisi.evaluation.volumes import find_entries, readable
     from maisi.request import Request
@@ -67,8 +67,8 @@ def fid(
     metrics = [name.strip() for name in str(how.pop("metrics")).split(",") if name.strip()]
     values = {"fid": {**seen, "spacing_mm": grid.spacing, "size": grid.size}, "metrics": metrics, "seed": seed, **how}
     config = parse_config(SetConfig, values, "The evaluation")
-    with progress() as report:
-        study = SetStudy(config, cache_folder(output, cache), workers)
+    with cache_for(output, cache) as kept, progress() as report:
+        study = SetStudy(config, kept, workers)
         result, draw = study.run(made, true, skip_unreadable, partial(report, "describe"))
-    write_result(output, result, draw)
+        write_result(output, result, draw)
     click.echo(str(output))

@@ -11,10 +11,12 @@ from maisi.cli.options import (
     FILE,
     autoencoder_file,
     autoencoder_options,
-    output_option,
+    cache_option,
     progress,
     require_new,
+    result_option,
     running_options,
+    skip_option,
 )
 
 
@@ -32,10 +34,10 @@ from maisi.cli.options import (
     help="Of the perceptual distance: efficientnet-lite0, gradients, or none to leave it out.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap intervals.")
-@click.option("--cache", type=FILE, help="Folder for finished volumes, to go on from.  [default: OUTPUT.cache]")
-@click.option("--skip-unreadable", is_flag=True, help="Leave out, and list, what can't be read.")
+@skip_option
+@cache_option
 @running_options
-@output_option("Folder to make, with result.json, table.md and figure.png.")
+@result_option
 def reconstruction(
     images: tuple[Path, ...],
     labels: Path | None,
@@ -56,7 +58,7 @@ def reconstruction(
     maisi evaluate reconstruction PREPARED --model tiny -o out/
     maisi evaluate reconstruction images/ --labels labels/ --autoencoder vae.safetensors -o out/
     """
-    from maisi.evaluation.cache import cache_folder
+    from maisi.evaluation.cache import cache_for
     from maisi.evaluation.result import write_result
     from maisi.evaluation.volumes import find_entries, readable
     from maisi.request import Request
@@ -76,8 +78,8 @@ def reconstruction(
     values = {"spacing_mm": spacing_mm, "features": features, "seed": seed}
     config = parse_config(ReconstructionConfig, values, "The evaluation")
     reconstructor = AutoencoderReconstructor(path, **where)
-    study = ReconstructionStudy(reconstructor, reconstructor.identity, config, cache_folder(output, cache))
-    with progress() as report:
+    with cache_for(output, cache) as kept, progress() as report:
+        study = ReconstructionStudy(reconstructor, reconstructor.identity, config, kept)
         result = study.run(found, skip_unreadable, partial(report, "reconstruct"))
-    write_result(output, result, partial(draw, result))
+        write_result(output, result, partial(draw, result))
     click.echo(str(output))

@@ -7,10 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from maisi.errors import MaisiError
+
+if TYPE_CHECKING:
+    from maisi.evaluation.result import Result
 
 FILE = click.Path(path_type=Path)
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
@@ -20,6 +24,23 @@ VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
 def output_option(help: str) -> Decorator:
     """`-o`, required; `help` says what it makes."""
     return click.option("-o", "--output", "output", type=FILE, required=True, help=help)
+
+
+def result_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`-o` of an evaluation."""
+    return output_option("Folder to make, with result.json, table.md and figure.png.")(command)
+
+
+def cache_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--cache`: where an evaluation keeps what is slow."""
+    help = "Folder to go on from after an interruption, which stays.  [default: OUTPUT.cache, removed in the end]"
+    return click.option("--cache", type=FILE, help=help)(command)
+
+
+def skip_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--skip-unreadable`: what an evaluation does about damaged files."""
+    help = "Leave out, and list, what can't be read."
+    return click.option("--skip-unreadable", is_flag=True, help=help)(command)
 
 
 def running_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -83,6 +104,15 @@ def require_new(path: Path, *endings: str) -> None:
         raise MaisiError(f"{path} exists; choose another name or remove it.")
     if not path.parent.is_dir():
         raise MaisiError(f"The folder {path.parent} does not exist; make it first or choose another place.")
+
+
+def say_result(result: Result, output: Path) -> None:
+    """Print the numbers of an evaluation, and where it lies."""
+    from maisi.evaluation.result import shown
+
+    for name, value in result.summary.items():
+        click.echo(f"{name}: {shown(value)}")
+    click.echo(str(output))
 
 
 def parsed_memory(text: str | None) -> int | None:

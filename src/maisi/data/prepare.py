@@ -27,6 +27,9 @@ from maisi.volume import Array, Volume
 MARGIN_VOXELS = 6
 """Air kept around the body."""
 
+GRID_TOLERANCE_MM = 0.5
+"""How far apart the corners of image and label map may lie."""
+
 
 def prepare(
     cases: CaseList,
@@ -113,7 +116,7 @@ def _given_labels(case: Case, image: Volume, custom: Iterable[int]) -> NDArray[n
     if case.labels is None:
         return None
     labels = read_labels(case.labels).to_ras()
-    if not labels.same_grid(image, tolerance_mm=0.5):
+    if not labels.same_grid(image, tolerance_mm=GRID_TOLERANCE_MM):
         raise MaisiError(
             f"Case {case.id}: labels {labels.shape} and image {image.shape} lie on different grids; "
             "resample the labels to the image first."

@@ -13,10 +13,10 @@ import numpy as np
 
 from maisi.data.agreement import dice_by_group, joint_counts
 from maisi.errors import MaisiError
-from maisi.evaluation.image_sets import SetImage
-from maisi.evaluation.kept import Cache
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.result import Result
 from maisi.evaluation.segmenters import Segmenter
+from maisi.evaluation.volumes import Entry
 from maisi.volume import Volume
 
 Dice = Mapping[str, float | None]
@@ -43,14 +43,14 @@ def agreement(ct: Volume, labels: Volume, segmenter: Segmenter) -> dict[str, flo
 
 
 def measure(
-    images: Sequence[SetImage], kind: str, segmenter: Segmenter, cache: Cache, progress: Progress | None = None
+    images: Sequence[Entry], kind: str, segmenter: Segmenter, cache: Cache, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """Return a row for each image that has labels: its name, its set `kind`, and the Dice of each structure.
 
     Raises:
         MaisiError: none has labels, or as `agreement`.
     """
-    labelled = [image for image in images if image.labels is not None]
+    labelled = [image for image in images if image.has_labels]
     if not labelled:
         raise MaisiError(f"None of the {len(images)} {kind} images has labels; give images made from label maps.")
     rows = []
@@ -62,10 +62,12 @@ def measure(
     return rows
 
 
-def _dice(image: SetImage, segmenter: Segmenter) -> dict[str, float | None]:
-    assert image.labels is not None
+def _dice(image: Entry, segmenter: Segmenter) -> dict[str, float | None]:
+    ct, labels = image.pair()
+    assert labels is not None
     try:
-        return agreement(image.ct(), image.labels(), segmenter)
+        # pairs may lie apart by rounding of their headers
+        return agreement(ct, ct.with_array(labels.array), segmenter)
     except MaisiError as error:
         raise MaisiError(f"{image.name}: {error}") from None
 

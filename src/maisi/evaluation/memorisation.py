@@ -25,9 +25,9 @@ from scipy import fft, ndimage
 from maisi.config import Config
 from maisi.data.preprocess import resample, window_ct
 from maisi.errors import MaisiError
-from maisi.evaluation.image_sets import SetImage
-from maisi.evaluation.kept import Cache
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.result import Result
+from maisi.evaluation.volumes import Entry
 from maisi.volume import Volume
 
 Array = NDArray[Any]
@@ -182,7 +182,7 @@ class Described:
         features: its vector.
     """
 
-    image: SetImage
+    image: Entry
     grey: Floats
     features: Array
 
@@ -197,9 +197,9 @@ class Nearest:
         in_features: the one with the nearest vector, and the distance.
     """
 
-    image: SetImage
-    in_voxels: tuple[SetImage, float]
-    in_features: tuple[SetImage, float]
+    image: Entry
+    in_voxels: tuple[Entry, float]
+    in_features: tuple[Entry, float]
 
 
 @dataclass(frozen=True)
@@ -237,9 +237,9 @@ def percentile(distance: float, baseline: Array) -> float:
 
 
 def find_neighbours(
-    generated: Sequence[SetImage],
-    training: Sequence[SetImage],
-    heldout: Sequence[SetImage],
+    generated: Sequence[Entry],
+    training: Sequence[Entry],
+    heldout: Sequence[Entry],
     features: tuple[str, VolumeFeatures],
     cache: Cache,
     *,
@@ -276,7 +276,7 @@ def find_neighbours(
     known = [described[image.files] for image in training]
     comparison = _Comparison.of(tuple(described.values()), known, grid, features[0], cache)
 
-    def nearest(images: Sequence[SetImage], stage: str, patients_differ: bool) -> Iterator[Nearest]:
+    def nearest(images: Sequence[Entry], stage: str, patients_differ: bool) -> Iterator[Nearest]:
         for done, image in enumerate(images):
             others = [one for one in known if not patients_differ or one.image.patient != image.patient]
             yield comparison.nearest(image, described[image.files], others)
@@ -308,7 +308,7 @@ class _Comparison:
         settings = (grid.model_dump(mode="json"), features, sorted(one.image.hash for one in known))
         return cls(correlator, np.where(varies, spread, np.inf), settings, cache)
 
-    def nearest(self, image: SetImage, one: Described, others: Sequence[Described]) -> Nearest:
+    def nearest(self, image: Entry, one: Described, others: Sequence[Described]) -> Nearest:
         def compute() -> dict[str, list[float]]:
             matches = self.correlator.matches(one.grey, [other.grey for other in others])
             # root mean squares do not grow with the number of features
@@ -322,11 +322,11 @@ class _Comparison:
         return Nearest(image, (others[i].image, found["voxels"][i]), (others[j].image, found["features"][j]))
 
 
-def _others(image: SetImage, training: Sequence[SetImage]) -> bool:
+def _others(image: Entry, training: Sequence[Entry]) -> bool:
     return any(one.patient != image.patient for one in training)
 
 
-def _baseline(real: Sequence[SetImage], most: int, seed: int) -> tuple[SetImage, ...]:
+def _baseline(real: Sequence[Entry], most: int, seed: int) -> tuple[Entry, ...]:
     """One image of each patient, of at most so many."""
     first = {image.patient: image for image in reversed(real)}
     patients = list(dict.fromkeys(image.patient for image in real))
@@ -336,7 +336,7 @@ def _baseline(real: Sequence[SetImage], most: int, seed: int) -> tuple[SetImage,
     return tuple(first[patient] for patient in patients)
 
 
-def _described(image: SetImage, features: tuple[str, VolumeFeatures], grid: CoarseGrid, cache: Cache) -> Described:
+def _described(image: Entry, features: tuple[str, VolumeFeatures], grid: CoarseGrid, cache: Cache) -> Described:
     name, describe = features
 
     def compute() -> dict[str, Array]:

@@ -30,7 +30,7 @@ from maisi.data.label_maps import ids_in
 from maisi.data.preprocess import resample
 from maisi.errors import MaisiError
 from maisi.evaluation.bootstrap import DRAWS, mean_interval
-from maisi.evaluation.cache import cached_json, key_of
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.perceptual import SLICES, perceptual_distance
 from maisi.evaluation.reconstruction import compare, compare_structures
 from maisi.evaluation.result import Result
@@ -108,13 +108,13 @@ class ReconstructionStudy:
         reconstruct: what is judged.
         identity: JSON values that decide what it does; they are part of the cache's keys.
         config: how.
-        cache: folder that finished volumes are kept in, or None.
+        cache: keeps finished volumes, or None.
     """
 
     reconstruct: Reconstructor
     identity: Mapping[str, Any]
     config: ReconstructionConfig
-    cache: Path | None = None
+    cache: Cache | None = None
 
     def run(self, found: Found, skip_unreadable: bool = False, report: Report | None = None) -> Result:
         """Judge every volume and summarise.
@@ -183,18 +183,9 @@ class ReconstructionStudy:
     def _row(self, entry: Entry, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if self.cache is None:
             return {"volume": entry.name, **compute()}
-        files = [sha256(path) for path in entry.files]
         settings = self.config.model_dump(mode="json", include={"spacing_mm", "features", "slices"})
-        key = key_of(
-            "reconstruction",
-            maisi.__version__,
-            dict(self.identity),
-            settings,
-            files,
-            entry.affine,
-            sorted(entry.custom_labels.items()),
-        )
-        return {"volume": entry.name, **cached_json(self.cache / f"{key}.json", compute)}
+        key = ["reconstruction", dict(self.identity), settings, entry.hash]
+        return {"volume": entry.name, **self.cache.json(key, compute)}
 
     def _summary(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         summary: dict[str, float | None] = {"volumes": len(rows)}

@@ -16,8 +16,8 @@ from typing import Any
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.evaluation.image_sets import RECORD
 from maisi.evaluation.result import FIGURE, RESULT, TABLE
+from maisi.generation.output import RECORD
 
 PREVIEW = "preview.png"
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,11 +17,11 @@ from scipy import ndimage
 from maisi.anatomy import LUNGS, REGIONS
 from maisi.data.segmentation import AIRWAY, NECK_AREA_MM2, segment
 from maisi.errors import MaisiError
-from maisi.evaluation.image_sets import IMAGE
-from maisi.evaluation.kept import Cache
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.pictures import WIDE, Tile, draw_sheet
 from maisi.evaluation.result import Result
 from maisi.generation.job import make_job, weights_used
+from maisi.generation.output import IMAGE
 from maisi.io.nifti import read_volume
 from maisi.request import Request
 from maisi.volume import Volume

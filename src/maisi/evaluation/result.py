@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Result:
     settings: Mapping[str, Any]
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def with_notes(self, *notes: str) -> Result:
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
     def as_json(self) -> dict[str, Any]:
         """Everything as JSON values."""

@@ -25,16 +25,15 @@ import maisi
 from maisi.config import Config
 from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import cached_json, key_of
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.fid import PLANES, FidConfig, FidScore, PlaneMoments, fid, on_common_grid, pooled
 from maisi.evaluation.halves import Halvings, compare_with_halves, smallest_half
 from maisi.evaluation.mmd import Kernel, mmd
 from maisi.evaluation.ms_ssim import ms_ssim, scales_for
 from maisi.evaluation.precision_recall import NEIGHBOURS, PrecisionRecall, precision_recall
 from maisi.evaluation.result import Result
-from maisi.evaluation.set_description import Description, VolumeSet, describe, is_path, read_set
+from maisi.evaluation.set_description import Description, VolumeSet, describe, read_set
 from maisi.evaluation.volumes import Entry, Found, skipped
-from maisi.weights.load import sha256
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -78,12 +77,12 @@ class SetStudy:
 
     Attributes:
         config: how.
-        cache: folder that described volumes and pairs are kept in.
+        cache: keeps described volumes and pairs.
         workers: processes that describe volumes; their number decides the time alone.
     """
 
     config: SetConfig
-    cache: Path
+    cache: Cache
     workers: int = 1
 
     def run(
@@ -114,11 +113,11 @@ class SetStudy:
     ) -> tuple[VolumeSet, VolumeSet, tuple[str, ...]]:
         """Describe both sets, and say which volumes could not be read."""
         entries = [*generated.entries, *real.entries]
-        answers: list[str] = []
+        answers: list[Path | str] = []
         for answer in self._answers(entries):
             answers.append(answer)
             report("volumes", len(answers), len(entries))
-        faults = [answer for answer in answers if not is_path(answer)]
+        faults = [answer for answer in answers if isinstance(answer, str)]
         notes = skipped(faults, len(answers) - len(faults), skip)
         cut = len(generated.entries)
         made = read_set(generated.entries, answers[:cut])
@@ -127,7 +126,7 @@ class SetStudy:
             _require_two(len(side.entries), name)
         return made, true, notes
 
-    def _answers(self, entries: Sequence[Entry]) -> Iterator[str]:
+    def _answers(self, entries: Sequence[Entry]) -> Iterator[Path | str]:
         """What `describe` says of each, in order, from this process or several."""
         task = partial(describe, config=self.config.fid, cache=self.cache)
         if self.workers == 1:
@@ -196,8 +195,7 @@ class SetStudy:
             return ms_ssim(first, second)
 
         grid = self.config.fid.model_dump(mode="json", include={"spacing_mm", "size"})
-        key = key_of("ms-ssim", maisi.__version__, grid, [[sha256(e.image), e.affine] for e in (a, b)])
-        return float(cached_json(self.cache / f"{key}.json", compute))
+        return float(self.cache.json(["ms-ssim", grid, a.hash, b.hash], compute))
 
     def _notes(self, made: VolumeSet, real: VolumeSet, inside: PrecisionRecall | None) -> Iterator[str]:
         sides = _by_name(made, real)

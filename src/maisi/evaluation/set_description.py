@@ -14,15 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import maisi
 from maisi.errors import MaisiError
-from maisi.evaluation.cache import cached_arrays, key_of
+from maisi.evaluation.cache import Cache
 from maisi.evaluation.fid import PLANES, FidConfig, SliceFid, on_common_grid
 from maisi.evaluation.volumes import Entry
 from maisi.volume import Volume
-from maisi.weights.load import sha256
-
-_KEPT = ".npz"
 
 
 @dataclass(frozen=True)
@@ -88,18 +84,17 @@ class VolumeSet:
         return next(iter(shapes)) if len(shapes) == 1 else None
 
 
-def describe(entry: Entry, config: FidConfig, cache: Path) -> str:
+def describe(entry: Entry, config: FidConfig, cache: Cache) -> Path | str:
     """Describe one volume into the cache and return the path; where it can't be read, the sentence that says so."""
     try:
-        settings = config.model_dump(mode="json", exclude={"batch_size"})
-        key = key_of("slices", maisi.__version__, settings, sha256(entry.image), entry.affine)
-        path = cache / f"{key}{_KEPT}"
+        key = ["slices", config.model_dump(mode="json", exclude={"batch_size"}), entry.hash]
+        path = cache.arrays_path(key)
         stored = None if path.exists() else entry.ct()
     except MaisiError as error:
         return str(error)
     if stored is not None:
-        cached_arrays(path, partial(_described_arrays, stored, _judge(config)))
-    return str(path)
+        cache.arrays(key, partial(_described_arrays, stored, _judge(config)))
+    return path
 
 
 def _described_arrays(stored: Volume, judge: SliceFid) -> dict[str, NDArray[Any]]:
@@ -115,14 +110,9 @@ def _described_arrays(stored: Volume, judge: SliceFid) -> dict[str, NDArray[Any]
     }
 
 
-def is_path(answer: str) -> bool:
-    """Whether `describe` told where a volume is kept, and not why it can't be read."""
-    return answer.endswith(_KEPT)
-
-
-def read_set(entries: Sequence[Entry], answers: Sequence[str]) -> VolumeSet:
+def read_set(entries: Sequence[Entry], answers: Sequence[Path | str]) -> VolumeSet:
     """The volumes of which `describe` told a path."""
-    kept = [(entry, Path(answer)) for entry, answer in zip(entries, answers, strict=True) if is_path(answer)]
+    kept = [(entry, answer) for entry, answer in zip(entries, answers, strict=True) if isinstance(answer, Path)]
     return VolumeSet(tuple(entry for entry, _ in kept), tuple(Description.read(path) for _, path in kept))
 
 

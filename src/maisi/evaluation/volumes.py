@@ -1,27 +1,33 @@
 """The CTs that an evaluation looks at, found in files and folders of several kinds. Knows no measure, no torch.
 
 A folder is a prepared folder (it has `index.json`), one generated item or a folder of such (`image.nii.gz` with or
-without `labels.nii.gz`), or a folder of volumes.
+without `labels.nii.gz`), or a folder of volumes; a file is a volume, or a case list (JSON).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maisi.data.manifest import Case, read_cases
+from maisi.data.prepare import GRID_TOLERANCE_MM, label_map
 from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
+from maisi.generation.output import IMAGE, LABELS, RECORD
 from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume
 from maisi.volume import Volume
+from maisi.weights.tensor_file import sha256
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd")
-ITEM_IMAGE, ITEM_LABELS = "image.nii.gz", "labels.nii.gz"
 SPLITS = ("train", "validation", "all")
 
 _CHANNEL = "_0000"
@@ -41,7 +47,8 @@ class Entry:
         image: a volume file, or an array (.npy) of a prepared folder.
         labels: its label map, of the same kind, or None.
         affine: of a prepared folder's arrays, 4 rows of 4; None: the files say it themselves.
-        custom_labels: names of a prepared folder's own classes, id -> name.
+        custom_labels: names of the own classes of a prepared folder or a case list, id -> name.
+        case: of a case list, or None; its label map is made as `maisi prepare` makes it.
     """
 
     name: str
@@ -50,6 +57,7 @@ class Entry:
     labels: Path | None = None
     affine: tuple[tuple[float, ...], ...] | None = None
     custom_labels: Mapping[int, str] = field(default_factory=dict)
+    case: Case | None = None
 
     def check(self) -> None:
         """Look at the headers alone.
@@ -66,7 +74,8 @@ class Entry:
         labels = read_header(self.labels)
         apart = _corners(image.shape, image.affine)[:, None] - _corners(labels.shape, labels.affine)[None]
         nearest = np.linalg.norm(apart, axis=2).min(axis=1).max()
-        if sorted(image.shape) != sorted(labels.shape) or nearest > _TOLERANCE_MM:
+        tolerance_mm = _TOLERANCE_MM if self.case is None else GRID_TOLERANCE_MM
+        if sorted(image.shape) != sorted(labels.shape) or nearest > tolerance_mm:
             raise self._no_pair()
 
     def ct(self) -> Volume:
@@ -81,40 +90,49 @@ class Entry:
             raise MaisiError(f"{self.image} is no CT in HU: {fault}.")
         return volume
 
-    def label_map(self) -> Volume | None:
-        """Read the label map, or return None if there is none.
-
-        Raises:
-            MaisiError: it can't be read.
-        """
-        if self.labels is None:
-            return None
-        return read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
-
     def label_names(self) -> dict[int, str]:
-        """Names that the folder or the label map's header gives to ids; {} where they give none."""
-        if self.labels is None or self.affine is not None:
+        """Names that the folder, the list or the label map's header gives to ids; {} where they give none."""
+        if self.labels is None or self.affine is not None or self.case is not None:
             return dict(self.custom_labels)
         return read_label_names(self.labels)
 
     def pair(self) -> tuple[Volume, Volume | None]:
-        """Read the CT and its label map, both RAS+ and on one grid.
+        """Read the CT and its label map, both RAS+ and on one grid; None stands for no label map.
 
         Raises:
-            MaisiError: as `ct`, `label_map`, or they lie on different grids.
+            MaisiError: as `ct`, or the label map can't be read or lies on a different grid.
         """
-        ct, labels = self.ct().to_ras(), self.label_map()
-        if labels is None:
+        ct = self.ct().to_ras()
+        if self.case is not None:
+            return ct, ct.with_array(label_map(self.case, ct, self.custom_labels))
+        if self.labels is None:
             return ct, None
+        labels = read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
         labels = labels.to_ras()
         if not ct.same_grid(labels, _TOLERANCE_MM):
             raise self._no_pair()
         return ct, labels
 
     @property
+    def has_labels(self) -> bool:
+        """Whether `pair` gives a label map."""
+        return self.labels is not None or self.case is not None
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The files it is made of."""
         return (self.image,) if self.labels is None else (self.image, self.labels)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of all that decides what is read: what is computed from that may be kept under it.
+
+        Raises:
+            MaisiError: a file can't be read.
+        """
+        vocabulary = None if self.case is None else self.case.vocabulary
+        how = [self.affine, vocabulary, sorted(self.custom_labels.items())]
+        return hashlib.sha256(json.dumps([*map(sha256, self.files), how]).encode()).hexdigest()
 
     def _mapped(self, path: Path) -> Volume:
         try:
@@ -140,7 +158,8 @@ def find_entries(paths: Iterable[Path], split: str = "all", labels: Path | None 
 
     Args:
         paths: files and folders, see the module.
-        split: which cases of prepared folders, one of `SPLITS`.
+        split: which cases of prepared folders and case lists, one of `SPLITS`; cases of a list whose side is open
+            are in "all" alone.
         labels: folder of label maps named as the images are ('a.nii.gz' or 'a_0000.nii.gz' has 'a.nii.gz').
 
     Raises:
@@ -151,9 +170,10 @@ def find_entries(paths: Iterable[Path], split: str = "all", labels: Path | None 
     entries: list[Entry] = []
     notes: list[str] = []
     for path in paths:
-        found = _in_prepared(path, split) if (path / INDEX).is_file() else Found(tuple(_in_files(path)))
+        found = _in(path, split)
         if not found.entries:
-            raise MaisiError(f"{path} holds no CT ({', '.join(ENDINGS)}) to evaluate; give one that does.")
+            side = "" if split == "all" else f" for {split}"
+            raise MaisiError(f"{path} holds no CT{side} ({', '.join(ENDINGS)}) to evaluate; give one that does.")
         entries += found.entries
         notes += found.notes
     named = _with_unique_names(entries)
@@ -196,6 +216,16 @@ def ct_of(folder: PreparedFolder, case: PreparedCase) -> Volume:
     return Volume(np.asarray(folder.image(case)), np.array(case.affine))
 
 
+def _in(path: Path, split: str) -> Found:
+    if (path / INDEX).is_file():
+        return _in_prepared(path, split)
+    if path.is_file():
+        return _in_list(path, split) if path.suffix == ".json" else Found((Entry(_stem(path), _stem(path), path),))
+    if not path.is_dir():
+        raise MaisiError(f"{path} does not exist; give a file or folder that does.")
+    return _in_folder(path)
+
+
 def _in_prepared(folder: Path, split: str) -> Found:
     index = PreparedFolder(folder).index
     own = index.custom_labels
@@ -205,25 +235,47 @@ def _in_prepared(folder: Path, split: str) -> Found:
         for c in chosen
         if c.is_ct
     )
-    others = len(chosen) - len(entries)
-    return Found(entries, (f"{others} case(s) of {folder} are not CT and were left out.",) if others else ())
+    return Found(entries, _other_notes(len(chosen) - len(entries), "case(s)", folder))
 
 
-def _in_files(path: Path) -> list[Entry]:
-    if path.is_file():
-        return [Entry(_stem(path), _stem(path), path)]
-    if not path.is_dir():
-        raise MaisiError(f"{path} does not exist; give a file or folder that does.")
-    items = [folder for folder in (path, *sorted(path.iterdir())) if (folder / ITEM_IMAGE).is_file()]
+def _in_list(path: Path, split: str) -> Found:
+    listed = read_cases(path)
+    own = listed.custom_labels
+    chosen = [case for case in listed.cases if split in ("all", case.split)]
+    entries = tuple(
+        Entry(c.id, c.patient, c.image, c.labels, custom_labels=own, case=c)
+        for c in chosen
+        if c.modality.startswith("ct")
+    )
+    return Found(entries, _other_notes(len(chosen) - len(entries), "case(s)", path))
+
+
+def _in_folder(path: Path) -> Found:
+    inner = [folder for folder in sorted(path.iterdir()) if ".part-" not in folder.name]
+    items = [folder for folder in (path, *inner) if (folder / IMAGE).is_file()]
     if items:
-        return [_item(folder) for folder in items]
+        entries = tuple(_item(folder) for folder in items if _is_ct(folder))
+        return Found(entries, _other_notes(len(items) - len(entries), "item(s)", path))
     files = sorted(file for file in path.iterdir() if file.name.lower().endswith(ENDINGS))
-    return [Entry(_stem(file), _stem(file), file) for file in files]
+    return Found(tuple(Entry(_stem(file), _stem(file), file) for file in files))
 
 
 def _item(folder: Path) -> Entry:
-    labels = folder / ITEM_LABELS
-    return Entry(folder.name, folder.name, folder / ITEM_IMAGE, labels if labels.is_file() else None)
+    labels, name = folder / LABELS, folder.name or folder.resolve().name
+    return Entry(name, name, folder / IMAGE, labels if labels.is_file() else None)
+
+
+def _is_ct(folder: Path) -> bool:
+    """Whether a generated item is a CT; one whose record does not say is taken for one."""
+    try:
+        request = json.loads((folder / RECORD).read_text(encoding="utf-8"))["request"]
+        return str(request.get("modality", "ct")).startswith("ct")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
+def _other_notes(count: int, what: str, place: Path) -> tuple[str, ...]:
+    return (f"{count} {what} of {place} are not CT and were left out.",) if count else ()
 
 
 def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
@@ -234,13 +286,13 @@ def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
     double = [name for name, count in names.items() if count > 1]
     if double:
         raise MaisiError(f"Two CTs are called '{double[0]}'; give each once, or rename one.")
-    # without an index nothing says whose a CT is, so each is taken for another patient's
-    return [e if e.affine is not None else replace(e, patient=e.name) for e in longer]
+    # where neither index nor list says whose a CT is, each is taken for another patient's
+    return [replace(e, patient=e.name) if e.affine is None and e.case is None else e for e in longer]
 
 
 def _home(entry: Entry) -> Path:
     folder = entry.image.resolve().parent
-    return folder.parent if entry.image.name == ITEM_IMAGE else folder
+    return folder.parent if entry.image.name == IMAGE else folder
 
 
 def _with_labels(entries: Sequence[Entry], folder: Path) -> list[Entry]:
@@ -257,9 +309,11 @@ def _with_labels(entries: Sequence[Entry], folder: Path) -> list[Entry]:
         raise MaisiError(
             f"{folder} has no label map for {len(missing)} image(s) ({some}); name them as the images are."
         )
-    prepared = [entry.name for entry in entries if entry.affine is not None]
-    if prepared:
-        raise MaisiError(f"{prepared[0]} comes from a prepared folder, which has its own labels; leave --labels out.")
+    own = [entry.name for entry in entries if entry.affine is not None or entry.case is not None]
+    if own:
+        raise MaisiError(
+            f"{own[0]} comes from a prepared folder or a case list, which has its own labels; leave --labels out."
+        )
     return [replace(entry, labels=found[entry.name]) for entry in entries]
 
 

@@ -23,6 +23,8 @@ from maisi.request import Request
 from maisi.volume import Volume
 
 REQUEST_FILE = "request.json"
+IMAGE, LABELS, RECORD = "image.nii.gz", "labels.nii.gz", "record.json"
+"""What an item's folder holds, beside its preview."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,14 @@ def save_item(folder: Path, item: Item) -> Path:
     from maisi.io.preview import preview
 
     with new_folder(folder) as part:
-        write_volume(part / "image.nii.gz", item.image)
+        write_volume(part / IMAGE, item.image)
         if item.labels is not None:
             ids = ids_in(item.labels.array)
             names = label_names(ids) | {id: name for id, name in item.custom_labels.items() if id in ids}
-            write_volume(part / "labels.nii.gz", item.labels, names=names)
+            write_volume(part / LABELS, item.labels, names=names)
         preview(part / "preview.png", item.image, item.labels, title=_title(item))
         write_record(
-            part / "record.json",
+            part / RECORD,
             item.request,
             item=item.number,
             seed=item.seed,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import click
 
-from maisi.cli import judgement
 from maisi.cli.evaluate_fid import fid
+from maisi.cli.evaluate_fidelity import fidelity
+from maisi.cli.evaluate_memorisation import memorisation
 from maisi.cli.evaluate_reconstruction import reconstruction
+from maisi.cli.evaluate_response import response
 
 evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
-_MEMBERS: tuple[click.Command, ...] = (reconstruction, fid, *judgement.EVALUATIONS)
+_MEMBERS: tuple[click.Command, ...] = (reconstruction, fid, response, memorisation, fidelity)
 for _command in _MEMBERS:
     evaluate.add_command(_command)
 
-COMMANDS = (evaluate, *judgement.COMMANDS)
+COMMANDS = (evaluate,)
