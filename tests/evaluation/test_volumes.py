@@ -93,7 +93,7 @@ def test_generated_items_that_are_no_ct_or_unfinished_are_left_out(folder) -> No
 
 @pytest.fixture
 def listed(folder):
-    """A list of c with labels of another vocabulary and an own class, d without labels, an MR; the CTs prepared as well."""
+    """A list of c with foreign labels and an own class, d without labels, an MR; the CTs prepared as well."""
     foreign = np.zeros(LABELS.shape, np.uint8)
     foreign[8:16, 8:14, 4:12] = 1  # the spleen of TotalSegmentator
     own = np.zeros(LABELS.shape, np.uint8)
