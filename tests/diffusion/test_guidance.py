@@ -19,7 +19,7 @@ def unconditional(x: Tensor, times: Tensor) -> Tensor:
 
 
 @settings(deadline=None)
-@given(scale=st.floats(0, 20), shares=st.floats(0, 1))
+@given(scale=st.floats(-1, 20), shares=st.floats(0, 1))
 def test_guidance_is_linear_in_the_scale(scale: float, shares: float) -> None:
     ends = [guided(conditional, unconditional, s)(X, TIMES) for s in (0.0, scale)]
     between = guided(conditional, unconditional, shares * scale)(X, TIMES)
@@ -43,7 +43,11 @@ def test_scale_zero_asks_the_conditional_alone() -> None:
     assert torch.equal(guided(conditional, never, 0)(X, TIMES), conditional(X, TIMES))
 
 
-@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [-1.5, float("nan"), float("inf")])
 def test_meaningless_scales_are_refused(scale: float) -> None:
     with pytest.raises(MaisiError, match="guidance scale"):
         guided(conditional, unconditional, scale)
+
+
+def test_scale_minus_one_is_the_unconditional_alone() -> None:
+    torch.testing.assert_close(guided(conditional, unconditional, -1.0)(X, TIMES), unconditional(X, TIMES))

@@ -8,7 +8,16 @@ from scipy import ndimage
 
 from maisi.data.phantom import phantom
 from maisi.errors import MaisiError
-from maisi.generation.inpaint import MARGIN_MM, changed_parts, inpaint_item, make_crop, new_labels, painted
+from maisi.generation.inpaint import (
+    GUIDANCE_RANGE,
+    MARGIN_MM,
+    Attempt,
+    changed_parts,
+    inpaint_item,
+    make_crop,
+    new_labels,
+    painted,
+)
 from maisi.generation.inpaint_job import make_inpaint_job
 from maisi.networks.controlnet import ControlNet, inpainting_mask, with_image_input
 from maisi.request import Request
@@ -108,7 +117,8 @@ def test_removal_takes_the_tumours_out_of_the_labels(model, abdomen) -> None:
 def test_attempts_are_bounded_and_the_best_is_kept(model, abdomen) -> None:
     item = inpaint_item(model, job_of(model, abdomen, retries=2, guidance=0.5), 1, silent)
     assert 1 <= item.details["attempts"] <= 3
-    assert item.details["guidance"] in (0.5, 2.0, 3.5)
+    low, high = GUIDANCE_RANGE
+    assert low <= item.details["guidance"] <= high
     alone = inpaint_item(model, job_of(model, abdomen, retries=0, guidance=0.5), 1, silent)
     assert np.array_equal(item.labels.array, alone.labels.array)
 
@@ -169,3 +179,12 @@ def test_parts_cover_what_changed_and_keep_their_distance(seed, margin) -> None:
             away = ndimage.distance_transform_edt(~rest, sampling=(1.0, 1.5, 2.0))
             assert away[part.box][part.inside].min() > margin
     assert np.array_equal(again, changed)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "guidance", "following"),
+    [(0.5, 0.0, (-0.5, 3)), (2.0, 0.5, (2.0, 3)), (0.01, 0.0, (-0.8, 3)), (50.0, 0.0, (6.0, 3)), (0.0, 1.0, (2.5, 4))],
+)
+def test_the_next_guidance_sets_the_contrast_or_other_noise_is_drawn(abdomen, ratio, guidance, following) -> None:
+    image, _ = abdomen
+    assert Attempt(image, {26: -100.0}, 0.3, ratio, guidance, 3).next() == pytest.approx(following)

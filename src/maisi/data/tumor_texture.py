@@ -98,8 +98,20 @@ def unlikeness(measured: Contrast, kind: TumorKind) -> float:
     return min(_unlike(measured, look) for look in kind.looks)
 
 
+def usual_contrast_hu(measured: Contrast, kind: TumorKind) -> float:
+    """The usual contrast that is nearest to the one measured: within the look that it is least unlike."""
+    low, high = sorted(_ends(measured, min(kind.looks, key=lambda look: _unlike(measured, look))))
+    return min(max(measured.hu, low), high)
+
+
+def _ends(measured: Contrast, look: Look) -> tuple[float, float]:
+    """Both ends of a look's contrast, HU."""
+    low, high = look.contrast_hu or tuple(hu - measured.host_hu for hu in look.hu or (0.0, 0.0))
+    return low, high
+
+
 def _unlike(measured: Contrast, look: Look) -> float:
-    ends = look.contrast_hu or tuple(hu - measured.host_hu for hu in look.hu or (0.0, 0.0))
+    ends = _ends(measured, look)
     small, large = sorted(ends, key=abs)
     if small * large <= 0:
         return 0.0 if min(ends) <= measured.hu <= max(ends) else 1.0

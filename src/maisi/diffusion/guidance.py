@@ -13,12 +13,13 @@ from maisi.errors import MaisiError
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
     """A denoiser that goes `scale` times further from the unconditional prediction: c + scale (c - u).
 
-    Scale 0 is the conditional denoiser alone: the unconditional one is never called.
+    Scale 0 is the conditional denoiser alone: the unconditional one is never called. Between -1 and 0 lies what is
+    between the two predictions.
 
     Raises:
-        MaisiError: the scale is negative or not finite.
+        MaisiError: the scale is below -1 or not finite.
     """
-    if not math.isfinite(scale) or scale < 0:
+    if not math.isfinite(scale) or scale < -1:
         raise MaisiError(f"A guidance scale of {scale} has no meaning; give 0 (off) or a positive number.")
     if scale == 0:
         return conditional

@@ -27,7 +27,7 @@ from maisi.anatomy import TUMORS, regions_present
 from maisi.conditions import Conditions
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
-from maisi.data.tumor_texture import contrast, paint_tumors, unlikeness
+from maisi.data.tumor_texture import contrast, paint_tumors, unlikeness, usual_contrast_hu
 from maisi.device import peak_memory
 from maisi.diffusion.sampler import sample
 from maisi.generation import codec
@@ -38,7 +38,7 @@ from maisi.generation.output import Item
 from maisi.generation.pipeline import Known, Model, Progress, load, silent
 from maisi.request import Request, item_seed
 from maisi.splitting.plan import Plan, Task
-from maisi.tumors import kind_of
+from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
 
 Triple = tuple[int, int, int]
@@ -54,7 +54,10 @@ LEAST_CROP = 48
 """Voxels along each axis of a crop, at least."""
 
 STRONGER = 1.5
-"""Added to the guidance at each further attempt."""
+"""Added to the guidance where a tumour shows no contrast of the right sign, for an attempt with other noise."""
+
+GUIDANCE_RANGE = (-0.8, 6.0)
+"""What an attempt may set the guidance to."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,33 @@ class Crop:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One result with what was measured on it; `shortfall` is 0 where every tumour has the contrast of its kind.
+    """One result with what was measured on it.
 
-    See `unlikeness`.
+    Attributes:
+        image: the CT with its tumours.
+        contrast_hu: id of a tumour -> its contrast to its host.
+        shortfall: 0 where every tumour has the contrast of its kind; see `unlikeness`.
+        ratio: what the contrasts should be multiplied by to be usual; 0 where one has the wrong sign.
+        guidance: what it was painted with.
+        noise: number of the noise it was painted from.
     """
 
     image: Volume
     contrast_hu: Mapping[int, float]
     shortfall: float
+    ratio: float
     guidance: float
+    noise: int
+
+    def next(self) -> tuple[float, int]:
+        """Guidance and noise of another attempt.
+
+        A tumour's contrast grows about with 1 + guidance: from the same noise it can be set, up or down.
+        """
+        low, high = GUIDANCE_RANGE
+        if self.ratio == 0:
+            return min(self.guidance + STRONGER, high), self.noise + 1
+        return min(max((1 + self.guidance) * self.ratio - 1, low), high), self.noise
 
 
 def inpaint(
@@ -121,22 +142,23 @@ def inpaint(
 def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Progress) -> Item:
     """Make one item of a checked job; `model` None paints by rule.
 
-    Attempts are made, each with other noise and more guidance, until every tumour has the contrast of its kind, at most
-    `retries` times more than once; the best is kept.
+    Attempts are made, each with the guidance that the one before asks for, until every tumour has the contrast of its
+    kind, at most `retries` times more than once; the best is kept.
     """
     started = time.perf_counter()
     labels, placed = new_labels(job, number)
     changed = labels.array != job.labels.array
+    guidance, noise = job.request.guidance, 0
     attempts: list[Attempt] = []
     for attempt in range(1 + (0 if job.removal else job.request.retries)):
-        guidance = job.request.guidance + attempt * STRONGER
         if model is None:
             image = paint_tumors(job.image, _only(labels, changed), _rng(job, number, attempt, 2))
         else:
-            image = painted(model, job, labels, changed, number, attempt, guidance, progress)
-        attempts.append(_measured(image, labels, placed, guidance))
+            image = painted(model, job, labels, changed, number, noise, guidance, progress)
+        attempts.append(_measured(image, labels, placed, guidance, noise))
         if attempts[-1].shortfall == 0:
             break
+        guidance, noise = attempts[-1].next()
     best = min(attempts, key=lambda a: a.shortfall)
     seconds = time.perf_counter() - started
     details = {
@@ -179,17 +201,17 @@ def painted(
     labels: Volume,
     changed: Mask,
     number: int,
-    attempt: int,
+    noise: int,
     guidance: float,
     progress: Progress,
 ) -> Volume:
-    """The CT with each changed part of its labels repainted by the networks."""
+    """The CT with each changed part of its labels repainted by the networks, from the noise of this number."""
     result = job.image.array.copy()
     margin = max(MARGIN_MM, 2 * max(labels.spacing_mm))
     parts = changed_parts(changed, margin, labels.spacing_mm)
     for index, part in enumerate(parts, start=1):
         crop = make_crop(model, job, labels, part, margin)
-        seed = item_seed(item_seed(job.request.seed, number), attempt * 1000 + index)
+        seed = item_seed(item_seed(job.request.seed, number), noise * 1000 + index)
         values = _paint_crop(model, crop, seed, guidance, progress)
         _blend(result, job.image, part, crop, values, margin, np.random.default_rng(seed))
         progress("inpaint", index, len(parts))
@@ -330,16 +352,20 @@ def _blend(
     result[part.box] = np.where(weight > 0, painted, original.array[part.box]).astype(result.dtype)
 
 
-def _measured(image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], guidance: float) -> Attempt:
-    """Contrast of each kind that was placed, and how unlike the usual one it is."""
+def _measured(image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], guidance: float, noise: int) -> Attempt:
+    """Contrast of each kind that was placed, how unlike the usual one it is, and by what factor."""
     found: dict[int, float] = {}
-    shortfall = 0.0
-    for id in sorted({id for id in TUMORS if any(kind_of(id).name == tumor.kind for tumor in placed)}):
-        measured = contrast(image.array, labels.array, id, labels.spacing_mm)
+    shortfall, ratios = 0.0, [1.0]
+    for kind in {tumor.kind: KINDS[tumor.kind] for tumor in placed}.values():
+        measured = contrast(image.array, labels.array, kind.id, labels.spacing_mm)
         if measured is not None:
-            found[id] = measured.hu
-            shortfall += unlikeness(measured, kind_of(id))
-    return Attempt(image, found, shortfall, guidance)
+            found[kind.id] = measured.hu
+            unlike = unlikeness(measured, kind)
+            shortfall += unlike
+            if unlike:
+                ratios.append(max(usual_contrast_hu(measured, kind) / measured.hu, 0.0) if measured.hu else 0.0)
+    ratio = ratios[-1] if len(ratios) < 3 else math.prod(ratios) ** (1 / (len(ratios) - 1))
+    return Attempt(image, found, shortfall, ratio, guidance, noise)
 
 
 def _crop_spacing(model: Model, ras: Volume) -> tuple[float, float, float]:
