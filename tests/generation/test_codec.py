@@ -33,8 +33,8 @@ def test_encoding_is_the_networks_own_of_the_padded_window(autoencoder) -> None:
     padded[:17, :20, :14] = volume.array
     with torch.no_grad():
         expected = autoencoder.encode(torch.from_numpy((padded + 1000) / 2000)[None, None])
-    assert np.allclose(encoded.mean, expected.mean[0], atol=1e-5)
-    assert np.allclose(encoded.log_variance, expected.log_variance[0], atol=1e-5)
+    assert np.allclose(encoded.mean, expected.mean[0], atol=3e-5)
+    assert np.allclose(encoded.log_variance, expected.log_variance[0], atol=3e-5)
 
 
 def test_size_and_place_survive(autoencoder) -> None:
