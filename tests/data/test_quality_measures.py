@@ -8,10 +8,10 @@ from scipy import ndimage
 
 from maisi.anatomy import LUNGS, UNNAMED_BONE
 from maisi.data.phantom import phantom
+from maisi.data.preprocess import robust_deviation
 from maisi.data.quality_measures import (
     agreement,
     plane_jumps,
-    robust_deviation,
     seam,
     select,
     stray_share,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,15 @@ import click
 from maisi.cli.options import (
     FILE,
     budget_options,
+    fill,
     grid_options,
     output_option,
     parsed_memory,
-    progress,
+    require_first,
     running_options,
 )
-from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
-    from maisi.generation.output import Destination, Item
     from maisi.request import Request
 
 
@@ -60,7 +58,7 @@ def generate(
     from maisi.request import Request
 
     request = Request.parse(**wishes)
-    _require_first(first)
+    require_first(first)
     from maisi.generation.job import make_job, weights_used
     from maisi.generation.output import destination
     from maisi.weights.registry import find_model
@@ -80,13 +78,8 @@ def generate(
             click.echo(str(model.footprint(job)))
             return
         plan = model.prepare(job).decode
-        _fill(place, lambda number, report: model.item(job, plan, number, report))
+        fill(place, lambda number, report: model.item(job, plan, number, report))
     click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
-
-
-def _require_first(first: int) -> None:
-    if first < 0:
-        raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
 
 
 def _order(request: Request, first: int, weights: Mapping[str, str]) -> dict[str, Any]:
@@ -100,18 +93,6 @@ def _order(request: Request, first: int, weights: Mapping[str, str]) -> dict[str
         **{name: None if path is None else sha256(path) for name, path in given.items()},
         "weights_sha256": dict(weights),
     }
-
-
-def _fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None]], Item]) -> None:
-    """Make and write the items that are missing."""
-    place.begin()
-    try:
-        with progress() as report:
-            for number in place.missing:
-                make(number, partial(report, f"{number:04d}")).save(place.item_folder(number))
-    except BaseException:
-        place.withdraw()
-        raise
 
 
 @click.command()
@@ -141,7 +122,7 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
     from maisi.request import Request
 
     request = Request.parse(**wishes)
-    _require_first(first)
+    require_first(first)
     from maisi.generation.inpaint_job import make_inpaint_job
     from maisi.generation.job import weights_used
     from maisi.generation.output import destination
@@ -159,7 +140,7 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
         from maisi.generation.pipeline import Model
 
         model = Model(folder, device, precision, limit) if by_network else None
-        _fill(place, lambda number, report: inpaint_item(model, job, number, report))
+        fill(place, lambda number, report: inpaint_item(model, job, number, report))
     click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
 
 

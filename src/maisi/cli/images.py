@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ import click
 from maisi.cli.group import agreed, joined_group, processes, tell
 from maisi.cli.options import (
     FILE,
-    VOLUME_ENDINGS,
     autoencoder_file,
     autoencoder_options,
     budget_options,
@@ -24,10 +24,10 @@ from maisi.cli.options import (
     running_options,
 )
 from maisi.errors import MaisiError
+from maisi.io.files import VOLUME_ENDINGS
 
 if TYPE_CHECKING:
     from maisi.data.latents import Latent
-    from maisi.splitting.plan import Plan
 
 _MADE_BY = "autoencoder_sha256"
 
@@ -47,7 +47,8 @@ def encode(
     modality: str,
     memory: str | None,
     only_plan: bool,
-    **where: str,
+    device: str,
+    precision: str,
 ) -> None:
     """Turn IMAGE into latents: mean and log_variance, float32, 4 x X/4 x Y/4 x Z/4.
 
@@ -69,16 +70,13 @@ def encode(
         from maisi.generation import codec
         from maisi.weights.load import sha256
 
-        def plan(shared: int) -> Plan:
-            place = (where["device"], where["precision"])
-            return codec.file_plan(path, "encode", source.shape, *place, limit, streamed=streamed, processes=shared)
-
-        with joined_group(where["device"]) as group:
-            chosen = agreed(group, plan)
+        with joined_group(device) as group:
+            plan = partial(codec.file_plan, path, "encode", source.shape, device, precision, limit, streamed=streamed)
+            chosen = agreed(group, lambda shared: plan(processes=shared))
             if only_plan:
                 tell(str(chosen))
                 return
-            network, notes = codec.load_autoencoder(path, **where), {_MADE_BY: sha256(path)}
+            network, notes = codec.load_autoencoder(path, device, precision), {_MADE_BY: sha256(path)}
             if isinstance(source, Volume):
                 latent: Latent | None = codec.encode(network, source, modality, notes, chosen)
             else:
@@ -101,7 +99,8 @@ def decode(
     autoencoder: Path | None,
     memory: str | None,
     only_plan: bool,
-    **where: str,
+    device: str,
+    precision: str,
 ) -> None:
     """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place.
 
@@ -120,16 +119,13 @@ def decode(
         tell("Note: the latent was made with another autoencoder.", err=True)
     from maisi.generation import codec
 
-    def plan(shared: int) -> Plan:
-        place = (where["device"], where["precision"])
-        return codec.file_plan(path, "decode", read.size, *place, limit, streamed=True, processes=shared)
-
-    with joined_group(where["device"]) as group:
-        chosen = agreed(group, plan)
+    with joined_group(device) as group:
+        plan = partial(codec.file_plan, path, "decode", read.size, device, precision, limit, streamed=True)
+        chosen = agreed(group, lambda shared: plan(processes=shared))
         if only_plan:
             tell(str(chosen))
             return
-        slabs = codec.decode_slabs(codec.load_autoencoder(path, **where), read, chosen, group)
+        slabs = codec.decode_slabs(codec.load_autoencoder(path, device, precision), read, chosen, group)
         if group is not None and group.rank > 0:
             deque(slabs, maxlen=0)
             return

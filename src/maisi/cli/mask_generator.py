@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from maisi.cli.options import output_option, parsed_memory, progress, running_options
-from maisi.errors import MaisiError
+from maisi.cli.options import fill, output_option, parsed_memory, require_first, running_options
 
 if TYPE_CHECKING:
     from maisi.generation.mask_generator import MaskOrder
@@ -48,8 +46,7 @@ def generate(
     from maisi.request import Request
 
     request, wanted = Request.parse(**wishes), parse_sizes(sizes)
-    if first < 0:
-        raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
+    require_first(first)
     from maisi.generation.mask_generator import make_order
     from maisi.weights.registry import find_model
 
@@ -60,7 +57,11 @@ def generate(
     for note in order.notes:
         click.echo(f"Note: {note}", err=True)
     if place.missing:
-        _make_items(order, place, folder, device, precision, limit)
+        from maisi.generation.mask_generator import MaskGenerator
+
+        generator = MaskGenerator(folder, device, precision, limit)
+        plan = generator.prepare(order)
+        fill(place, lambda number, report: generator.item(order, plan, number, report))
     click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
 
 
@@ -77,24 +78,6 @@ def _destination(output: Path, order: MaskOrder, folder: ModelFolder, first: int
         "weights_sha256": weights_used(folder),
     }
     return destination(output, content, range(first, first + request.count))
-
-
-def _make_items(
-    order: MaskOrder, place: Destination, folder: ModelFolder, device: str, precision: str, memory: int | None
-) -> None:
-    from maisi.generation.mask_generator import MaskGenerator
-
-    generator = MaskGenerator(folder, device, precision, memory)
-    plan = generator.prepare(order)
-    place.begin()
-    try:
-        with progress() as report:
-            for number in place.missing:
-                item = generator.item(order, plan, number, partial(report, f"{number:04d}"))
-                item.save(place.item_folder(number))
-    except BaseException:
-        place.withdraw()
-        raise
 
 
 MASK_COMMANDS = (generate,)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from maisi.cli.options import FILE, VOLUME_ENDINGS, output_option, require_new
+from maisi.cli.options import FILE, output_option, require_new
 from maisi.errors import MaisiError
+from maisi.io.files import VOLUME_ENDINGS
 
 if TYPE_CHECKING:
     from maisi.data.label_maps import Vocabulary

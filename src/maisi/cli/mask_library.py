@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from maisi.cli.options import FILE, VOLUME_ENDINGS, output_option, require_new
+from maisi.cli.options import FILE, output_option, require_new
+from maisi.io.files import VOLUME_ENDINGS
 
 
 @click.group()

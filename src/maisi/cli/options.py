@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -15,10 +16,17 @@ from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
     from maisi.evaluation.result import Result
+    from maisi.generation.output import Destination
 
 FILE = click.Path(path_type=Path)
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
-VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
+
+
+class Savable(Protocol):
+    """What items have in common here."""
+
+    def save(self, folder: Path) -> Any:
+        """Write to a new folder."""
 
 
 def output_option(help: str) -> Decorator:
@@ -104,6 +112,28 @@ def require_new(path: Path, *endings: str) -> None:
         raise MaisiError(f"{path} exists; choose another name or remove it.")
     if not path.parent.is_dir():
         raise MaisiError(f"The folder {path.parent} does not exist; make it first or choose another place.")
+
+
+def require_first(first: int) -> None:
+    """Refuse a first item that is none.
+
+    Raises:
+        MaisiError: so.
+    """
+    if first < 0:
+        raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
+
+
+def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None]], Savable]) -> None:
+    """Make and write the items that are missing; `make` takes an item's number and what to tell its progress to."""
+    place.begin()
+    try:
+        with progress() as report:
+            for number in place.missing:
+                make(number, partial(report, f"{number:04d}")).save(place.item_folder(number))
+    except BaseException:
+        place.withdraw()
+        raise
 
 
 def say_result(result: Result, output: Path) -> None:

@@ -23,7 +23,7 @@ from maisi.data.mask_deform import DeformationRanges, deform, draw_deformation
 from maisi.data.preprocess import resample_to_grid
 from maisi.data.regions import regions_of
 from maisi.errors import MaisiError
-from maisi.io.files import new_folder, write_json
+from maisi.io.files import VOLUME_ENDINGS, new_folder, write_json
 from maisi.io.nifti import read_labels, write_volume
 from maisi.volume import Volume
 
@@ -39,8 +39,6 @@ HEIGHT_SHARE = 0.8
 
 COARSENESS = 2.0
 """A mask fits a spacing as long as its own is at most this many times as large along each axis."""
-
-_ENDINGS = (".nii.gz", ".nii", ".nrrd")
 
 
 class MaskRow(Config):
@@ -123,11 +121,11 @@ def _mask_files(source: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(source, (str, Path)):
         files = [Path(file) for file in source]
     elif Path(source).is_dir():
-        files = sorted(f for f in Path(source).iterdir() if f.is_file() and f.name.lower().endswith(_ENDINGS))
+        files = sorted(f for f in Path(source).iterdir() if f.is_file() and f.name.lower().endswith(VOLUME_ENDINGS))
     else:
         raise MaisiError(f"{source} is not a folder; give a folder of label maps.")
     if not files:
-        raise MaisiError(f"There is no label map in {source}; give files that end in {', '.join(_ENDINGS)}.")
+        raise MaisiError(f"There is no label map in {source}; give files that end in {', '.join(VOLUME_ENDINGS)}.")
     return files
 
 

@@ -7,6 +7,8 @@ voxel's centre moves by half the change of the spacing.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +80,17 @@ def hu_fault(array: Array) -> str | None:
     if low >= 0 and high <= 255:
         return f"its values run from {low:g} to {high:g}, which are grey values; give the CT before that"
     return None
+
+
+def robust_deviation(values: Array) -> float:
+    """Return 1.4826 times the median distance from the median: the standard deviation, if values are normal."""
+    return float(1.4826 * np.median(np.abs(values - np.median(values))))
+
+
+def wider_box(box: Sequence[slice], shape: Sequence[int], margin_mm: float, spacing_mm: Spacing) -> tuple[slice, ...]:
+    """A box, larger on each side by the voxels that a margin takes, within an array of `shape`."""
+    more = [math.ceil(margin_mm / s) for s in spacing_mm]
+    return tuple(slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(box, more, shape, strict=True))
 
 
 def resample(volume: Volume, spacing_mm: Spacing | None = None, order: int = 1, size: Triple | None = None) -> Volume:

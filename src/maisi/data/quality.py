@@ -22,8 +22,8 @@ from pydantic import Field, field_validator, model_validator
 from maisi.anatomy import ANY_BONE, BODY, LUNGS, TUMORS, label_id, label_name
 from maisi.config import Config, parse_config
 from maisi.data.agreement import STRUCTURES
-from maisi.data.preprocess import HU_MAX, STORED_HU
-from maisi.data.quality_measures import agreement, robust_deviation, seam, select, stray_share
+from maisi.data.preprocess import HU_MAX, STORED_HU, robust_deviation
+from maisi.data.quality_measures import agreement, seam, select, stray_share
 from maisi.data.tumor_texture import contrast
 from maisi.errors import MaisiError
 from maisi.volume import Array, Volume

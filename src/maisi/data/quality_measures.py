@@ -39,11 +39,6 @@ def select(labels: Array, ids: Collection[int]) -> Mask:
     return wanted[labels]
 
 
-def robust_deviation(values: Array) -> float:
-    """Return 1.4826 times the median distance from the median: the standard deviation, if values are normal."""
-    return float(1.4826 * np.median(np.abs(values - np.median(values))))
-
-
 def stray_share(ct: Volume, body: Mask, margin_voxels: int = 1) -> float:
     """Return the share of non-air voxels (over -800 HU) among those outside the body.
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maisi.anatomy import regions_present
+from maisi.data import label_maps
 
 MIN_VOLUME_ML = 1.0
 """A marker organ counts from this volume on: a stray voxel of "liver" makes no abdomen."""
@@ -15,8 +16,7 @@ MIN_VOLUME_ML = 1.0
 
 def ids_in(labels: NDArray[Any]) -> tuple[int, ...]:
     """Return the ids that a label array of any shape holds, ascending, without 0."""
-    ids = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)) if labels.dtype == np.uint8 else np.unique(labels)
-    return tuple(int(id) for id in ids if id)
+    return tuple(id for id in label_maps.ids_in(labels) if id)
 
 
 def regions_of(

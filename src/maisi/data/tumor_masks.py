@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from maisi.anatomy import TUMORS, label_name
 from maisi.data.augment import SpatialRanges, apply, draw
+from maisi.data.preprocess import wider_box
 from maisi.errors import MaisiError
 from maisi.tumors import KINDS, TumorKind, TumorWish
 from maisi.volume import Volume
@@ -113,7 +114,7 @@ def deform_tumor(
     inside = labels == tumor
     if not inside.any():
         raise MaisiError(f"The label map has no {label_name(tumor)} to deform; give one that has.")
-    box = _grown_box(ndimage.find_objects(inside.view(np.uint8))[0], labels.shape, 20.0, spacing_mm)
+    box = wider_box(ndimage.find_objects(inside.view(np.uint8))[0], labels.shape, 20.0, spacing_mm)
     before, seen = inside[box], labels[box]
     room = np.isin(seen, (*hosts, tumor))
     ranges = SpatialRanges(
@@ -125,19 +126,21 @@ def deform_tumor(
         moved = ndimage.binary_closing(np.pad(moved, 2), iterations=2)[2:-2, 2:-2, 2:-2] & room
         if moved.sum() >= KEPT * before.sum():
             result = labels.copy()
-            result[box] = _refilled(seen, before, hosts, spacing_mm)
+            result[box] = with_hosts(seen, before, hosts, spacing_mm, hosts[0])
             result[box][moved] = tumor
             return result
     raise MaisiError(f"The {label_name(tumor)} fits its host in none of {TRIES} deformations; leave it as it is.")
 
 
-def _refilled(seen: Labels, inside: Mask, hosts: Sequence[int], spacing_mm: Spacing) -> Labels:
-    """`seen` with the nearest host in place of what is `inside`."""
-    host = np.isin(seen, hosts)
+def with_hosts(labels: Labels, inside: Mask, hosts: Sequence[int], spacing_mm: Spacing, otherwise: int) -> Labels:
+    """Replace what is `inside` by the nearest of the hosts, in mm; by `otherwise` where the map has none. (X, Y, Z)."""
+    host = np.isin(labels, hosts)
     if not host.any():
-        return np.where(inside, np.uint8(hosts[0]), seen)
+        return np.where(inside, np.uint8(otherwise), labels)
     nearest = ndimage.distance_transform_edt(~host, sampling=spacing_mm, return_distances=False, return_indices=True)
-    return np.where(inside, seen[tuple(nearest)], seen)
+    result = labels.copy()
+    result[inside] = labels[tuple(axis[inside] for axis in nearest)]
+    return result
 
 
 def _fits(depth: NDArray[np.float32]) -> float:
@@ -244,17 +247,20 @@ def _field(
     roughness = rng.uniform(*kind.roughness)
     reach = 2.0 * float(axes.max()) + 2 * max(spacing)
     middle = tuple(slice(c, c + 1) for c in centre)
-    part = _grown_box(middle, host.shape, reach, spacing)
+    part = wider_box(middle, host.shape, reach, spacing)
     steps = [(np.arange(p.start, p.stop) - c) * s for p, c, s in zip(part, centre, spacing, strict=True)]
     places = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1) @ turn
     level = np.linalg.norm(places / axes, axis=-1)
-    noise = _noise(level.shape, diameter / 4, spacing, rng) + 0.5 * _noise(level.shape, diameter / 9, spacing, rng)
+    coarse, fine = (smooth_noise(level.shape, diameter / share, spacing, rng) for share in (4, 9))
+    noise = coarse + 0.5 * fine
     return part, (level * np.exp(roughness * noise)).astype(np.float32)
 
 
-def _noise(shape: tuple[int, ...], scale_mm: float, spacing: Spacing, rng: np.random.Generator) -> NDArray[np.float64]:
+def smooth_noise(
+    shape: Sequence[int], scale_mm: float, spacing: Spacing, rng: np.random.Generator
+) -> NDArray[np.float64]:
     """Smooth noise of standard deviation 1, correlated over `scale_mm`."""
-    smooth = ndimage.gaussian_filter(rng.standard_normal(shape), [scale_mm / s for s in spacing], mode="wrap")
+    smooth = ndimage.gaussian_filter(rng.standard_normal(tuple(shape)), [scale_mm / s for s in spacing], mode="wrap")
     deviation = float(smooth.std())
     return smooth / deviation if deviation > 1e-12 else smooth
 
@@ -284,12 +290,6 @@ def _connected(inside: Mask, centre: tuple[int, ...]) -> Mask:
     parts, _ = ndimage.label(inside)
     own = parts[centre]
     return np.asarray(parts == own) if own else np.zeros_like(inside)
-
-
-def _grown_box(box: Slices, shape: Sequence[int], margin_mm: float, spacing: Spacing) -> Slices:
-    """A box, larger by a margin on each side, within the array."""
-    more = [math.ceil(margin_mm / s) for s in spacing]
-    return tuple(slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(box, more, shape, strict=True))
 
 
 def _described(kind: TumorKind, asked: float, inside: Mask, box: Slices, grid: Volume) -> PlacedTumor:

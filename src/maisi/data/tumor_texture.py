@@ -6,16 +6,15 @@ of the kind's look against its host, inhomogeneity, the grain of the scan, an ed
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from maisi.anatomy import TUMORS
+from maisi.data.preprocess import robust_deviation, wider_box
+from maisi.data.tumor_masks import equivalent_diameter_mm, smooth_noise
 from maisi.tumors import Look, TumorKind, kind_of
 from maisi.volume import Array, Volume
 
@@ -24,6 +23,9 @@ Spacing = tuple[float, float, float]
 
 EDGE_MM = 0.8
 """Standard deviation of the blur at a tumour's border."""
+
+MOST_GRAIN_HU = 30.0
+"""Noise beyond that is taken for structure."""
 
 SHELL_MM = (2.0, 10.0)
 """A host is measured this far from its tumour: not in the blurred border, not beyond its neighbourhood."""
@@ -60,7 +62,7 @@ def paint_tumors(image: Volume, labels: Volume, rng: np.random.Generator, host: 
     for id in (id for id in TUMORS if (labels.array == id).any()):
         parts, _ = ndimage.label(labels.array == id)
         for number, box in enumerate(ndimage.find_objects(parts), start=1):
-            wide = _wider(box, labels.shape, SHELL_MM[1] + 4 * EDGE_MM, labels.spacing_mm)
+            wide = wider_box(box, labels.shape, SHELL_MM[1] + 4 * EDGE_MM, labels.spacing_mm)
             inside = parts[wide] == number
             around = _host(labels.array[wide], id)
             if host is not None and not around.any():
@@ -83,7 +85,7 @@ def contrast(image: Array, labels: NDArray[np.uint8], tumor: int, spacing_mm: Sp
     box = ndimage.find_objects((labels == tumor).view(np.uint8))
     if not box:
         return None
-    wide = _wider(box[0], labels.shape, SHELL_MM[1], spacing_mm)
+    wide = wider_box(box[0], labels.shape, SHELL_MM[1], spacing_mm)
     hu, seen = image[wide], labels[wide]
     inside = seen == tumor
     around = _shell(inside, _host(seen, tumor), spacing_mm)
@@ -126,8 +128,9 @@ def _painted(
     around = _shell(inside, host, spacing)
     sample = hu[around] if around.any() else hu[inside]
     level, grain = _level(sample, look, rng), _grain(hu, around, spacing)
-    scale = (6 * inside.sum() * math.prod(spacing) / math.pi) ** (1 / 3) / 5
-    texture = look.texture_hu * _noise(hu.shape, scale, spacing, rng) + grain * _noise(hu.shape, 0.6, spacing, rng)
+    scale = equivalent_diameter_mm(int(inside.sum()), spacing) / 5
+    texture = look.texture_hu * smooth_noise(hu.shape, scale, spacing, rng)
+    texture = texture + grain * smooth_noise(hu.shape, 0.6, spacing, rng)
     weight = ndimage.gaussian_filter(inside.astype(np.float32), [EDGE_MM / s for s in spacing], truncate=3.0)
     return (hu + weight * (level + texture - hu)).astype(np.float32)
 
@@ -141,17 +144,11 @@ def _level(sample: NDArray[np.float32], look: Look, rng: np.random.Generator) ->
 
 
 def _grain(hu: NDArray[np.float32], around: Mask, spacing: Spacing) -> float:
-    """Standard deviation of the scan's noise in the host, HU: what a light blur takes away, at most 30."""
+    """Standard deviation of the scan's noise in the host, HU: what a light blur takes away."""
     if not around.any():
         return 0.0
     fine = (hu - ndimage.gaussian_filter(hu, [0.8 / s for s in spacing]))[around]
-    return float(min(1.4826 * np.median(np.abs(fine - np.median(fine))), 30.0))
-
-
-def _noise(shape: Sequence[int], scale_mm: float, spacing: Spacing, rng: np.random.Generator) -> NDArray[Any]:
-    """Smooth noise of standard deviation 1."""
-    smooth = ndimage.gaussian_filter(rng.standard_normal(tuple(shape)), [scale_mm / s for s in spacing], mode="wrap")
-    return smooth / max(float(smooth.std()), 1e-6)
+    return min(robust_deviation(fine), MOST_GRAIN_HU)
 
 
 def _host(seen: NDArray[np.uint8], tumor: int) -> Mask:
@@ -164,8 +161,3 @@ def _shell(inside: Mask, host: Mask, spacing: Spacing) -> Mask:
     near = host & (distance <= SHELL_MM[1]) & ~inside
     shell = near & (distance >= SHELL_MM[0])
     return shell if shell.any() else near
-
-
-def _wider(box: Sequence[slice], shape: Sequence[int], margin_mm: float, spacing: Spacing) -> tuple[slice, ...]:
-    more = [math.ceil(margin_mm / s) for s in spacing]
-    return tuple(slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(box, more, shape, strict=True))

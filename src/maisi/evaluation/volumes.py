@@ -23,11 +23,11 @@ from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
 from maisi.generation.output import IMAGE, LABELS, RECORD
+from maisi.io.files import VOLUME_ENDINGS
 from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume
 from maisi.volume import Volume
 from maisi.weights.tensor_file import sha256
 
-ENDINGS = (".nii.gz", ".nii", ".nrrd")
 SPLITS = ("train", "validation", "all")
 
 _CHANNEL = "_0000"
@@ -173,7 +173,7 @@ def find_entries(paths: Iterable[Path], split: str = "all", labels: Path | None 
         found = _in(path, split)
         if not found.entries:
             side = "" if split == "all" else f" for {split}"
-            raise MaisiError(f"{path} holds no CT{side} ({', '.join(ENDINGS)}) to evaluate; give one that does.")
+            raise MaisiError(f"{path} holds no CT{side} ({', '.join(VOLUME_ENDINGS)}) to evaluate; give one that does.")
         entries += found.entries
         notes += found.notes
     named = _with_unique_names(entries)
@@ -256,7 +256,7 @@ def _in_folder(path: Path) -> Found:
     if items:
         entries = tuple(_item(folder) for folder in items if _is_ct(folder))
         return Found(entries, _other_notes(len(items) - len(entries), "item(s)", path))
-    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(ENDINGS))
+    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(VOLUME_ENDINGS))
     return Found(tuple(Entry(_stem(file), _stem(file), file) for file in files))
 
 
@@ -298,7 +298,7 @@ def _home(entry: Entry) -> Path:
 def _with_labels(entries: Sequence[Entry], folder: Path) -> list[Entry]:
     if not folder.is_dir():
         raise MaisiError(f"{folder} is no folder; give the folder of the images' label maps.")
-    files = {_stem(path): path for path in sorted(folder.iterdir()) if path.name.lower().endswith(ENDINGS)}
+    files = {_stem(path): path for path in sorted(folder.iterdir()) if path.name.lower().endswith(VOLUME_ENDINGS)}
     found = {}
     for entry in entries:
         stem = entry.name.rpartition("/")[2]
@@ -318,7 +318,7 @@ def _with_labels(entries: Sequence[Entry], folder: Path) -> list[Entry]:
 
 
 def _stem(path: Path) -> str:
-    ending = next((e for e in ENDINGS if path.name.lower().endswith(e)), "")
+    ending = next((e for e in VOLUME_ENDINGS if path.name.lower().endswith(e)), "")
     return path.name[: len(path.name) - len(ending)]
 
 

@@ -25,15 +25,16 @@ from torch.nn import functional as F
 
 from maisi.anatomy import TUMORS, regions_present
 from maisi.conditions import Conditions
-from maisi.data.preprocess import HU_MIN, resample_to_grid
+from maisi.data.label_maps import ids_in
+from maisi.data.preprocess import HU_MIN, resample_to_grid, robust_deviation, wider_box
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
-from maisi.data.tumor_texture import contrast, paint_tumors, unlikeness, usual_contrast_hu
+from maisi.data.tumor_texture import MOST_GRAIN_HU, contrast, paint_tumors, unlikeness, usual_contrast_hu
 from maisi.device import peak_memory
 from maisi.diffusion.sampler import sample
 from maisi.generation import codec
 from maisi.generation.inpaint_job import InpaintJob, make_inpaint_job
 from maisi.generation.job import Job, padded_size, weights_used
-from maisi.generation.masks import ids_of, without_tumors
+from maisi.generation.masks import without_tumors
 from maisi.generation.output import Item
 from maisi.generation.pipeline import Known, Model, Progress, load, silent
 from maisi.request import Request, item_seed
@@ -164,7 +165,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
     details = {
         "size": list(job.image.shape),
         "spacing_mm": list(job.image.spacing_mm),
-        "regions": list(regions_present(ids_of(labels.array))),
+        "regions": list(regions_present(ids_in(labels.array))),
         "tumors": [asdict(tumor) for tumor in placed],
         "removed": job.removal,
         "contrast_hu": {str(id): round(hu, 1) for id, hu in best.contrast_hu.items()},
@@ -237,7 +238,7 @@ def changed_parts(changed: Mask, margin: float, spacing_mm: tuple[float, float, 
     found = ndimage.find_objects(changed.view(np.uint8))
     if not found:
         return []
-    outer = _wider(found[0], changed.shape, margin, spacing_mm)
+    outer = wider_box(found[0], changed.shape, margin, spacing_mm)
     numbers, _ = ndimage.label(_distance(changed[outer], spacing_mm) <= margin)
     parts = []
     for index, box in enumerate(ndimage.find_objects(numbers), start=1):
@@ -267,7 +268,7 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
     image = image.with_array(image.array.astype(np.float32))
     seen = resample_to_grid(labels, like, order=0, fill=0)
     region = _distance(resample_to_grid(part.place(labels), like, order=0, fill=0).array > 0, spacing) <= margin
-    regions = job.request.region or regions_present(ids_of(seen.array)) or regions_present(ids_of(labels.array))
+    regions = job.request.region or regions_present(ids_in(seen.array)) or regions_present(ids_in(labels.array))
     inner = Job(
         request=job.request,
         conditions=Conditions(spacing, regions, job.request.modality),
@@ -344,7 +345,7 @@ def _blend(
     weight = 1 - t * t * (3 - 2 * t)
     # what the crop's coarser grid and the networks leave out is grain: noise that belongs to this scan
     fine = old - seen
-    sigma = float(min(1.4826 * np.median(np.abs(fine - np.median(fine))), 30.0))
+    sigma = min(robust_deviation(fine), MOST_GRAIN_HU)
     grain = sigma * rng.standard_normal(new.shape).astype(np.float32)
     painted = old + weight * (new + grain - old)
     if result.dtype.kind != "f":
@@ -377,13 +378,6 @@ def _crop_spacing(model: Model, ras: Volume) -> tuple[float, float, float]:
 def _distance(inside: Mask, spacing_mm: tuple[float, float, float]) -> NDArray[np.float32]:
     """Distance in mm to the nearest voxel inside."""
     return np.asarray(ndimage.distance_transform_edt(~inside, sampling=spacing_mm), dtype=np.float32)
-
-
-def _wider(
-    box: tuple[slice, ...], shape: tuple[int, ...], margin: float, spacing_mm: tuple[float, float, float]
-) -> tuple[slice, ...]:
-    more = [math.ceil(margin / s) + 1 for s in spacing_mm]
-    return tuple(slice(max(0, b.start - m), min(n, b.stop + m)) for b, m, n in zip(box, more, shape, strict=True))
 
 
 def _only(labels: Volume, changed: Mask) -> Volume:

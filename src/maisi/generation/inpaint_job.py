@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from maisi.anatomy import TUMORS
+from maisi.data.label_maps import ids_in
 from maisi.data.preprocess import hu_fault
 from maisi.data.segmentation import segment
 from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
-from maisi.generation.masks import ids_of, read_mask
+from maisi.generation.masks import read_mask
 from maisi.io.nifti import read_volume
 from maisi.request import Request
 from maisi.volume import Volume
@@ -82,7 +83,7 @@ def make_inpaint_job(
             f"CT ({_shape(ct)}) and labels ({_shape(mask)}) lie on different grids; resample the labels to the CT's."
         )
     if request.removal:
-        if not TUMORS.keys() & ids_of(mask.array):
+        if not TUMORS.keys() & set(ids_in(mask.array)):
             raise MaisiError("The labels hold no tumour to remove; give labels with one.")
     else:
         grow_tumors(mask, request.tumor, np.random.default_rng(0))

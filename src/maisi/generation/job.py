@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from maisi.anatomy import BODY, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
+from maisi.data.label_maps import ids_in
 from maisi.data.mask_deform import scale_organs
 from maisi.data.mask_sources import find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
-from maisi.generation.masks import ids_of, read_mask, without_tumors
+from maisi.generation.masks import read_mask, without_tumors
 from maisi.request import Request, item_seed
 from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
@@ -106,7 +107,7 @@ class Job:
     def padded_labels_without_tumors(self) -> Labels | None:
         """As `padded_labels`, tumours replaced by their hosts; None too where there is no tumour."""
         labels = self.padded_labels()
-        if labels is None or not TUMORS.keys() & ids_of(labels):
+        if labels is None or not TUMORS.keys() & set(ids_in(labels)):
             return None
         return without_tumors(labels, self.conditions.spacing_mm)
 
@@ -217,7 +218,7 @@ def _mask_grid(request: Request, labels: Volume) -> tuple[Triple, Spacing]:
 
 def _regions(request: Request, labels: Volume) -> tuple[tuple[str, ...], list[str]]:
     """The regions asked for, or else those that the mask's structures show; and what to tell the user."""
-    ids = ids_of(labels.array)
+    ids = ids_in(labels.array)
     notes = []
     if BODY not in ids:
         notes.append(f"The mask has no body ({BODY}) around its structures; the models expect one.")

@@ -7,20 +7,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from maisi.anatomy import BODY, TUMORS
 from maisi.data.label_maps import checked_mask
 from maisi.data.mask_import import require_our_ids
+from maisi.data.tumor_masks import with_hosts
 from maisi.io.nifti import read_label_names, read_labels
 from maisi.volume import Volume
 
 Labels = NDArray[np.uint8]
-
-
-def ids_of(labels: Labels) -> frozenset[int]:
-    """Return the ids that a label map holds."""
-    return frozenset(int(i) for i in np.flatnonzero(np.bincount(labels.ravel(), minlength=1)))
 
 
 def without_tumors(labels: Labels, spacing_mm: tuple[float, float, float]) -> Labels:
@@ -28,19 +23,11 @@ def without_tumors(labels: Labels, spacing_mm: tuple[float, float, float]) -> La
 
     A tumour none of whose hosts is in the map becomes body. (X, Y, Z) in and out.
     """
-    result = labels.copy()
+    result = labels
     for tumor, hosts in TUMORS.items():
         inside = labels == tumor
-        if not inside.any():
-            continue
-        host = np.isin(labels, hosts)
-        if not host.any():
-            result[inside] = BODY
-            continue
-        nearest = ndimage.distance_transform_edt(
-            ~host, sampling=spacing_mm, return_distances=False, return_indices=True
-        )
-        result[inside] = labels[tuple(axis[inside] for axis in nearest)]
+        if inside.any():
+            result = with_hosts(result, inside, hosts, spacing_mm, BODY)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all. Knows no format but JSON."""
+"""Writing files and folders whole or not at all. Knows no format but JSON, and what volumes are called."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from maisi.errors import MaisiError
+
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
+"""How files of volumes end."""
 
 _MENDS = {
     errno.ENOSPC: "free some space or choose another disk",
