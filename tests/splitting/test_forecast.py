@@ -12,7 +12,7 @@ SHAPE = (1, 4, 8, 8, 8)
 BYTES = 4 * 4 * 8**3
 
 
-def nothing(source: torch.Tensor, result: torch.Tensor) -> int:
+def nothing(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, trained: bool) -> int:
     return 0
 
 
@@ -50,3 +50,21 @@ def test_convolutions_on_a_cpu_copy_maps_that_are_not_channels_last(
     with torch.inference_mode(inference), torch.no_grad():
         assert forecast(run, scratch_of(torch.device("cpu"))) == (2 + copies) * BYTES
         assert forecast(run, scratch_of(torch.device("cuda"))) == 2 * BYTES
+
+
+@pytest.mark.parametrize(("z", "columns"), [(8, 27), (700, 27)])
+def test_small_maps_in_training_are_written_out_for_the_slow_kernel(z: int, columns: int) -> None:
+    """Each voxel's 27 values of each channel; what Z is does not matter, many voxels in X and Y end it."""
+
+    def peak(shape: tuple[int, ...]) -> float:
+        x = torch.empty(shape, device="meta")
+
+        def run() -> None:
+            F.conv3d(x, weight, padding=1)
+
+        map_bytes = 4 * x.numel()
+        return (forecast(run, scratch_of(torch.device("cpu"))) - map_bytes) / map_bytes
+
+    weight = torch.empty(4, 4, 3, 3, 3, device="meta", requires_grad=True)
+    assert peak((1, 4, 8, 8, z)) == columns
+    assert peak((2, 4, 8, 8, z)) == peak((1, 4, 72, 72, z)) == 2

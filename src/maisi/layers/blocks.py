@@ -25,8 +25,9 @@ class Conv3d(nn.Conv3d):
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """`F.conv3d`, by oneDNN on CPUs also where PyTorch would not ask it.
 
-    PyTorch gives a single small float32 map (channels x X x Y up to 20480) to a kernel that takes up to five times as
-    long, and copies channels-last weights for it: a step of a small U-Net took 2.5 times as long so.
+    PyTorch gives a single small float32 map to a kernel that takes up to five times as long, and copies channels-last
+    weights for it: a step of a small U-Net took 2.5 times as long so. Not where gradients are wanted: the backward pass
+    goes to the slow kernel whatever the forward pass took, and is no less exact there.
     """
     if _left_to_slow_kernel(x, weight):
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
@@ -35,10 +36,14 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
 
 def _left_to_slow_kernel(x: Tensor, weight: Tensor) -> bool:
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    small = len(x) == 1 and weight.shape[2] > 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     there = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    return small and plain and not trained and there
+    return is_small(x, weight) and plain and not trained and there
+
+
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch keeps a float32 map from oneDNN on CPUs; it looks at channels, X and Y, not at Z."""
+    return len(x) == 1 and 1 < weight.shape[2] <= 3 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
 
 
 def conv3(in_channels: int, out_channels: int, stride: int = 1, padding: int = 1) -> nn.Conv3d:

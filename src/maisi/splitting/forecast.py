@@ -15,20 +15,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CONVOLUTIONS = frozenset(
-    {"aten::convolution", "aten::conv3d", "aten::conv_transpose3d.input", "aten::convolution_backward"}
-)
-"""Names of the operation; in inference mode PyTorch does not take it apart, so that others reach the counter."""
+from maisi.layers.blocks import is_small
+
+Scratch = Callable[[Tensor, Tensor, Tensor, bool], int]
+"""Bytes that a convolution, or its backward pass, takes beside its tensors: from its input, weights and output, and
+whether it is trained."""
+
+CONVOLUTIONS = frozenset({"aten::convolution", "aten::conv3d", "aten::conv_transpose3d.input"})
+"""Names of the operation forward; in inference mode PyTorch does not take it apart, so that others reach the counter."""
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of living tensors while it is active; `peak` is the most there were.
 
     Args:
-        scratch: bytes that a convolution takes beside its input and output, from the two tensors.
+        scratch: see `Scratch`.
     """
 
-    def __init__(self, scratch: Callable[[Tensor, Tensor], int]) -> None:
+    def __init__(self, scratch: Scratch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scratch = scratch
         self.live = self.peak = 0
@@ -42,9 +46,15 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in made:
             self._count(tensor.untyped_storage())
-        extra = self.scratch(args[0], made[0]) if func.name() in CONVOLUTIONS else 0
-        self.peak = max(self.peak, self.live + extra)
+        self.peak = max(self.peak, self.live + self._scratch_in(func.name(), args, made[0] if made else None))
         return result
+
+    def _scratch_in(self, name: str, args: Sequence[Any], made: Tensor | None) -> int:
+        if name == "aten::convolution_backward":
+            return self.scratch(args[1], args[2], args[0], True)
+        if name in CONVOLUTIONS and made is not None:
+            return self.scratch(args[0], args[1], made, torch.is_grad_enabled())
+        return 0
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
@@ -58,7 +68,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def forecast(run: Callable[[], object], scratch: Callable[[Tensor, Tensor], int]) -> int:
+def forecast(run: Callable[[], object], scratch: Scratch) -> int:
     """Peak bytes of what `run` makes of tensors on the meta device; what lived before is not counted."""
     counter = Counter(scratch)
     with counter:
@@ -66,12 +76,17 @@ def forecast(run: Callable[[], object], scratch: Callable[[Tensor, Tensor], int]
     return counter.peak
 
 
-def scratch_of(device: torch.device) -> Callable[[Tensor, Tensor], int]:
+def scratch_of(device: torch.device) -> Scratch:
     """What convolutions take on a device beside their input and output; unknown, so nothing, on all but CPUs."""
-    return _cpu_scratch if device.type == "cpu" else lambda source, result: 0
+    return _cpu_scratch if device.type == "cpu" else lambda source, weight, result, trained: 0
 
 
-def _cpu_scratch(source: Tensor, result: Tensor) -> int:
-    """oneDNN computes in its own layouts: maps that are not channels-last are copied in and out."""
+def _cpu_scratch(source: Tensor, weight: Tensor, result: Tensor, trained: bool) -> int:
+    """In training small maps are left to a kernel that writes out what each voxel of the smaller map takes from.
+
+    Else oneDNN computes in its own layouts: maps that are not channels-last are copied in and out.
+    """
+    if trained and source.dtype == torch.float32 and is_small(source, weight):
+        return weight[0].numel() * min(source[0, 0].numel(), result[0, 0].numel()) * source.itemsize
     plain = not source.is_contiguous(memory_format=torch.channels_last_3d)
     return (source.numel() * source.itemsize + result.numel() * result.itemsize) if plain else 0
