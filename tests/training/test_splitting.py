@@ -56,8 +56,8 @@ def test_a_step_is_the_unsplit_one(
     assert largest > 0
     parameters = zip(*(stage.model.parameters() for stage in stages), strict=True)
     for (one, other), mine, theirs in zip(parameters, *gradients, strict=True):
-        # the losses' own bends (L1, the discriminator's ReLU) make this of outputs that differ by 3e-6; next to a step in
-        # float64 both are equally near (2.5e-5 split, 2.2e-5 whole). What splitting itself does: the next test
+        # not 1e-5: the losses' networks, in float32 themselves, make this of outputs that differ by 3e-6. Against a
+        # step in float64 both were equally near (2.5e-5 split, 2.2e-5 whole); splitting by itself is the next test's
         assert float((mine - theirs).abs().max()) < 5e-5 * largest
         # Adam turns a gradient of rounding errors into a full step of either sign: those are left out
         real = mine.abs() > 1e-3 * largest

@@ -22,7 +22,7 @@ Scratch = Callable[[Tensor, Tensor, Tensor, bool], int]
 whether it is trained."""
 
 CONVOLUTIONS = frozenset({"aten::convolution", "aten::conv3d", "aten::conv_transpose3d.input"})
-"""Names of the operation forward; in inference mode PyTorch does not take it apart, so that others reach the counter."""
+"""Names of the forward operation; in inference mode PyTorch does not take it apart, so others reach the counter."""
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """Training the autoencoder on patches that do not fit into memory whole: the setting, and the coding that it means.
 
 The gradients are the unsplit ones up to rounding: for the same gradient of the output float32 gives within 1e-5 of what
-float64 does, by the largest of each tensor, and is nearer to it than a whole step on CPUs, whose group norms PyTorch sums
-less exactly. Discriminator and perceptual loss see the joined output.
+float64 does, by the largest of each tensor, and is nearer to it than a whole step on CPUs, whose group norms PyTorch
+sums less exactly. Discriminator and perceptual loss see the joined output.
 """
 
 from __future__ import annotations
