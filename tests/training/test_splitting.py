@@ -64,9 +64,9 @@ def test_a_step_is_the_unsplit_one(
         assert float((one - other)[real].detach().abs().max() if real.any() else 0.0) < 1e-5
 
 
-@pytest.mark.parametrize("splitting", [SplittingConfig(parts=3), SplittingConfig(parts=4, axis=0, recompute=True)])
+@pytest.mark.parametrize("splitting", [SplittingConfig(parts=3), SplittingConfig(parts=99, axis=0, recompute=True)])
 def test_gradients_are_nearer_to_exact_ones_than_the_unsplit(splitting: SplittingConfig) -> None:
-    """Of what is handed back to the autoencoder, the same everywhere; by the largest of each tensor."""
+    """Of what is handed back to the autoencoder, the same everywhere; by the largest of each tensor. 99: all rows."""
     torch.manual_seed(0)
     model, exact = Autoencoder(MODEL), Autoencoder(MODEL).double()
     exact.load_state_dict(model.state_dict())

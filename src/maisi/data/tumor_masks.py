@@ -94,12 +94,6 @@ def grow_tumors(
     return labels.with_array(array), tuple(placed)
 
 
-def largest_diameter_mm(labels: Labels, hosts: Sequence[int], spacing_mm: Spacing) -> float:
-    """The largest tumour that `grow_tumors` would put into the hosts, 0 where there are none."""
-    found = _hosts(labels, hosts)
-    return 0.0 if found is None else _fits(_depth(found[1], spacing_mm))
-
-
 def deform_tumor(
     labels: Labels, tumor: int, hosts: Sequence[int], spacing_mm: Spacing, rng: np.random.Generator
 ) -> Labels:
