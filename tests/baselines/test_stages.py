@@ -21,6 +21,7 @@ from maisi.baselines.trained import FILE, save_trained
 from maisi.cli import run as maisi
 from maisi.errors import MaisiError
 from maisi.evaluation.volumes import find_entries
+from maisi.request import item_seed
 from maisi.training.loop import run
 from maisi.training.state import load_checkpoint, newest_checkpoint
 
@@ -74,23 +75,23 @@ def test_from_settings_to_volumes(name: str, tmp_path: Path, request: pytest.Fix
     assert (zero != one).any()
     assert images[0].header.get_zooms() == (8.0, 8.0, 8.0)
     record = json.loads((both / "0000" / "record.json").read_text())
-    assert (record["synthetic"], record["baseline"], record["seed"]) == (True, name, record["seed"])
+    assert (record["synthetic"], record["baseline"], record["seed"]) == (True, name, item_seed(5, 0))
     assert (both / "0000" / "preview.png").is_file()
     assert [entry.name for entry in find_entries([both]).entries] == ["0000", "0001"]
 
 
 def test_ddpm_learns_to_see_the_noise(ddpm_values: dict[str, Any]) -> None:
     """On held-out images of balls the noise is told apart better than by the best constant, its mean (L1 0.798)."""
-    values = ddpm_values | {"loop": ddpm_values["loop"] | {"steps": 60}, "validation_batches": 8}
+    values = ddpm_values | {"loop": ddpm_values["loop"] | {"steps": 40}, "validation_batches": 4}
     stage = DdpmStage(DdpmRun.model_validate(values))
     assert stage.validate(0)[0]["loss"] == pytest.approx(np.sqrt(2 / np.pi), abs=0.01)  # it starts at zero
-    for step in range(60):
+    for step in range(40):
         stage.update(stage.batch(step), step)
-    assert stage.validate(60)[0]["loss"] < 0.5
+    assert stage.validate(40)[0]["loss"] < 0.5
 
 
 def test_hagan_finds_the_way_back(hagan_values: dict[str, Any]) -> None:
-    """The reconstruction of held-out images falls, and the samples come to look like the data: dark at the rim."""
+    """The reconstruction of held-out images falls, both ways."""
     values = hagan_values | {"loop": hagan_values["loop"] | {"steps": 60}, "reconstruction_weight": 5.0}
     values |= {"optimizer": {"learning_rate": 2e-3, "betas": [0.0, 0.999], "ema_decay": 0.9}}
     stage = HaganStage(HaganRun.model_validate(values))
@@ -98,8 +99,8 @@ def test_hagan_finds_the_way_back(hagan_values: dict[str, Any]) -> None:
     for step in range(60):
         stage.update(stage.batch(step), step)
     after = stage.validate(60)[0]
-    assert after["stretch_l1"] < 0.5 * before["stretch_l1"]
-    assert after["whole_l1"] < 0.7 * before["whole_l1"]
+    air = float((stage.held_out.batch(0, 2) + 1).abs().mean())  # error of the best constant
+    assert all(after[name] < 0.6 * min(air, before[name]) for name in after)
 
 
 def test_generators_listen_to_reconstruction_only_if_asked(hagan_run: HaganRun) -> None:
@@ -183,5 +184,4 @@ def test_refused_at_the_door(
         assert sentence in said
         assert said.startswith("maisi: ")
     assert not Path(out).exists()
-    save_trained(tmp_path / "hagan", "hagan", {}, HaganRun.model_validate(hagan_run.model_dump()))
     assert Baseline(tmp_path / "hagan", "cpu").request(1, 2).size == (16, 16, 32)
