@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's Table 3 in miniature: bash recipes/baselines/run.sh PREPARED ["COUNT"]. PREPARED is a folder of
+# The paper's Table 3 in miniature: bash recipes/baselines/run.sh PREPARED [COUNT]. PREPARED is a folder of
 # `maisi prepare`. Three baselines learn the same boxes of the same cases for about ten minutes each on one CPU core,
 # each makes COUNT volumes (32), and so does the carried model; all are compared with the held-out cases.
 # Each step goes on where it was interrupted. On CPUs without bfloat16 set `precision: fp32` in the YAML files.
@@ -20,7 +20,7 @@ maisi train diffusion $here/ldm.yaml -o work/ldm
     --unet work/ldm/unet.safetensors --name ldm -o work/ldm-model
 
 grid=(--size 80,64,64 --spacing 6,6,6 --seed 0 -n "$count")
-maisi baseline generate work/ddpm -n "$count" --seed 0 --steps 50 --solver dpm++ -o work/samples/ddpm
+maisi baseline generate work/ddpm -n "$count" --seed 0 --steps 25 --solver dpm++ -o work/samples/ddpm
 maisi baseline generate work/hagan -n "$count" --seed 0 -o work/samples/hagan
 maisi generate --model work/ldm-model "${grid[@]}" -o work/samples/ldm
 maisi generate --model tiny --region head-neck "${grid[@]}" -o work/samples/maisi
