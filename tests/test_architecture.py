@@ -19,7 +19,7 @@ LEVELS = (
     ("networks", "diffusion"),
     ("data", "weights", "splitting"),
     ("training", "generation"),
-    ("evaluation", "presets"),
+    ("evaluation", "presets", "baselines"),
     ("cli",),
 )
 """Parts of the package: a module imports from its own part and from lower levels. This is the table's one home."""
@@ -115,7 +115,7 @@ def test_the_words_know_no_torch() -> None:
     [
         *("maisi", "maisi.cli", "maisi.request", "maisi.io.nifti", "maisi.io.preview", "maisi.weights.registry"),
         *("maisi.generation.job", "maisi.generation.output", "maisi.weights.convert", "maisi.device"),
-        *("maisi.data.quality_learning", "maisi.generation.retry"),
+        *("maisi.data.quality_learning", "maisi.generation.retry", "maisi.baselines.methods"),
         *("maisi.evaluation.response", "maisi.evaluation.memorisation", "maisi.evaluation.fidelity"),
         *("maisi.evaluation.volumes", "maisi.evaluation.cache", "maisi.evaluation.report"),
     ],

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from maisi.baselines.methods import METHODS, method
 from maisi.cli import run
 from maisi.data.manifest import read_cases
 from maisi.data.phantom import phantom
+from maisi.data.prepared import PreparedFolder
 from maisi.errors import MaisiError
 from maisi.generation.latent_views import ViewsFile
 from maisi.generation.pipeline import load
@@ -25,6 +27,7 @@ from maisi.weights.load import load_network, save_network
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RECIPE = RECIPES / "tiny"
 NEW_STRUCTURE = RECIPES / "finetune-new-structure"
+BASELINES = RECIPES / "baselines"
 
 
 def script(name: str, folder: Path = RECIPE) -> ModuleType:
@@ -44,6 +47,7 @@ def script(name: str, folder: Path = RECIPE) -> ModuleType:
         ("diffusion", "tiny/coarse"),
         ("mask-autoencoder", "mask-generator/autoencoder"),
         ("mask-diffusion", "mask-generator/diffusion"),
+        ("diffusion", "baselines/ldm"),
     ],
 )
 def test_settings_are_valid(stage: str, file: str) -> None:
@@ -51,7 +55,10 @@ def test_settings_are_valid(stage: str, file: str) -> None:
 
 
 def test_views_suit_the_networks() -> None:
-    for file in (RECIPE / "latents.yaml", RECIPE / "pairs.yaml", NEW_STRUCTURE / "views.yaml"):
+    for file in (
+        *(RECIPE / "latents.yaml", RECIPE / "pairs.yaml", NEW_STRUCTURE / "views.yaml"),
+        BASELINES / "latents.yaml",
+    ):
         kinds = ViewsFile.model_validate(yaml.safe_load(file.read_text())).views
         assert all(n % 16 == 0 for kind in kinds for n in kind.size)
 
@@ -127,3 +134,54 @@ def test_a_new_structure_from_masks_to_pairs(model_folder: Path, tmp_path: Path)
     assert read_label_names(written)[150] == "graft"
     with pytest.raises(MaisiError, match="ids without a meaning: 150"):
         load(model_folder).generate(mask=mask)
+
+
+def test_baselines_see_the_same() -> None:
+    """One grid, one number of boxes, and no conditions, for all three; the carried model's grid is among them."""
+    ddpm, hagan = (
+        method(name).run.model_validate(yaml.safe_load((BASELINES / f"{name}.yaml").read_text())) for name in METHODS
+    )
+    (view,) = ViewsFile.model_validate(yaml.safe_load((BASELINES / "latents.yaml").read_text())).views
+    ldm = _run_class("diffusion").model_validate(yaml.safe_load((BASELINES / "ldm.yaml").read_text()))
+    assert ddpm.grid == hagan.grid  # type: ignore[attr-defined]
+    grid = ddpm.grid  # type: ignore[attr-defined]
+    assert (view.size, view.spacing_mm, view.views, view.mirror) == (
+        *(grid.size, (grid.spacing_mm, grid.spacing_mm)),
+        *(grid.views, grid.mirror),
+    )
+    model = ldm.model  # type: ignore[attr-defined]
+    assert (model.region_input, model.spacing_input, model.num_modalities) == (False, False, None)
+
+
+def test_cases_of_the_baselines_are_seen_whole(tmp_path: Path) -> None:
+    """Of four cases the one of another region and the narrow one are left out; arrays stay where they are."""
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    rows = []
+    for number, (width, region) in enumerate([(50, "head-neck"), (30, "head-neck"), (50, "chest"), (48, "head-neck")]):
+        labels = np.zeros((60, 10, 30), np.uint8)
+        labels[:width, 2:8, :25] = 200
+        for name, array in ((f"p{number}", labels.astype(np.int16)), (f"p{number}-labels", labels)):
+            np.save(prepared / f"{name}.npy", array)
+        row = {"id": f"p{number}", "patient": f"p{number}", "split": "train", "regions": [region]}
+        row |= {"image": f"p{number}.npy", "labels": f"p{number}-labels.npy", "spacing_mm": [9.0, 9.0, 9.0]}
+        row |= {"affine": np.diag([9.0, 9.0, 9.0, 1.0]).tolist(), "shape": [60, 10, 30]}
+        rows.append(row)
+    (prepared / "index.json").write_text(json.dumps({"cases": rows}))
+    script("cases", BASELINES).main(prepared, tmp_path / "chosen")
+    chosen = PreparedFolder(tmp_path / "chosen")
+    assert [case.id for case in chosen.cases("train")] == ["p0", "p3"]
+    np.testing.assert_array_equal(chosen.labels(chosen.cases("train")[1]), np.load(prepared / "p3-labels.npy"))
+
+
+def test_table_of_the_baselines(tmp_path: Path) -> None:
+    for name, value in (("ddpm", 22.608), ("ldm", None)):
+        (tmp_path / name).mkdir()
+        planes = dict.fromkeys(("fid_axial", "fid_sagittal", "fid_coronal"), 1.0)
+        summary = planes | {"fid": value, "fid_real_halves": 3.0 if name == "ldm" else None}
+        (tmp_path / name / "result.json").write_text(json.dumps({"summary": summary}))
+    assert script("table", BASELINES).table(tmp_path).splitlines()[2:] == [
+        "| DDPM | 1.00 | 1.00 | 1.00 | 22.61 |",
+        "| LDM | 1.00 | 1.00 | 1.00 | - |",
+        "| real against real (halves) | - | - | - | 3.00 |",
+    ]

@@ -13,7 +13,19 @@ from collections.abc import Sequence
 import click
 
 import maisi
-from maisi.cli import evaluate, exchange, generation, images, knowledge, mask, quality, report, training, weights
+from maisi.cli import (
+    baseline,
+    evaluate,
+    exchange,
+    generation,
+    images,
+    knowledge,
+    mask,
+    quality,
+    report,
+    training,
+    weights,
+)
 from maisi.cli.group import processes, speaks, tell
 from maisi.errors import MaisiError
 
@@ -63,6 +75,6 @@ def cli() -> None:
     """Synthetic 3D CT with labels: generate volumes, train the networks that do it, and judge the result."""
 
 
-for _group in (generation, mask, quality, evaluate, report, exchange, images, training, weights, knowledge):
+for _group in (generation, mask, quality, evaluate, report, exchange, images, training, baseline, weights, knowledge):
     for _command in _group.COMMANDS:
         cli.add_command(_command)

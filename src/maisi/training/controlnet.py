@@ -73,7 +73,7 @@ class ControlNetStage(DenoisingStage):
             control = _initial(run, unet)
         told = read_header(run.unet).metadata.get("maisi.scale_factor")
         sources = latent_sources(run, with_labels=True, scale_factor=None if told is None else float(told))
-        super().__init__(run, control, ControlNet(control.config), sources)
+        super().__init__(run, control, ControlNet(control.config), sources, run.autoencoder)
         self.unet: nn.Module = unet.requires_grad_(False).to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:

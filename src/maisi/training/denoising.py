@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -34,14 +34,12 @@ class NoiseRun(Config):
     """Settings of a stage that trains a denoising network, wherever its latents come from.
 
     Attributes:
-        autoencoder: weights that decode the validation pictures; none leaves the pictures out.
         init: weights to start from; none starts afresh.
         validation_batches: batches over which the validation loss is averaged, always the same ones.
         sample_steps: steps of the validation pictures.
     """
 
     loop: LoopConfig
-    autoencoder: Path | None = None
     init: Path | None = None
     process: RectifiedFlow | DDPM = Field(default=RectifiedFlow(), discriminator="kind")
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="polynomial")
@@ -54,9 +52,11 @@ class DenoisingRun(NoiseRun):
 
     Attributes:
         data: folder of cached latents (`maisi prepare --views`).
+        autoencoder: weights that decode the validation pictures; none leaves the pictures out.
     """
 
     data: Path
+    autoencoder: Path | None = None
     batches: LatentBatchConfig = LatentBatchConfig()
 
 
@@ -71,6 +71,9 @@ class BatchSource(Protocol):
 
 Sources = tuple[BatchSource, BatchSource]
 """For training, and held out from it."""
+
+Decode = Callable[[Tensor], Tensor]
+"""From latents without their scale factor, `1 4 X/4 Y/4 Z/4`, to what is shown, `1 C X Y Z`."""
 
 
 def latent_sources(run: DenoisingRun, with_labels: bool, scale_factor: float | None = None) -> Sources:
@@ -87,13 +90,21 @@ class DenoisingStage(ABC):
 
     part: str
 
-    def __init__(self, run: NoiseRun, network: nn.Module, averaged: nn.Module, sources: Sources) -> None:
-        """Take the network to train and another one of its kind for the averaged weights."""
+    def __init__(
+        self,
+        run: NoiseRun,
+        network: nn.Module,
+        averaged: nn.Module,
+        sources: Sources,
+        autoencoder: Path | None = None,
+    ) -> None:
+        """Take the network to train, another one of its kind for the averaged weights, and what decodes pictures."""
         self.settings = run
         self.seed = run.loop.seed
         self.device = resolve_device(run.loop.device)
         self.layout = feature_layout(self.device, run.loop.dtype)
         self.process: Process = run.process
+        self.autoencoder_file = autoencoder
         self.source, self.held_out = sources
         self.network: nn.Module = network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.averaged: nn.Module = averaged.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
@@ -146,18 +157,24 @@ class DenoisingStage(ABC):
         for index in range(self.settings.validation_batches):
             for name, value in self.validation_terms(self.held_out.batch(index), index).items():
                 sums[name] = sums.get(name, 0.0) + value / self.settings.validation_batches
-        return sums, {} if self.settings.autoencoder is None else {"sample": self._samples()}
+        decode = self.decoder()
+        return sums, {} if decode is None else {"sample": self._samples(decode)}
 
     def validation_terms(self, batch: LatentBatch, index: int) -> dict[str, float]:
         """What validation averages over batches."""
         terms = self.perturbed_losses(self.averaged, batch, index, stream=3)
         return {name: float(value) for name, value in terms.items()}
 
-    def _samples(self) -> Tensor:
+    def decoder(self) -> Decode | None:
+        """What turns latents into pictures; None where there is nothing for that."""
+        if self.autoencoder_file is None:
+            return None
+        autoencoder = load_network(self.autoencoder_file, self.device, network="autoencoder")
+        assert isinstance(autoencoder, Autoencoder)
+        return autoencoder.decode
+
+    def _samples(self, decode: Decode) -> Tensor:
         """Pictures for the conditions of two held-out views."""
-        assert self.settings.autoencoder is not None
-        decoder = load_network(self.settings.autoencoder, self.device, network="autoencoder")
-        assert isinstance(decoder, Autoencoder)
         rows: list[Tensor] = []
         for index in range(2):
             batch = self.held_out.batch(index).first().to(self.device)
@@ -167,7 +184,7 @@ class DenoisingStage(ABC):
                 return self.predict(self.averaged, x, times, batch)
 
             z = sample(self.process, denoise, noise, steps=self.settings.sample_steps, solver="ddim")
-            rows += [*self.rows_above(batch), self.picture(decoder.decode(z / self.held_out.scale_factor))]
+            rows += [*self.rows_above(batch), self.picture(decode(z / self.held_out.scale_factor))]
         width = max(row.shape[2] for row in rows)
         return torch.cat([nn.functional.pad(row, (0, width - row.shape[2])) for row in rows], 1)
 

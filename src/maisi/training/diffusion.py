@@ -55,7 +55,7 @@ class DiffusionStage(UNetStage):
 
     def __init__(self, run: DiffusionRun) -> None:
         unet = initial_unet(run.model, run.init, run.loop.seed)
-        super().__init__(run, unet, UNet(unet.config), latent_sources(run, with_labels=False))
+        super().__init__(run, unet, UNet(unet.config), latent_sources(run, with_labels=False), run.autoencoder)
 
 
 def initial_unet(config: UNetConfig, init: Path | None, seed: int) -> UNet:

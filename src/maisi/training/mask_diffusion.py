@@ -129,7 +129,7 @@ class MaskDiffusionStage(UNetStage):
             MaskLatents(held_out, self.training, scale, run, 0.0),
         )
         unet = initial_unet(run.model, run.init, run.loop.seed)
-        super().__init__(run, unet, UNet(unet.config), sources)
+        super().__init__(run, unet, UNet(unet.config), sources, run.autoencoder)
 
     def picture(self, decoded: Tensor) -> Tensor:
         """A label map made of class scores."""

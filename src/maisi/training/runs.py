@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pydantic
 
 from maisi.config import Config, read_yaml
 from maisi.errors import MaisiError
+
+if TYPE_CHECKING:
+    from maisi.training.loop import Stage
 
 StageName = Literal["autoencoder", "diffusion", "controlnet", "mask-autoencoder", "mask-diffusion"]
 STAGES: tuple[str, ...] = get_args(StageName)
@@ -31,22 +35,31 @@ def run_stage(stage: str, path: Path, folder: Path) -> int:
     Raises:
         MaisiError: the file has a wrong or unknown key, data is missing, or the folder holds another run.
     """
+    return start(_run_class(stage), _stage_class(stage), path, folder)
+
+
+def start(run_class: type[Config], stage: Callable[[Any], Stage], path: Path, folder: Path) -> int:
+    """As `run_stage`, for any stage: `run_class` is its configuration, of which `stage` makes what is trained."""
     from maisi.training.loop import LoopConfig, run
 
-    config = read_yaml(_run_class(stage), path)
+    config = read_yaml(run_class, path)
     missing = [str(p) for p in _paths(config) if not p.exists()]
     if missing:
         raise MaisiError(f"{path} names what does not exist: {', '.join(missing)}; correct the paths.")
     loop = config.loop  # type: ignore[attr-defined]
     assert isinstance(loop, LoopConfig)
-    return run(_stage_class(stage)(config), loop, config, folder)
+    return run(stage(config), loop, config, folder)
 
 
 def example_yaml(stage: str) -> str:
     """Return a YAML file with every setting of a stage, its default and what it means."""
-    cls = _run_class(stage)
-    head = f"# maisi train {stage} RUN.yaml -o FOLDER\n# Settings that are left out take the values shown.\n\n"
-    return head + "\n".join(_example_lines(cls, "")) + "\n"
+    return example_of(_run_class(stage), f"maisi train {stage}")
+
+
+def example_of(run_class: type[Config], command: str) -> str:
+    """Return a YAML file with every setting of a run that `command` starts."""
+    head = f"# {command} RUN.yaml -o FOLDER\n# Settings that are left out take the values shown.\n\n"
+    return head + "\n".join(_example_lines(run_class, "")) + "\n"
 
 
 def _run_class(stage: str) -> type[Config]:
