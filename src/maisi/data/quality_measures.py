@@ -39,6 +39,22 @@ def select(labels: Array, ids: Collection[int]) -> Mask:
     return wanted[labels]
 
 
+def label_medians(image: Volume, labels: Volume, smallest_ml: float) -> dict[int, float]:
+    """Return label id -> median HU of all its voxels, those at its surface too; ids with less than `smallest_ml` not.
+
+    Args:
+        image: HU.
+        labels: uint8, on the same grid.
+        smallest_ml: as above.
+    """
+    found = {}
+    for id, box in enumerate(ndimage.find_objects(labels.array), start=1):
+        values = np.empty(0) if box is None else image.array[box][labels.array[box] == id]
+        if values.size and values.size * float(np.prod(image.spacing_mm)) >= 1000 * smallest_ml:
+            found[id] = float(np.median(values))
+    return found
+
+
 def stray_share(ct: Volume, body: Mask, margin_voxels: int = 1) -> float:
     """Return the share of non-air voxels (over -800 HU) among those outside the body.
 
