@@ -71,11 +71,15 @@ def test_every_label_has_a_median_by_hand(trunk) -> None:
     image, labels = trunk
     told = medians(image, labels, 1.0)
     for id in set(np.unique(labels.array)) - {0}:
-        inside = image.array[labels.array == id]
-        if id in TUMORS or inside.size * np.prod(image.spacing_mm) < 1000:
+        if id in TUMORS or (labels.array == id).sum() * np.prod(image.spacing_mm) < 1000:
             assert label_name(id) not in told
+        elif label_name(id) not in ORGANS:
+            padded = np.pad(labels.array == id, 1)
+            core = np.all([np.roll(padded, step, axis) for axis in range(3) for step in (-1, 0, 1)], axis=0)
+            core = core[1:-1, 1:-1, 1:-1]
+            assert told[label_name(id)] == np.median(image.array[core if core.any() else labels.array == id])
         else:
-            assert told[label_name(id)] == np.median(inside)
+            assert told[label_name(id)] == np.median(image.array[labels.array == id])
     lungs = image.array[np.isin(labels.array, LUNGS)]
     assert told["lung"] == np.median(lungs)
     assert medians(image, labels, 1e6) == {}

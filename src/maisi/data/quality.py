@@ -164,6 +164,12 @@ class QualityRanges(Config):
                 raise ValueError(f"the range of '{name}' ends below its start")
         return self
 
+    @property
+    def medians(self) -> dict[str, StructureRange]:
+        """Median HU that is normal, of organs and structures alike."""
+        organs = {name: StructureRange(low=o.low, high=o.high, cases=o.cases) for name, o in self.organs.items()}
+        return organs | self.structures
+
     def contrast(self, tumor: str, hu: float) -> Finding:
         """What these ranges say of a tumour (a key of `tumors`) that stands out by so many HU."""
         normal = self.tumors[tumor]

@@ -7,7 +7,7 @@ few say is held near the ranges that the package carries.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def learn(pairs: Iterable[Pair], source: str, least: int = 1) -> QualityRanges:
         source=source,
         organs={name: _organ(values, name, known, least) for name, known in carried.organs.items()},
         tumors={name: _tumor(values["contrast", name], known, least) for name, known in carried.tumors.items()},
-        structures={name: structure_range(told) for name, told in seen.items() if len(told) >= max(least, PRIOR_CASES)},
+        structures=median_ranges({name: told for name, told in seen.items() if len(told) >= least}),
         stray_share=min(1.0, _looser(values["stray", ""], carried.stray_share)),
         seam=_looser([value for axis in "XYZ" for value in values["seam", axis]], carried.seam),
         saturated_share=min(1.0, _looser(values["saturated", ""], carried.saturated_share)),
@@ -117,28 +117,39 @@ def _organ(values: Values, name: str, known: OrganRange, least: int) -> OrganRan
     medians, spreads = values["median", name], values["spread", name]
     if len(medians) < max(least, 1):
         return known.model_copy(update={"cases": 0})
+    flattest, noisiest = np.percentile(spreads, (0.5, 99.5))
+    return _organ_range(medians, known, (_short(flattest / SPREAD_FACTOR), _short(noisiest * SPREAD_FACTOR)))
+
+
+def _organ_range(medians: Sequence[float], known: OrganRange, spread: tuple[float, float]) -> OrganRange:
     low, high = _six_sigma(medians, known.sigma_6_high - known.sigma_6_low)
     first, last = np.percentile(medians, (0.5, 99.5))
-    flattest, noisiest = np.percentile(spreads, (0.5, 99.5))
     return OrganRange(
         percentile_0_5=_short(first),
         percentile_99_5=_short(last),
         sigma_6_low=_short(low),
         sigma_6_high=_short(high),
         at_most=known.at_most,
-        spread=(_short(flattest / SPREAD_FACTOR), _short(noisiest * SPREAD_FACTOR)),
+        spread=spread,
         cases=len(medians),
     )
 
 
-def structure_range(found: Sequence[float]) -> StructureRange:
-    """Turn medians of a label in real cases, two at least, into the range in which they lie: the rule of `OrganRange`.
+def median_ranges(found: Mapping[str, Sequence[float]]) -> dict[str, StructureRange]:
+    """Turn medians in real cases, as `quality.medians` tells them, into the ranges in which they lie.
 
-    There is no carried range to hold it near to.
+    Organs are held near the carried ranges; what else is seen in fewer than `PRIOR_CASES` has none.
     """
-    low, high = _six_sigma(found, None)
-    first, last = np.percentile(found, (0.5, 99.5))
-    return StructureRange(low=_short(min(low, first)), high=_short(max(high, last)), cases=len(found))
+    carried, ranges = carried_ranges().organs, {}
+    for name, told in found.items():
+        if name in carried and told:
+            organ = _organ_range(told, carried[name], carried[name].spread)
+            ranges[name] = StructureRange(low=organ.low, high=organ.high, cases=organ.cases)
+        elif len(told) >= PRIOR_CASES:
+            low, high = _six_sigma(told, None)
+            first, last = np.percentile(told, (0.5, 99.5))
+            ranges[name] = StructureRange(low=_short(min(low, first)), high=_short(max(high, last)), cases=len(told))
+    return ranges
 
 
 def _tumor(contrasts: Sequence[float], known: ContrastRange, least: int) -> ContrastRange:

@@ -40,7 +40,9 @@ def select(labels: Array, ids: Collection[int]) -> Mask:
 
 
 def label_medians(image: Volume, labels: Volume, smallest_ml: float) -> dict[int, float]:
-    """Return label id -> median HU of all its voxels, those at its surface too; ids with less than `smallest_ml` not.
+    """Return label id -> median HU inside the label; ids of which the map has less than `smallest_ml` are left out.
+
+    Its outermost voxels hold its neighbours too and are left out, as those of tumours are, but where it has no others.
 
     Args:
         image: HU.
@@ -48,10 +50,12 @@ def label_medians(image: Volume, labels: Volume, smallest_ml: float) -> dict[int
         smallest_ml: as above.
     """
     found = {}
+    least = max(1.0, 1000 * smallest_ml / float(np.prod(image.spacing_mm)))
     for id, box in enumerate(ndimage.find_objects(labels.array), start=1):
-        values = np.empty(0) if box is None else image.array[box][labels.array[box] == id]
-        if values.size and values.size * float(np.prod(image.spacing_mm)) >= 1000 * smallest_ml:
-            found[id] = float(np.median(values))
+        inside = np.zeros((0, 0, 0), np.bool_) if box is None else labels.array[box] == id
+        if np.count_nonzero(inside) >= least:
+            core = ndimage.binary_erosion(inside)
+            found[id] = float(np.median(image.array[box][core if core.any() else inside]))
     return found
 
 
