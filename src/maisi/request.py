@@ -172,6 +172,7 @@ class Request(Config):
         removal: paint healthy tissue where the labels have tumours (inpainting); `tumor` "none" says the same.
         by: who paints (inpainting): the model's networks, or rules that need none.
         retries: how often an item that follows a mask is made again, at most, where its check does not pass.
+        ranges: quality ranges that items are judged by (`maisi quality learn`); None: the model's, or the carried ones.
         model: the name of a carried model, or a model folder.
         steps: denoising steps; None takes the model's default.
         modality: a key of `anatomy.MODALITIES`.
@@ -193,6 +194,7 @@ class Request(Config):
     library: Path | None = None
     image: Path | None = None
     removal: bool = False
+    ranges: Path | None = None
     by: Literal["network", "rules"] = "network"
     model: str = Field(default="tiny", min_length=1)
     steps: int | None = Field(default=None, ge=1, le=1000)

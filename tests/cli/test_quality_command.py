@@ -56,7 +56,7 @@ def test_learned_ranges_are_used(files, tmp_path, capsys) -> None:
     assert quality("learn", files / "cases.json", "-o", made) == 0
     told = capsys.readouterr().out
     assert "1 case(s)" in told
-    assert "no case, carried range" in told
+    assert "too few cases, carried range" in told
     assert read_ranges(made).organs["liver"].cases == 1
     pair = (files / "image.nii.gz", files / "labels.nii.gz")
     assert quality(*pair, "--ranges", made) == 0

@@ -8,10 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maisi.anatomy import LUNGS, SKELETON
+from maisi.anatomy import LUNGS, SKELETON, TUMORS, label_id, label_name
 from maisi.data import quality
 from maisi.data.phantom import phantom
-from maisi.data.quality import ORGANS, Finding, QualityRanges, QualityReport, carried_ranges, check, judge, read_ranges
+from maisi.data.quality import (
+    ORGANS,
+    Finding,
+    QualityRanges,
+    QualityReport,
+    carried_ranges,
+    check,
+    judge,
+    medians,
+    read_ranges,
+)
 from maisi.errors import MaisiError
 from maisi.volume import Volume
 
@@ -55,6 +65,40 @@ def test_organs_are_those_of_the_paper() -> None:
     assert sorted(SKELETON) == [*range(33, 57), *range(63, 98), 120, 122, 127]
     assert set(SKELETON) <= set(ORGANS["bone"])
     assert carried_ranges().organs.keys() == ORGANS.keys()
+
+
+def test_every_label_has_a_median_by_hand(trunk) -> None:
+    image, labels = trunk
+    told = medians(image, labels, 1.0)
+    for id in set(np.unique(labels.array)) - {0}:
+        if id in TUMORS or (labels.array == id).sum() * np.prod(image.spacing_mm) < 1000:
+            assert label_name(id) not in told
+        elif label_name(id) not in ORGANS:
+            padded = np.pad(labels.array == id, 1)
+            core = np.all([np.roll(padded, step, axis) for axis in range(3) for step in (-1, 0, 1)], axis=0)
+            core = core[1:-1, 1:-1, 1:-1]
+            assert told[label_name(id)] == np.median(image.array[core if core.any() else labels.array == id])
+        else:
+            assert told[label_name(id)] == np.median(image.array[labels.array == id])
+    lungs = image.array[np.isin(labels.array, LUNGS)]
+    assert told["lung"] == np.median(lungs)
+    assert medians(image, labels, 1e6) == {}
+
+
+def test_structures_are_judged_where_the_ranges_know_them(trunk) -> None:
+    image, labels = trunk
+    aorta = {"low": -50.0, "high": 400.0}
+    ranges = QualityRanges(**{**carried_ranges().model_dump(), "structures": {"aorta": aorta, "prostate": aorta}})
+    report = judge(image, labels, ranges)
+    assert found(report, "median", "aorta").passed
+    assert not any(finding.of == "prostate" for finding in report.findings)
+    off = judge(changed(image, labels.array == label_id("aorta"), 500), labels, ranges)
+    assert not found(off, "median", "aorta").passed
+    assert not any(finding.of == "aorta" for finding in judge(image, labels).findings)
+    with pytest.raises(ValueError, match="aotra"):
+        QualityRanges(**{**carried_ranges().model_dump(), "structures": {"aotra": aorta}})
+    with pytest.raises(ValueError, match="'aorta' ends below its start"):
+        QualityRanges(**{**carried_ranges().model_dump(), "structures": {"aorta": {"low": 1, "high": 0}}})
 
 
 @given(organ=st.sampled_from(sorted(PAPER)), hu=st.integers(-1024, 1200))

@@ -35,7 +35,9 @@ def learned_from(medians: list[float], monkeypatch, kind: str = "median", of: st
         [QualityReport((Finding(kind, of, m), Finding("spread", of, 20 + i))) for i, m in enumerate(medians)]
     )
     monkeypatch.setattr(quality_learning, "check", lambda image, labels: next(reports))
-    return learn([(None, None)] * len(medians), "test")
+    monkeypatch.setattr(quality_learning, "medians", lambda image, labels, smallest_ml: {})
+    nothing = Volume(np.zeros((1, 1, 1), np.uint8), np.eye(4))
+    return learn([(nothing, nothing)] * len(medians), "test")
 
 
 def test_a_phantom_passes_ranges_of_phantoms_and_with_a_wrong_liver_does_not(pairs) -> None:
@@ -68,6 +70,14 @@ def test_one_case_is_as_wide_as_the_carried_range(monkeypatch) -> None:
     assert liver.spread == (10, 40)
 
 
+def test_no_range_is_of_fewer_cases_than_asked_for(pairs) -> None:
+    carried = carried_ranges()
+    own, shy = (learn(pairs[:2], "x", least) for least in (2, 3))
+    assert own.organs["liver"].cases == 2
+    assert shy.organs["liver"] == carried.organs["liver"].model_copy(update={"cases": 0})
+    assert shy.tumors == {name: entry.model_copy(update={"cases": 0}) for name, entry in carried.tumors.items()}
+
+
 def test_the_pooled_variance_by_hand(monkeypatch) -> None:
     liver = learned_from([40.0, 60.0], monkeypatch).organs["liver"]
     known = carried_ranges().organs["liver"]
@@ -83,6 +93,20 @@ def test_most_cases_lie_in_their_own_range(medians, organ) -> None:
     assert learned.sigma_6_low >= -1024
     inside = [learned.low <= m <= learned.high for m in medians]
     assert sum(not i for i in inside) <= 2
+
+
+def test_labels_are_learned_of_enough_cases_by_hand(monkeypatch, pairs) -> None:
+    aorta = np.random.default_rng(1).normal(140, 30, PRIOR_CASES)
+    told = iter({"aorta": hu, "liver": 55.0} | ({"spleen": 50.0} if i else {}) for i, hu in enumerate(aorta))
+    report = check(*pairs[0])
+    monkeypatch.setattr(quality_learning, "check", lambda image, labels: report)
+    monkeypatch.setattr(quality_learning, "medians", lambda image, labels, smallest_ml: next(told))
+    structures = learn([pairs[0]] * PRIOR_CASES, "test").structures
+    assert structures.keys() == {"aorta"}
+    mean, deviation = np.mean(aorta), np.std(aorta, ddof=1)
+    assert structures["aorta"].low == pytest.approx(min(mean - 3 * deviation, np.percentile(aorta, 0.5)), abs=1e-3)
+    assert structures["aorta"].high == pytest.approx(max(mean + 3 * deviation, np.percentile(aorta, 99.5)), abs=1e-3)
+    assert structures["aorta"].cases == PRIOR_CASES
 
 
 def test_contrast_is_learned_for_each_tumor(monkeypatch) -> None:
@@ -118,6 +142,10 @@ def test_a_list_and_a_prepared_folder_tell_nearly_the_same(tmp_path: Path, pairs
     from_list = learn(pairs_of(listed, lambda *step: told.append(step)), "x")
     from_folder = learn(pairs_of(tmp_path / "prepared"), "x")
     assert told == [(1, 2), (2, 2)]
+    sides = {split: len(list(pairs_of(tmp_path / "prepared", split=split))) for split in ("train", "validation", None)}
+    assert sides["train"] + sides["validation"] == sides[None] == 2
+    index = json.loads((tmp_path / "prepared" / "index.json").read_text())
+    assert sides["train"] == sum(row["split"] == "train" for row in index["cases"])
     for organ in ("liver", "kidney", "bone"):
         assert from_list.organs[organ] == from_folder.organs[organ]
         assert from_list.organs[organ].cases == 2

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from maisi.data.phantom import phantom
+from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.generation.inpaint import (
     GUIDANCE_RANGE,
@@ -183,8 +186,37 @@ def test_parts_cover_what_changed_and_keep_their_distance(seed, margin) -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "guidance", "following"),
-    [(0.5, 0.0, (-0.5, 3)), (2.0, 0.5, (2.0, 3)), (0.01, 0.0, (-0.8, 3)), (50.0, 0.0, (6.0, 3)), (0.0, 1.0, (2.5, 4))],
+    [
+        (0.5, 0.0, (-0.5, 3)),
+        (2.0, 0.5, (2.0, 3)),
+        (0.01, 0.0, (-0.8, 3)),
+        (50.0, 0.0, (6.0, 3)),
+        (0.0, 1.0, (2.5, 4)),
+        (1.0, 0.5, (0.5, 4)),
+    ],
 )
 def test_the_next_guidance_sets_the_contrast_or_other_noise_is_drawn(abdomen, ratio, guidance, following) -> None:
     image, _ = abdomen
     assert Attempt(image, {26: -100.0}, 0.3, ratio, guidance, 3).next() == pytest.approx(following)
+
+
+def test_ranges_of_real_tumours_decide_on_attempts_too(model, abdomen, tmp_path) -> None:
+    """Contrasts painted by rule are usual; ranges that say otherwise have all attempts made, if real cases say so."""
+    ranges = carried_ranges().model_dump(mode="json") | {"source": "x"}
+    ranges["tumors"]["hepatic tumor"] = {"low": 200, "high": 300}
+    request = {"tumor": "liver:30mm", "retries": 2, "by": "rules"}
+
+    def made(cases: int | None):
+        ranges["tumors"]["hepatic tumor"]["cases"] = cases
+        path = tmp_path / f"{cases}.json"
+        path.write_text(json.dumps(ranges))
+        job = make_inpaint_job(Request.parse(**request, ranges=path), model.folder.config, *abdomen)
+        return inpaint_item(None, job, 0, silent)
+
+    told = made(12)
+    assert told.details["attempts"] == 3
+    finding = told.details["quality"]["findings"][0]
+    assert (finding["of"], finding["passed"], finding["low"]) == ("hepatic tumor", False, 200)
+    assert finding["value"] == pytest.approx(told.details["contrast_hu"]["26"], abs=0.1)
+    free = made(0)
+    assert (free.details["attempts"], free.details["quality"]["findings"]) == (1, [])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import maisi
+from maisi import cli
 from maisi.data.phantom import phantom
 from maisi.data.quality import carried_ranges, judge
 from maisi.errors import MaisiError
@@ -14,6 +17,7 @@ from maisi.generation.output import Item
 from maisi.generation.retry import best_of
 from maisi.request import Request, item_seed
 from maisi.volume import Volume
+from maisi.weights.load import sha256
 
 NOTHING_PASSES = carried_ranges().model_copy(update={"agreement": {}, "stray_share": 0.0, "seam": 1e-6})
 
@@ -125,4 +129,34 @@ def test_the_first_attempt_is_what_was_made_without_retries(model, chest_labels,
     monkeypatch.setattr(retry, "judge", lambda *told: replace(report, findings=()))
     content = model.generate(mask=chest_labels, seed=7)
     assert np.array_equal(content.image.array, first.image.array)
-    assert content.details["quality"] == {"passed": True, "score": 0, "findings": [], "attempts": 1, "kept": 0}
+    assert content.details["quality"] == {
+        **{"passed": True, "score": 0, "findings": [], "attempts": 1, "kept": 0},
+        "ranges": carried_ranges().source,
+    }
+
+
+def test_a_model_is_judged_by_its_own_ranges_and_a_file_overrides(model_folder, chest_labels, tmp_path) -> None:
+    anything = {"low": -2000, "high": 4000}
+    lax = carried_ranges().model_dump(mode="json") | {"source": "lax", "structures": {"trachea": anything}}
+    folder = tmp_path / "own"
+    shutil.copytree(model_folder, folder)
+    (folder / "ranges.json").write_text(json.dumps(lax))
+    values = json.loads((folder / "model.json").read_text())
+    values |= {"ranges": "ranges.json"}
+    values["sha256"]["ranges.json"] = sha256(folder / "ranges.json")
+    (folder / "model.json").write_text(json.dumps(values))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(lax | {"source": "other"}))
+    own = maisi.load(folder, device="cpu", precision="fp32")
+    told = {"mask": chest_labels, "retries": 0}
+    assert own.generate(**told).details["quality"]["ranges"] == "lax"
+    assert own.generate(**told, ranges=other).details["quality"]["ranges"] == "other"
+    assert maisi.load(model_folder).generate(**told).details["quality"]["ranges"] == carried_ranges().source
+    with pytest.raises(MaisiError, match="not JSON"):
+        own.generate(**told, ranges=folder / "unet.safetensors")
+    command = ["generate", "--model", str(folder), "--region", "chest", "--size", "16,16,16", "--spacing", "9,9,9"]
+    assert cli.run([*command, "-o", str(tmp_path / "a")]) == 0
+    assert cli.run([*command, "-o", str(tmp_path / "a"), "--ranges", str(other)]) == 2  # another order
+    assert cli.run([*command, "-o", str(tmp_path / "b"), "--ranges", str(folder / "model.json")]) == 2
+    assert not (tmp_path / "b").exists()
+    assert json.loads((tmp_path / "a/request.json").read_text())["ranges_sha256"] == values["sha256"]["ranges.json"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from maisi.cli import run
+from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.generation.pipeline import load
 from maisi.weights.assemble import assemble, process_of
@@ -33,6 +34,18 @@ def test_assembled_by_command_generates_the_same(parts: dict[str, Path], model_f
     made = load(tmp_path / "mine").generate(**wanted)
     assert (made.image.array == load(model_folder).generate(**wanted).image.array).all()
     assert find_model(tmp_path / "mine").config.default_steps == 30
+
+
+def test_ranges_come_along(parts: dict[str, Path], tmp_path: Path) -> None:
+    ranges = carried_ranges().model_copy(update={"source": "mine"})
+    given = tmp_path / "learned.json"
+    given.write_text(ranges.model_dump_json())
+    options = [word for part, path in parts.items() for word in (f"--{part}", str(path))]
+    command = ["weights", "assemble", *options, "--name", "mine", "--ranges"]
+    assert run([*command, str(parts["unet"]), "-o", str(tmp_path / "mine")]) == 2
+    assert not (tmp_path / "mine").exists()
+    assert run([*command, str(given), "-o", str(tmp_path / "mine")]) == 0
+    assert load(tmp_path / "mine").ranges == ranges
 
 
 def test_half_is_half_the_size(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maisi.errors import MaisiError
+from maisi.generation.retry import ranges_of
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.weights import registry
@@ -76,6 +77,7 @@ def test_every_carried_model_is_whole():
         model = find_model(name)
         for part in model.config.files:
             model.verify(part)
+        assert ranges_of(model).organs
         assert (model.folder / model.config.card).is_file()
 
 
@@ -128,4 +130,23 @@ def test_damaged_or_missing_model_json(folder: Path):
         find_model(folder)
     (folder / "model.json").unlink()
     with pytest.raises(MaisiError, match=r"give a folder with a model\.json"):
+        find_model(folder)
+
+
+def test_quality_ranges_are_pinned_as_weights_are(folder: Path):
+    assert find_model(folder).ranges() is None
+    (folder / "ranges.json").write_text("{}")
+    pins = json.loads((folder / "model.json").read_text())["sha256"]
+    with pytest.raises(MaisiError, match=r"no hash .* of 'ranges\.json'"):
+        find_model(write_model(folder, ranges="ranges.json"))
+    pins["ranges.json"] = sha256(folder / "ranges.json")
+    with pytest.raises(MaisiError, match="not the name of a file"):
+        find_model(write_model(folder, ranges="../ranges.json"))
+    write_model(folder, ranges="ranges.json", sha256=pins)
+    assert find_model(folder).ranges() == folder / "ranges.json"
+    (folder / "ranges.json").write_text("{ }")
+    with pytest.raises(MaisiError, match=r"ranges\.json is not the file that model\.json was written for"):
+        find_model(folder)
+    (folder / "ranges.json").unlink()
+    with pytest.raises(MaisiError, match=r"Cannot read .*ranges\.json"):
         find_model(folder)

@@ -6,12 +6,13 @@ import click
 
 from maisi.cli.evaluate_fid import fid
 from maisi.cli.evaluate_fidelity import fidelity
+from maisi.cli.evaluate_medians import medians
 from maisi.cli.evaluate_memorisation import memorisation
 from maisi.cli.evaluate_reconstruction import reconstruction
 from maisi.cli.evaluate_response import response
 
 evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
-_MEMBERS: tuple[click.Command, ...] = (reconstruction, fid, response, memorisation, fidelity)
+_MEMBERS: tuple[click.Command, ...] = (reconstruction, fid, response, memorisation, fidelity, medians)
 for _command in _MEMBERS:
     evaluate.add_command(_command)
 

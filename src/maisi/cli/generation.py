@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,14 @@ from maisi.cli.options import (
     grid_options,
     output_option,
     parsed_memory,
+    ranges_option,
     require_first,
     running_options,
 )
 
 if TYPE_CHECKING:
     from maisi.request import Request
+    from maisi.weights.registry import ModelFolder
 
 
 @click.command()
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, default=0.0, show_default=True, help="Strength of guidance; 0 is off.")
 @click.option("--fov", default="given", show_default=True, help="given, or auto: size and spacing from the regions.")
 @click.option("--retries", type=int, default=2, show_default=True, help="With a mask: made again if it fails checks.")
+@ranges_option
 @click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR the model knows.")
 @running_options
 @budget_options
@@ -59,14 +61,14 @@ def generate(
 
     request = Request.parse(**wishes)
     require_first(first)
-    from maisi.generation.job import make_job, weights_used
+    from maisi.generation.job import make_job
     from maisi.generation.output import destination
     from maisi.weights.registry import find_model
 
     limit = parsed_memory(memory)
     folder = find_model(request.model)
     job = make_job(request, folder.config)
-    order = _order(request, first, weights_used(folder, job.labels is not None))
+    order = _order(request, first, folder, masked=job.labels is not None)
     place = destination(output, order, range(first, first + request.count))
     for note in job.notes:
         click.echo(f"Note: {note}", err=True)
@@ -82,16 +84,18 @@ def generate(
     click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
 
 
-def _order(request: Request, first: int, weights: Mapping[str, str]) -> dict[str, Any]:
-    """What decides every byte of a folder's items."""
+def _order(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
+    """What decides every byte of a folder's items; `folder` is the model's, where one is asked."""
+    from maisi.generation.job import weights_used
     from maisi.weights.load import sha256
 
-    given = {"mask_sha256": request.mask, "image_sha256": request.image}
+    ranges = request.ranges or (None if folder is None else folder.ranges())
+    given = {"mask_sha256": request.mask, "image_sha256": request.image, "ranges_sha256": ranges}
     return {
         "request": request.model_dump(mode="json"),
         "first": first,
         **{name: None if path is None else sha256(path) for name, path in given.items()},
-        "weights_sha256": dict(weights),
+        "weights_sha256": {} if folder is None else weights_used(folder, masked),
     }
 
 
@@ -109,6 +113,7 @@ def _order(request: Request, first: int, weights: Mapping[str, str]) -> dict[str
 @click.option("--solver", help="Solver of the denoising.  [default: the model's]")
 @click.option("--guidance", type=float, default=0.0, show_default=True, help="Strengthens the tumour; 0 is off.")
 @click.option("--retries", type=int, default=2, show_default=True, help="Further attempts at a tumour too faint.")
+@ranges_option
 @running_options
 @click.option("--memory", metavar="AMOUNT", help="What the process may use, such as 6GiB.  [default: all that is free]")
 @output_option("Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.")
@@ -124,14 +129,13 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
     request = Request.parse(**wishes)
     require_first(first)
     from maisi.generation.inpaint_job import make_inpaint_job
-    from maisi.generation.job import weights_used
     from maisi.generation.output import destination
     from maisi.weights.registry import find_model
 
     limit, folder = parsed_memory(memory), find_model(request.model)
     job = make_inpaint_job(request, folder.config)
     by_network = request.by == "network"
-    order = _order(request, first, weights_used(folder, masked=True) if by_network else {})
+    order = _order(request, first, folder if by_network else None, masked=True)
     place = destination(output, order, range(first, first + request.count))
     for note in job.notes:
         click.echo(f"Note: {note}", err=True)

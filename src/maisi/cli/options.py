@@ -51,6 +51,12 @@ def skip_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--skip-unreadable", is_flag=True, help=help)(command)
 
 
+def ranges_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--ranges` of what makes items."""
+    help = "What passes the checks, made by `maisi quality learn`.  [default: the model's, or the carried ranges]"
+    return click.option("--ranges", type=FILE, help=help)(command)
+
+
 def running_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where networks run."""
     command = click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16.")(command)

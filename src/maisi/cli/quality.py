@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -57,8 +57,13 @@ def check(context: click.Context, image: Path, labels: Path, ranges: Path | None
 
 @quality.command()
 @click.argument("source", type=FILE)
+@click.option("--split", type=click.Choice(["train", "validation", "all"]), default="all", show_default=True)
+@click.option("--least", type=click.IntRange(1), default=1, show_default=True, help="Cases that a range needs.")
+@click.option("--origin", help="What the ranges say of where they are from.  [default: SOURCE]")
 @output_option("Ranges to make (.json).")
-def learn(source: Path, output: Path) -> None:
+def learn(
+    source: Path, split: Literal["train", "validation", "all"], least: int, origin: str | None, output: Path
+) -> None:
     """Learn from SOURCE, a case list (JSON) or a prepared folder, what is normal; for `maisi quality --ranges`."""
     from maisi.data.quality_learning import learn as learn_ranges
     from maisi.data.quality_learning import pairs_of
@@ -66,7 +71,8 @@ def learn(source: Path, output: Path) -> None:
 
     require_new(output, ".json")
     with progress() as report:
-        ranges = learn_ranges(pairs_of(source, partial(report, "learn", "cases")), str(source))
+        pairs = pairs_of(source, partial(report, "learn", "cases"), None if split == "all" else split)
+        ranges = learn_ranges(pairs, origin or str(source), least)
     write_json(output, ranges.model_dump(mode="json"))
     click.echo(_summary(ranges))
     click.echo(str(output))
@@ -85,8 +91,8 @@ def _table(report: QualityReport) -> str:
 def _summary(ranges: QualityRanges) -> str:
     """How many cases each range is from."""
     rows = []
-    for name, entry in (ranges.organs | ranges.tumors).items():
-        origin = f"{entry.cases} case(s)" if entry.cases else "no case, carried range"
+    for name, entry in (ranges.organs | ranges.tumors | ranges.structures).items():
+        origin = f"{entry.cases} case(s)" if entry.cases else "too few cases, carried range"
         rows.append(f"{name:22}  {entry.low:6.0f} to {entry.high:5.0f} HU  {origin}")
     return "\n".join(rows)
 

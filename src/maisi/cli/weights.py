@@ -53,13 +53,17 @@ def export(file: Path, output: Path) -> None:
 @click.option("--mask-unet", type=FILE, help="Its safetensors; goes with --mask-autoencoder.")
 @click.option("--name", required=True, help="What the model is called; ddpm-ct or rflow-ct for the released weights.")
 @click.option("--half", is_flag=True, help="Store float16.")
+@click.option("--ranges", type=FILE, help="What its images are judged by, made by `maisi quality learn`.")
 @output_option("Model folder to make.")
-def assemble(name: str, half: bool, output: Path, **given: Path | None) -> None:
+def assemble(name: str, half: bool, ranges: Path | None, output: Path, **given: Path | None) -> None:
     """Put networks that belong together into a model folder, to be used as `--model FOLDER`."""
+    from maisi.data.quality import read_ranges
     from maisi.weights.assemble import assemble as assemble_model
 
+    if ranges is not None:
+        read_ranges(ranges)
     files = {part: path for part, path in given.items() if path is not None}
-    config = assemble_model(cast(Any, files), output, name, half=half)
+    config = assemble_model(cast(Any, files), output, name, half=half, ranges=ranges)
     click.echo(
         f"{output}: {', '.join(config.files)}; {config.process['kind']}, images in steps of {config.size_multiple}"
     )

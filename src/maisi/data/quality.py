@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from maisi.anatomy import ANY_BONE, BODY, LUNGS, TUMORS, label_id, label_name
+from maisi.anatomy import ANY_BONE, BODY, KNOWN_IDS, LUNGS, TUMORS, label_id, label_name
 from maisi.config import Config, parse_config
 from maisi.data.agreement import STRUCTURES
 from maisi.data.preprocess import HU_MAX, STORED_HU, robust_deviation
-from maisi.data.quality_measures import agreement, seam, select, stray_share
+from maisi.data.quality_measures import agreement, label_medians, seam, select, stray_share
 from maisi.data.tumor_texture import contrast
 from maisi.errors import MaisiError
 from maisi.volume import Array, Volume
@@ -99,6 +99,14 @@ class ContrastRange(Config):
     cases: int | None = None
 
 
+class StructureRange(Config):
+    """Median HU of one label in real cases: from `low` to `high`, in so many cases."""
+
+    low: float
+    high: float
+    cases: int | None = None
+
+
 class QualityRanges(Config):
     """What passes. The defaults beside organs and tumours are rules; `maisi quality learn` loosens them by need.
 
@@ -106,6 +114,7 @@ class QualityRanges(Config):
         source: where the numbers are from.
         organs: key of `ORGANS` -> range.
         tumors: name of a tumour -> contrast with its host.
+        structures: name of any other label -> its median HU; only `maisi quality learn` knows such.
         smallest_ml: organs of which the label map has less are not judged.
         stray_share: of the voxels outside the body, how many may be no air.
         seam: how many times as far as its neighbours a plane may jump.
@@ -117,6 +126,7 @@ class QualityRanges(Config):
     source: str
     organs: dict[str, OrganRange]
     tumors: dict[str, ContrastRange] = Field(default_factory=dict)
+    structures: dict[str, StructureRange] = Field(default_factory=dict)
     smallest_ml: float = Field(default=1.0, ge=0)
     stray_share: float = Field(default=0.2, ge=0, le=1)
     seam: float = Field(default=3.0, gt=0)
@@ -134,6 +144,14 @@ class QualityRanges(Config):
     def _known_tumors(cls, tumors: dict[str, ContrastRange]) -> dict[str, ContrastRange]:
         return _known(tumors, [label_name(id) for id in TUMORS])
 
+    @field_validator("structures")
+    @classmethod
+    def _known_labels(cls, structures: dict[str, StructureRange]) -> dict[str, StructureRange]:
+        try:
+            return {label_name(label_id(name)): normal for name, normal in structures.items()}
+        except MaisiError as error:
+            raise ValueError(str(error).rstrip(".")) from None
+
     @field_validator("agreement")
     @classmethod
     def _known_structures(cls, limits: dict[str, float]) -> dict[str, float]:
@@ -141,10 +159,21 @@ class QualityRanges(Config):
 
     @model_validator(mode="after")
     def _in_order(self) -> QualityRanges:
-        for name, entry in (self.organs | self.tumors).items():
+        for name, entry in (self.organs | self.tumors | self.structures).items():
             if not entry.low <= entry.high:
                 raise ValueError(f"the range of '{name}' ends below its start")
         return self
+
+    @property
+    def medians(self) -> dict[str, StructureRange]:
+        """Median HU that is normal, of organs and structures alike."""
+        organs = {name: StructureRange(low=o.low, high=o.high, cases=o.cases) for name, o in self.organs.items()}
+        return organs | self.structures
+
+    def contrast(self, tumor: str, hu: float) -> Finding:
+        """What these ranges say of a tumour (a key of `tumors`) that stands out by so many HU."""
+        normal = self.tumors[tumor]
+        return Finding("contrast", tumor, hu, normal.low, normal.high, smallest=normal.smallest)
 
 
 @lru_cache
@@ -164,7 +193,7 @@ def read_ranges(path: Path) -> QualityRanges:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MaisiError(f"Cannot read {path}: {error.strerror}; give ranges made by 'maisi quality learn'.") from None
-    except ValueError as error:
+    except ValueError as error:  # bytes that are no text are a ValueError too
         raise MaisiError(f"{path} is not JSON ({error}); correct it there.") from None
     return parse_config(QualityRanges, values, str(path))
 
@@ -292,6 +321,7 @@ def judge(
         mask = mask.with_array(mask.array.astype(np.uint8))
         findings += [
             *_organ_findings(ras, mask, ranges),
+            *_structure_findings(ras, mask, ranges),
             *_air_findings(ras, mask, ranges),
             *_tumor_findings(ras, mask, ranges),
             *_agreement_findings(ras, mask, ranges),
@@ -323,6 +353,15 @@ def _organ_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Ite
         yield Finding("spread", name, robust_deviation(values), *normal.spread)
 
 
+def _structure_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:
+    """The same rule for every label of which the ranges know real cases."""
+    found = label_medians(image, labels, ranges.smallest_ml) if ranges.structures else {}
+    for name, normal in ranges.structures.items():
+        median = found.get(label_id(name))
+        if median is not None:
+            yield Finding("median", name, median, normal.low, normal.high)
+
+
 def _air_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:
     """Is there air where the label map has nothing?"""
     if _has_body(labels):
@@ -332,11 +371,10 @@ def _air_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Itera
 
 def _tumor_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:
     """Do tumours stand out from their hosts?"""
-    for name, normal in ranges.tumors.items():
-        tumor = label_id(name)
-        measured = contrast(image.array, labels.array, tumor, image.spacing_mm)
+    for name in ranges.tumors:
+        measured = contrast(image.array, labels.array, label_id(name), image.spacing_mm)
         if measured is not None:
-            yield Finding("contrast", name, measured.hu, normal.low, normal.high, smallest=normal.smallest)
+            yield ranges.contrast(name, measured.hu)
 
 
 def _agreement_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:
@@ -345,6 +383,22 @@ def _agreement_findings(image: Volume, labels: Volume, ranges: QualityRanges) ->
     found = agreement(image, labels) if wanted else {}
     for name in wanted:
         yield Finding("dice", name, found.get(name, 0.0), low=ranges.agreement[name])
+
+
+def medians(image: Volume, labels: Volume, smallest_ml: float) -> dict[str, float]:
+    """Return the median HU of each organ of `ORGANS`, and of each label that is neither of these nor a tumour.
+
+    Args:
+        image: HU, RAS+.
+        labels: uint8, on the same grid; ids that the vocabulary does not know are left out.
+        smallest_ml: what the label map has less of is left out.
+    """
+    organs = {name: _organ_values(image, labels, name, smallest_ml) for name in ORGANS}
+    found = {name: float(np.median(values)) for name, values in organs.items() if values is not None}
+    for id, median in label_medians(image, labels, smallest_ml).items():
+        if id in KNOWN_IDS and id not in TUMORS and label_name(id) not in ORGANS:
+            found[label_name(id)] = median
+    return found
 
 
 def _organ_values(image: Volume, labels: Volume, organ: str, smallest_ml: float) -> Array | None:

@@ -39,6 +39,26 @@ def select(labels: Array, ids: Collection[int]) -> Mask:
     return wanted[labels]
 
 
+def label_medians(image: Volume, labels: Volume, smallest_ml: float) -> dict[int, float]:
+    """Return label id -> median HU inside the label; ids of which the map has less than `smallest_ml` are left out.
+
+    Its outermost voxels hold its neighbours too and are left out, as those of tumours are, but where it has no others.
+
+    Args:
+        image: HU.
+        labels: uint8, on the same grid.
+        smallest_ml: as above.
+    """
+    found = {}
+    least = max(1.0, 1000 * smallest_ml / float(np.prod(image.spacing_mm)))
+    for id, box in enumerate(ndimage.find_objects(labels.array), start=1):
+        inside = np.zeros((0, 0, 0), np.bool_) if box is None else labels.array[box] == id
+        if np.count_nonzero(inside) >= least:
+            core = ndimage.binary_erosion(inside)
+            found[id] = float(np.median(image.array[box][core if core.any() else inside]))
+    return found
+
+
 def stray_share(ct: Volume, body: Mask, margin_voxels: int = 1) -> float:
     """Return the share of non-air voxels (over -800 HU) among those outside the body.
 

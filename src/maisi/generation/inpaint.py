@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from maisi.anatomy import TUMORS, regions_present
+from maisi.anatomy import TUMORS, label_name, regions_present
 from maisi.conditions import Conditions
 from maisi.data.label_maps import ids_in
 from maisi.data.preprocess import HU_MIN, resample_to_grid, robust_deviation, wider_box
+from maisi.data.quality import QualityRanges, QualityReport, carried_ranges
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.data.tumor_texture import MOST_GRAIN_HU, contrast, paint_tumors, unlikeness, usual_contrast_hu
 from maisi.device import peak_memory
@@ -83,10 +84,11 @@ class Attempt:
     Attributes:
         image: the CT with its tumours.
         contrast_hu: id of a tumour -> its contrast to its host.
-        shortfall: 0 where every tumour has the contrast of its kind; see `unlikeness`.
+        shortfall: 0 where every tumour has the contrast of its kind (see `unlikeness`), and that of real cases.
         ratio: what the contrasts should be multiplied by to be usual; 0 where one has the wrong sign.
         guidance: what it was painted with.
         noise: number of the noise it was painted from.
+        report: its contrasts against those of real cases, for the tumours of which the ranges know such.
     """
 
     image: Volume
@@ -95,13 +97,17 @@ class Attempt:
     ratio: float
     guidance: float
     noise: int
+    report: QualityReport = field(default_factory=lambda: QualityReport(()))
 
     def next(self) -> tuple[float, int]:
         """Guidance and noise of another attempt.
 
-        A tumour's contrast grows about with 1 + guidance: from the same noise it can be set, up or down.
+        A tumour's contrast grows about with 1 + guidance: from the same noise it can be set, up or down. Where it is as
+        usual, and only unlike that of the real cases, it is drawn anew.
         """
         low, high = GUIDANCE_RANGE
+        if self.ratio == 1:
+            return self.guidance, self.noise + 1
         if self.ratio == 0:
             return min(self.guidance + STRONGER, high), self.noise + 1
         return min(max((1 + self.guidance) * self.ratio - 1, low), high), self.noise
@@ -126,7 +132,7 @@ def inpaint(
         model: an opened model, or the name or folder of one.
         item: number of the item.
         progress: told how far it is.
-        wishes: further attributes of `Request`: seed, guidance, retries, steps, solver, region, by.
+        wishes: further attributes of `Request`: seed, guidance, retries, ranges, steps, solver, region, by.
 
     Raises:
         MaisiError: something asked for cannot be made; said before any network runs.
@@ -144,19 +150,21 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
     """Make one item of a checked job; `model` None paints by rule.
 
     Attempts are made, each with the guidance that the one before asks for, until every tumour has the contrast of its
-    kind, at most `retries` times more than once; the best is kept.
+    kind, and the one that the ranges (the request's, or the model's) know from real cases, at most `retries` times more
+    than once; the best is kept.
     """
     started = time.perf_counter()
     labels, placed = new_labels(job, number)
     changed = labels.array != job.labels.array
     guidance, noise = job.request.guidance, 0
+    ranges = job.ranges or (carried_ranges() if model is None else model.ranges)
     attempts: list[Attempt] = []
     for attempt in range(1 + (0 if job.removal else job.request.retries)):
         if model is None:
             image = paint_tumors(job.image, _only(labels, changed), _rng(job, number, attempt, 2))
         else:
             image = painted(model, job, labels, changed, number, noise, guidance, progress)
-        attempts.append(_measured(image, labels, placed, guidance, noise))
+        attempts.append(_measured(image, labels, placed, guidance, noise, ranges))
         if attempts[-1].shortfall == 0:
             break
         guidance, noise = attempts[-1].next()
@@ -170,6 +178,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         "removed": job.removal,
         "contrast_hu": {str(id): round(hu, 1) for id, hu in best.contrast_hu.items()},
         "contrast_as_usual": best.shortfall == 0,
+        "quality": {**best.report.as_json(), "ranges": ranges.source},
         "attempts": len(attempts),
         "guidance": best.guidance,
         "painted_by": "rules" if model is None else "network",
@@ -353,8 +362,15 @@ def _blend(
     result[part.box] = np.where(weight > 0, painted, original.array[part.box]).astype(result.dtype)
 
 
-def _measured(image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], guidance: float, noise: int) -> Attempt:
-    """Contrast of each kind that was placed, how unlike the usual one it is, and by what factor."""
+def _measured(
+    image: Volume,
+    labels: Volume,
+    placed: tuple[PlacedTumor, ...],
+    guidance: float,
+    noise: int,
+    ranges: QualityRanges,
+) -> Attempt:
+    """Contrast of each kind that was placed, how unlike the usual one it is and by what factor, and in which range."""
     found: dict[int, float] = {}
     shortfall, ratios = 0.0, [1.0]
     for kind in {tumor.kind: KINDS[tumor.kind] for tumor in placed}.values():
@@ -366,7 +382,10 @@ def _measured(image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], gu
             if unlike:
                 ratios.append(max(usual_contrast_hu(measured, kind) / measured.hu, 0.0) if measured.hu else 0.0)
     ratio = ratios[-1] if len(ratios) < 3 else math.prod(ratios) ** (1 / (len(ratios) - 1))
-    return Attempt(image, found, shortfall, ratio, guidance, noise)
+    names = {id: label_name(id) for id in found}
+    known = {name for name, entry in ranges.tumors.items() if entry.cases}
+    report = QualityReport(tuple(ranges.contrast(names[id], hu) for id, hu in found.items() if names[id] in known))
+    return Attempt(image, found, shortfall + report.score, ratio, guidance, noise, report)
 
 
 def _crop_spacing(model: Model, ras: Volume) -> tuple[float, float, float]:

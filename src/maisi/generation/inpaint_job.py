@@ -10,6 +10,7 @@ import numpy as np
 from maisi.anatomy import TUMORS
 from maisi.data.label_maps import ids_in
 from maisi.data.preprocess import hu_fault
+from maisi.data.quality import QualityRanges, read_ranges
 from maisi.data.segmentation import segment
 from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
@@ -31,6 +32,7 @@ class InpaintJob:
         steps: denoising steps.
         solver: name of the solver.
         notes: sentences for the user.
+        ranges: what the request says that tumours are judged by, or None.
     """
 
     request: Request
@@ -39,6 +41,7 @@ class InpaintJob:
     steps: int
     solver: str
     notes: tuple[str, ...] = ()
+    ranges: QualityRanges | None = None
 
     @property
     def removal(self) -> bool:
@@ -59,7 +62,7 @@ def make_inpaint_job(
 
     Raises:
         MaisiError: nothing is asked for, the files cannot be used or lie on different grids, a tumour has no host or no
-            room, there is nothing to remove, or the model follows no masks.
+            room, there is nothing to remove, the model follows no masks, or the ranges cannot be read.
     """
     if not request.tumor and not request.removal:
         raise MaisiError(
@@ -88,7 +91,8 @@ def make_inpaint_job(
     else:
         grow_tumors(mask, request.tumor, np.random.default_rng(0))
     steps, solver = request.steps or model.default_steps, request.solver or model.solver
-    return InpaintJob(request, ct, mask, steps, solver, tuple(notes))
+    ranges = None if request.ranges is None else read_ranges(request.ranges)
+    return InpaintJob(request, ct, mask, steps, solver, tuple(notes), ranges)
 
 
 def _image(request: Request, image: Volume | None) -> Volume:

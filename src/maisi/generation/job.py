@@ -19,6 +19,7 @@ from maisi.data.label_maps import ids_in
 from maisi.data.mask_deform import scale_organs
 from maisi.data.mask_sources import find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
+from maisi.data.quality import QualityRanges, read_ranges
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
@@ -45,6 +46,7 @@ class Job:
         labels: the mask as it was given or found (uint8, own orientation), or None.
         mask_source: where the mask is from, for the record.
         placed: tumours that were grown in it.
+        ranges: what the request says that items are judged by, or None.
         custom_labels: names of classes that only this model knows.
         steps: denoising steps.
         solver: name of the solver.
@@ -62,6 +64,7 @@ class Job:
     mask_source: str = ""
     custom_labels: Mapping[int, str] = field(default_factory=dict)
     placed: tuple[PlacedTumor, ...] = ()
+    ranges: QualityRanges | None = None
 
     def of_item(self, number: int) -> Job:
         """The job of one item: its own mask where masks are found, organs of the sizes asked for, its own tumours.
@@ -130,7 +133,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
 
     Raises:
         MaisiError: the mask cannot be used, differs from the size or spacing asked for, or the model has no ControlNet;
-            size or spacing are open and nothing says what they should be.
+            size or spacing are open and nothing says what they should be; the ranges cannot be read.
     """
     given, source = request.mask if mask is None else mask, ""
     wishes = bool(request.structure or request.tumor or request.anatomy_size or request.library)
@@ -163,6 +166,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
         notes=tuple(notes),
         mask_source=source,
         custom_labels=model.custom_labels,
+        ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
     _ = job.of_item(0)
     return job

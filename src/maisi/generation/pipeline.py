@@ -30,7 +30,7 @@ from maisi.errors import MaisiError
 from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
 from maisi.generation.output import Item
-from maisi.generation.retry import best_of
+from maisi.generation.retry import best_of, ranges_of
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet, inpainting_mask
 from maisi.networks.unet import UNet, UNetConfig
@@ -109,6 +109,7 @@ class Model:
         self.device = resolve_device(device)
         self.dtype = resolve_precision(precision, self.device)
         self.layout = feature_layout(self.device, self.dtype)
+        self.ranges = ranges_of(folder)
 
     @property
     def name(self) -> str:
@@ -157,6 +158,7 @@ class Model:
         guidance: float = 0.0,
         fov: Literal["given", "auto"] = "given",
         retries: int = 2,
+        ranges: Path | str | None = None,
         progress: Progress | None = None,
     ) -> Item:
         """Make one synthetic volume.
@@ -180,6 +182,7 @@ class Model:
                 replaced by their host organs. Without one it strengthens region and modality: away from none.
             fov: "auto" picks size and spacing from the regions.
             retries: how often an item with a mask is made again, at most, where the quality check does not pass.
+            ranges: file of what passes, made by `maisi quality learn`; None: the model's, or the carried ranges.
             progress: told how far it is.
 
         Raises:
@@ -197,7 +200,7 @@ class Model:
             "library": library,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
-        wishes["retries"] = retries
+        wishes |= {"retries": retries, "ranges": ranges}
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
 
@@ -297,7 +300,8 @@ class Model:
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
         """Make one item of a prepared job, the best of its attempts; `plan` is how `prepare` said it is decoded."""
         own = job.of_item(number)
-        best = best_of(lambda attempt: self._attempt(own, plan, number, attempt, progress), job.request.retries)
+        ranges = job.ranges or self.ranges
+        best = best_of(lambda attempt: self._attempt(own, plan, number, attempt, progress), job.request.retries, ranges)
         return replace(best, labels=own.kept_labels())
 
     @torch.inference_mode()

@@ -10,8 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from maisi.data.quality import QualityRanges, QualityReport, judge
+from maisi.data.quality import QualityRanges, QualityReport, carried_ranges, judge, read_ranges
 from maisi.generation.output import Item
+from maisi.weights.registry import ModelFolder
+
+
+def ranges_of(folder: ModelFolder) -> QualityRanges:
+    """Return the ranges that a model's images are judged by: its own, or those that the package carries.
+
+    Raises:
+        MaisiError: its file is not what `model.json` says, or holds no ranges.
+    """
+    path = folder.ranges()
+    return carried_ranges() if path is None else read_ranges(path)
 
 
 def best_of(make: Callable[[int], Item], retries: int, ranges: QualityRanges | None = None) -> Item:
@@ -24,9 +35,10 @@ def best_of(make: Callable[[int], Item], retries: int, ranges: QualityRanges | N
 
     Returns:
         The first item that passes, or the one with the best score, the earliest of equals. Its details have its report
-        as 'quality', with the attempts made and the number of the one kept; its timings are its own, and how long the
-        judging took.
+        as 'quality', with the attempts made, the number of the one kept and where the ranges are from; its timings are
+        its own, and how long the judging took.
     """
+    ranges = ranges or carried_ranges()
     best: tuple[Item, QualityReport, int] | None = None
     judging = 0.0
     attempt = 0
@@ -42,6 +54,6 @@ def best_of(make: Callable[[int], Item], retries: int, ranges: QualityRanges | N
         if report.passed or item.labels is None or attempt > retries:
             break
     item, report, kept = best
-    quality = {**report.as_json(), "attempts": attempt, "kept": kept}
+    quality = {**report.as_json(), "attempts": attempt, "kept": kept, "ranges": ranges.source}
     timings = {**item.timings_s, "quality": judging}
     return replace(item, timings_s=timings, details={**item.details, "quality": quality})

@@ -17,6 +17,9 @@ from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, P
 DEFAULT_STEPS = {"rectified_flow": (30, "euler"), "ddpm": (50, "dpm++")}
 """Steps and solver by process: the release's for flow; for DDPM few steps in place of its 1000."""
 
+RANGES = "ranges.json"
+"""What the file of quality ranges is called in a model folder."""
+
 
 def assemble(
     files: Mapping[Part, Path],
@@ -28,6 +31,7 @@ def assemble(
     solver: str | None = None,
     half: bool = False,
     crop_spacing_mm: tuple[float, float] | None = None,
+    ranges: Path | None = None,
 ) -> ModelConfig:
     """Make a model folder.
 
@@ -40,11 +44,13 @@ def assemble(
         solver: default solver.
         half: store float16, half the size.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
+        ranges: quality ranges that its images are to be judged by, as `maisi quality learn` makes them.
 
     Raises:
         MaisiError: a file is missing, damaged or another network, no scale factor is known, or the folder exists.
     """
     headers = _checked_headers(files)
+    pins = {} if ranges is None else {RANGES: sha256(ranges)}
     scale_factor = _scale_factor(headers["unet"], files["unet"])
     process = process_of(headers["unet"])
     usual_steps, usual_solver = DEFAULT_STEPS[process["kind"]]
@@ -52,19 +58,22 @@ def assemble(
     with new_folder(folder) as part_folder:
         for part, path in files.items():
             _store(part, path, part_folder, half)
+        if ranges is not None:
+            shutil.copyfile(ranges, part_folder / RANGES)
         values: dict[str, Any] = {
             "name": name,
             **{part: f"{part}.safetensors" for part in PARTS if part in files and not part.startswith("mask_")},
             "masks": masks,
             "scale_factor": scale_factor,
             "process": process,
-            "sha256": {f"{part}.safetensors": sha256(part_folder / f"{part}.safetensors") for part in files},
+            "sha256": {f"{part}.safetensors": sha256(part_folder / f"{part}.safetensors") for part in files} | pins,
             "size_multiple": size_multiple(headers["autoencoder"], headers["unet"]),
             "field_of_view": [view.model_dump() for view in views],
             "custom_labels": _own_classes(headers),
             "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,
             "solver": solver or usual_solver,
+            "ranges": next(iter(pins), None),
         }
         config = ModelConfig.model_validate(values)
         write_json(part_folder / "model.json", config.model_dump(mode="json"))

@@ -90,6 +90,7 @@ class ModelConfig(Config):
         solver: sampling method unless the request says otherwise.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
+        ranges: file name of the quality ranges that its images are judged by; None: those that the package carries.
     """
 
     name: str
@@ -107,15 +108,16 @@ class ModelConfig(Config):
     solver: str
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
+    ranges: str | None = None
 
-    @field_validator("autoencoder", "unet", "controlnet", "card")
+    @field_validator("autoencoder", "unet", "controlnet", "card", "ranges")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
         return None if value is None else plain_name(value)
 
     @model_validator(mode="after")
     def _every_file_pinned(self) -> ModelConfig:
-        for file in self.files.values():
+        for file in (*self.files.values(), *([] if self.ranges is None else [self.ranges])):
             pin = self.sha256.get(file, "")
             if len(pin) != 64 or any(c not in "0123456789abcdef" for c in pin):
                 raise ValueError(f"sha256 has no hash (64 hexadecimal digits) of '{file}'")
@@ -162,7 +164,20 @@ class ModelFolder:
         Raises:
             MaisiError: they differ.
         """
-        path = self.path(part)
+        self._require_pinned(self.path(part))
+
+    def ranges(self) -> Path | None:
+        """Where the file of its quality ranges is, compared with its hash; None for a model without.
+
+        Raises:
+            MaisiError: the file is missing, or not the one that `model.json` was written for.
+        """
+        if self.config.ranges is None:
+            return None
+        self._require_pinned(self.folder / self.config.ranges)
+        return self.folder / self.config.ranges
+
+    def _require_pinned(self, path: Path) -> None:
         if sha256(path) != self.config.sha256[path.name]:
             raise MaisiError(f"{path} is not the file that model.json was written for; get a fresh copy of both.")
 
@@ -198,6 +213,7 @@ def find_model(name_or_folder: str | Path) -> ModelFolder:
         if held != network_of(part):
             wanted = network_of(part)
             raise MaisiError(f"{model.path(part)} holds the network '{held}' in place of '{wanted}'; correct {source}.")
+    model.ranges()
     return model
 
 
