@@ -9,9 +9,11 @@ from maisi.cli.evaluate_fidelity import fidelity
 from maisi.cli.evaluate_memorisation import memorisation
 from maisi.cli.evaluate_reconstruction import reconstruction
 from maisi.cli.evaluate_response import response
+from maisi.cli.evaluate_segmenter import segmenter
+from maisi.cli.evaluate_study import study
 
 evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
-_MEMBERS: tuple[click.Command, ...] = (reconstruction, fid, response, memorisation, fidelity)
+_MEMBERS: tuple[click.Command, ...] = (reconstruction, fid, response, memorisation, fidelity, segmenter, study)
 for _command in _MEMBERS:
     evaluate.add_command(_command)
 
