@@ -181,7 +181,9 @@ def test_pairs_on_two_grids_are_refused(sets, tmp_path, capsys) -> None:
 
     shutil.copytree(sets / "pairs", tmp_path / "pairs")
     shutil.copy(sets / "painted" / "0000" / "labels.nii.gz", tmp_path / "pairs" / "0001" / "labels.nii.gz")
-    assert run(_words(sets, tmp_path / "out", "--pairs", str(tmp_path / "pairs"))) == 2
+    words = _words(sets, tmp_path / "out")
+    words[words.index("--pairs") + 1] = str(tmp_path / "pairs")
+    assert run(words) == 2
     assert "lie on different grids" in capsys.readouterr().err
     assert run(["evaluate", "study", str(sets / "real"), "--structure", "mandible", "-o", str(tmp_path / "out")]) == 2
     assert "give --pairs or --inpainted" in capsys.readouterr().err

@@ -86,8 +86,9 @@ def fidelity(
     from maisi.evaluation.fidelity import draw, measure, summed_up
     from maisi.evaluation.result import write_result
 
-    settings = {"generated": [str(path) for path in generated], "real": str(real) if real else None}
-    settings |= {"train": [str(path) for path in train]}
+    settings: dict[str, Any] = {"generated": [str(path) for path in generated], "real": str(real) if real else None}
+    if order is not None:
+        settings |= {"train": [str(path) for path in train], "training": order.config.model_dump(mode="json")}
     notes: tuple[str, ...] = ()
     with cache_for(output, cache) as kept, progress() as report:
         told = partial(report, "fidelity")

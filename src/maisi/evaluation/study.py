@@ -43,6 +43,7 @@ MEAN = "mean"
 """Stands beside the structures: the mean over those that a patient has."""
 
 COMPARISON = "comparison"
+_SIGNIFICANT = 0.05
 
 
 class StudyConfig(Config):
@@ -209,7 +210,7 @@ def run_study(
     real, notes = complete(real, structures, cache, REAL, config.incomplete)
     whole = []
     for one in added:
-        entries, more = complete(one.entries, structures, cache, one.name, config.incomplete)
+        entries, more = complete(one.entries, structures, cache, "added", config.incomplete)
         whole.append(one.only({entry.name for entry in entries}))
         notes += more
     return _run(real, whole, structures, config, cache, settings, report).with_notes(*notes)
@@ -285,7 +286,8 @@ def judged(
     """Return a row for each test case: Dice and surface Dice of each structure that its labels hold."""
     rows: list[Row] = []
     for done, entry in enumerate(run.test, 1):
-        key = ["study", entry.hash, segmenter.name, config.tolerance_mm, list(structures)]
+        ids = {name: sorted(ids) for name, ids in structures.items()}
+        key = ["study", entry.hash, segmenter.name, config.tolerance_mm, ids]
         found = cache.json(key, partial(_found, entry, segmenter, structures, config.tolerance_mm))
         about = {"case": entry.name, "patient": entry.patient, "fold": run.fold + 1, "arm": run.arm}
         rows.append({**about, "patients": run.patients, **found})
@@ -416,7 +418,7 @@ def draw(figure: Any, result: Result) -> None:
         _draw_count(axes[0][column], axes[1][column], there, structures)
         axes[0][column].set_title(f"{count} real training patients")
     axes[0][0].set(ylabel="Dice", ylim=(0, 1))
-    axes[1][0].set_ylabel("improvement, %")
+    axes[1][0].set_ylabel(f"improvement, %  (* p < {_SIGNIFICANT:g})")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
 
@@ -447,6 +449,3 @@ def _draw_count(above: Any, below: Any, rows: Sequence[Row], structures: Sequenc
         axis.set_xticks(places, structures, rotation=30, ha="right", fontsize=8)
     below.axhline(0, color="0.3", linewidth=0.8)
     below.margins(y=0.15)
-
-
-_SIGNIFICANT = 0.05
