@@ -49,7 +49,8 @@ def test_generated_beside_real() -> None:
     real = [{"case": "r", "lungs": 0.9996, "body": 0.9}]
     assert mean_dice(generated, "lungs") == pytest.approx(0.7)
     result = summed_up(generated, real, ("lungs", "body"), {})
-    assert result.summary == {"lungs, generated": pytest.approx(0.7), "lungs, real": 0.9996}
+    ratio = pytest.approx(0.7 / 0.9996)
+    assert result.summary == {"lungs, generated": pytest.approx(0.7), "lungs, real": 0.9996, "lungs, ratio": ratio}
     assert "trivial" in result.notes[1]
     assert "No real cases" in summed_up(generated, [], ("lungs",), {}).notes[1]
 

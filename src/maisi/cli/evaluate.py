@@ -10,9 +10,20 @@ from maisi.cli.evaluate_medians import medians
 from maisi.cli.evaluate_memorisation import memorisation
 from maisi.cli.evaluate_reconstruction import reconstruction
 from maisi.cli.evaluate_response import response
+from maisi.cli.evaluate_segmenter import segmenter
+from maisi.cli.evaluate_study import study
 
 evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
-_MEMBERS: tuple[click.Command, ...] = (reconstruction, fid, response, memorisation, fidelity, medians)
+_MEMBERS: tuple[click.Command, ...] = (
+    reconstruction,
+    fid,
+    response,
+    memorisation,
+    fidelity,
+    medians,
+    segmenter,
+    study,
+)
 for _command in _MEMBERS:
     evaluate.add_command(_command)
 

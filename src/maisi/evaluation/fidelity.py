@@ -84,7 +84,7 @@ def summed_up(
     structures: Sequence[str],
     settings: Mapping[str, Any],
 ) -> Result:
-    """Compare generated and real cases by structure; what no generated image was to show is left out."""
+    """Compare generated and real cases by structure, with the ratio of both; what no image was to show is left out."""
     summary: dict[str, float | None] = {}
     notes = [
         "Dice of what the segmenter finds in the image with the labels; a structure not in the labels is left out."
@@ -94,6 +94,7 @@ def summed_up(
         summary[f"{name}, generated"] = mean_dice(generated, name)
         if real:
             summary[f"{name}, real"] = mean_dice(real, name)
+            summary[f"{name}, ratio"] = _ratio(summary[f"{name}, generated"], summary[f"{name}, real"])
     trivial = [name for name in shown if (summary.get(f"{name}, real") or 0) > SAME_RULES]
     if trivial:
         notes.append(
@@ -103,6 +104,10 @@ def summed_up(
         notes.append("No real cases are given, so it is open how well the segmenter does on them.")
     columns = ("case", "set", *shown)
     return Result("fidelity", summary, [*generated, *real], settings, columns=columns, notes=tuple(notes))
+
+
+def _ratio(generated: float | None, real: float | None) -> float | None:
+    return generated / real if generated is not None and real else None
 
 
 def draw(figure: Any, result: Result) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Result:
         settings: what decides the numbers: options, seeds, hashes.
         columns: keys of `items` that the table shows, in order; () is all of the first row.
         notes: sentences for the reader: what was resampled, skipped, not comparable.
+        tables: further tables by title, rows with the same keys; shown before the items.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Result:
     settings: Mapping[str, Any]
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
     def with_notes(self, *notes: str) -> Result:
         """The same with more notes."""
@@ -47,6 +49,9 @@ class Result:
             "summary": dict(self.summary),
             "settings": dict(self.settings),
             "notes": list(self.notes),
+            **(
+                {"tables": {title: list(map(dict, rows)) for title, rows in self.tables.items()}} if self.tables else {}
+            ),
             "items": [dict(row) for row in self.items],
         }
 
@@ -54,10 +59,9 @@ class Result:
         """The summary and the rows as Markdown."""
         lines = [f"# {self.name}", "", "| measure | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in self._with_intervals()]
-        columns = self.columns or tuple(self.items[0] if self.items else ())
-        if columns:
-            lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-            lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in self.items]
+        for title, rows in self.tables.items():
+            lines += ["", f"## {title}", *_rows_as_markdown(rows, tuple(rows[0] if rows else ()))]
+        lines += _rows_as_markdown(self.items, self.columns or tuple(self.items[0] if self.items else ()))
         return "\n".join([*lines, "", *self.notes]) + "\n"
 
     def _with_intervals(self) -> Iterator[tuple[str, str]]:
@@ -69,6 +73,13 @@ class Result:
             reach = "" if low is None or high is None else f" ({shown(low)} to {shown(high)})"
             if name not in inside:
                 yield name, shown(value) + reach
+
+
+def _rows_as_markdown(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    if not columns:
+        return []
+    lines = ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in rows]
 
 
 def write_result(folder: Path, result: Result, draw: Callable[[Any], None]) -> None:

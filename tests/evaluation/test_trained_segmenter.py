@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from planted import BRIGHT, DARK, planted, write_item
+
+from maisi.cli import run
+from maisi.config import parse_config
+from maisi.errors import MaisiError
+from maisi.evaluation.cache import Cache
+from maisi.evaluation.fidelity import agreement
+from maisi.evaluation.segmentation_cases import PatchConfig, load_case
+from maisi.evaluation.volumes import find_entries
+from maisi.volume import Volume
+
+pytest.importorskip("monai")
+from maisi.evaluation.trained_segmenter import SegmenterConfig, TrainedSegmenter, require_monai, train
+
+STRUCTURES = {"mandible": frozenset({BRIGHT}), "brainstem": frozenset({DARK})}
+CONFIG = SegmenterConfig(
+    spacing_mm=(3.0, 3.0, 3.0), patch=PatchConfig(size=(16, 16, 16)), steps=70, blocks=(1, 1, 1), learning_rate=5e-3,
+    precision="fp32", device="cpu", checkpoint_every=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cases")
+    for number in range(4):
+        write_item(root / f"{number:04d}", number)
+    return find_entries([root]).entries
+
+
+@pytest.fixture(scope="module")
+def cases(entries, tmp_path_factory):
+    cache = Cache(tmp_path_factory.mktemp("c") / "cache")
+    return [load_case(entry, STRUCTURES, CONFIG.spacing_mm, cache) for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def learned(cases, entries, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "segmenter"
+    train(folder, CONFIG, STRUCTURES, cases, [entry.hash for entry in entries])
+    return TrainedSegmenter.open(folder)
+
+
+def test_it_learns_what_is_plain_to_see(learned) -> None:
+    dice = agreement(*planted(100), learned)
+    assert min(dice.values()) > 0.8, dice
+    image, labels = planted(101, spacing_mm=(2.6, 3.3, 3.0))  # another spacing
+    turned = [Volume(v.array[::-1].transpose(2, 0, 1), _turned(v.affine, v.shape)) for v in (image, labels)]
+    found = agreement(*turned, learned)
+    assert found == pytest.approx(agreement(image, labels, learned))
+    assert min(found.values()) > 0.7, found
+
+
+def _turned(affine, shape):
+    """Of the array with X reversed and the axes in the order Z, X, Y."""
+    result = affine.copy()
+    result[:3, 3] += affine[:3, 0] * (shape[0] - 1)
+    result[:3, :3] = np.stack([affine[:3, 2], -affine[:3, 0], affine[:3, 1]], axis=1)
+    return result
+
+
+@pytest.mark.parametrize("stop_at", [4])
+def test_interrupted_is_uninterrupted(cases, tmp_path, stop_at) -> None:
+    config = CONFIG.model_copy(update={"steps": 7})
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    train(tmp_path / "whole", config, STRUCTURES, cases, ["h"])
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", config, STRUCTURES, cases, ["h"], report=stop)
+    assert not (tmp_path / "parts").exists()
+    steps: list[int] = []
+    with pytest.raises(MaisiError, match="holds another training"):
+        train(tmp_path / "parts", config.model_copy(update={"seed": 1}), STRUCTURES, cases, ["h"])
+    train(tmp_path / "parts", config, STRUCTURES, cases, ["h"], report=lambda _, done, __: steps.append(done))
+    assert steps == [4, 5, 6, 7]
+    for name in ("segmenter.json", "segmenter.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_refusals(learned, tmp_path, monkeypatch) -> None:
+    with pytest.raises(MaisiError, match="give multiples of 8"):
+        parse_config(SegmenterConfig, {"patch": {"size": (20, 64, 64)}}, "The segmenter")
+    with pytest.raises(MaisiError, match="holds no readable segmenter"):
+        TrainedSegmenter.open(tmp_path)
+    broken = shutil.copytree(learned.folder, tmp_path / "broken")
+    (broken / "segmenter.safetensors").write_bytes(b"no")
+    with pytest.raises(MaisiError, match="train it anew"):
+        TrainedSegmenter.open(broken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MaisiError, match=r"maisi\[segmentation\]"):
+        require_monai()
+
+
+def test_fidelity_takes_it(learned, entries, tmp_path, capsys) -> None:
+    for number in range(2):
+        write_item(tmp_path / "out" / f"{number:04d}", 200 + number)
+        write_item(tmp_path / "real" / f"r{number}", 300 + number)
+    words = ["evaluate", "fidelity", str(tmp_path / "out"), "--segmenter", str(learned.folder)]
+    seen = ["--real", str(entries[0].image.parent.parent), "-o", str(tmp_path / "f")]
+    assert run([*words, *seen]) == 2
+    assert "is trained on 4 of the real cases" in capsys.readouterr().err
+    assert run([*words, "--real", str(tmp_path / "real"), "-o", str(tmp_path / "f")]) == 0
+    assert "mandible, ratio:" in capsys.readouterr().out
+    assert run([*words, "--train", str(tmp_path / "real"), "-o", str(tmp_path / "g")]) == 2
+    assert "leave them out" in capsys.readouterr().err
+
+
+def test_the_command_trains_one_and_fidelity_too(entries, tmp_path, capsys) -> None:
+    real = entries[0].image.parent.parent
+    how = ["--structure", "mandible", "--steps", "2", "--patch", "16,16,16", "--batch", "1"]
+    assert run(["evaluate", "segmenter", str(real), *how, "-o", str(tmp_path / "s")]) == 0
+    assert TrainedSegmenter.open(tmp_path / "s").structures == {"mandible": frozenset({BRIGHT})}
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    write_item(tmp_path / "out" / "g", 7)
+    words = ["evaluate", "fidelity", str(tmp_path / "out"), "--segmenter", "trained"]
+    assert run([*words, "-o", str(tmp_path / "f")]) == 2
+    assert "give --train" in capsys.readouterr().err
+    assert run([*words, "--train", str(real), *how, "-o", str(tmp_path / "f")]) == 0
