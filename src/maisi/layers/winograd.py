@@ -137,8 +137,8 @@ def _input_sums(block: Tensor, room: _Room) -> Tensor:
     for done, memory in enumerate(room.sums):
         axis = 2 * done  # the places of the axes done so far stand in front, what is left of those axes behind
         count = block.shape[axis] // 2 - 1
-        pairs = block.unflatten(axis, (count + 1, 2))
-        even, odd = pairs.select(axis + 1, 0), pairs.select(axis + 1, 1)
+        before = (slice(None),) * axis
+        even, odd = block[(*before, slice(0, None, 2))], block[(*before, slice(1, None, 2))]
         first, second = even.narrow(axis, 0, count), odd.narrow(axis, 0, count)
         third, fourth = even.narrow(axis, 1, count), odd.narrow(axis, 1, count)
         shape = (4, *first.shape)
