@@ -51,7 +51,7 @@ class PatchConfig(Config):
     """
 
     size: Triple = (64, 64, 64)
-    foreground: float = 0.7
+    foreground: float = 0.9
     rotate_degrees: float = 10.0
     zoom: tuple[float, float] = (0.85, 1.2)
     shift_hu: float = 20.0

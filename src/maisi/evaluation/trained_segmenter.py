@@ -60,6 +60,8 @@ class SegmenterConfig(Config):
         blocks: residual blocks of each level on the way down.
         windows_hu: ranges of HU that the network sees, each as one channel from 0 to 1.
         learning_rate: of AdamW, at its highest; it falls to 0 along a cosine.
+        background_weight: what a voxel of the background counts for in the cross entropy, against one of a structure:
+            in few steps small structures are not found at all with 1.
         weight_decay: of AdamW.
         seed: of the weights and the patches.
         device: member of `device.DEVICES`.
@@ -72,9 +74,10 @@ class SegmenterConfig(Config):
     batch: int = Field(default=2, ge=1)
     steps: int = Field(default=1000, ge=1)
     filters: int = Field(default=8, ge=8, multiple_of=8)
-    blocks: tuple[int, ...] = (1, 2, 2, 4)
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
     windows_hu: tuple[tuple[float, float], ...] = ((-1000.0, 1000.0), (-160.0, 240.0))
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=5e-3, gt=0)
+    background_weight: float = Field(default=0.2, gt=0, le=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
@@ -199,7 +202,8 @@ class _Training:
         self.odds = share / share.sum()
         self.running = _Running.of(config)
         self.network = self.running.placed(_network(config, len(structures) + 1)).train()
-        self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+        counts = torch.tensor([config.background_weight, *(1.0 for _ in structures)], device=self.running.device)
+        self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, weight=counts)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
