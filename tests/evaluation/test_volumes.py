@@ -241,3 +241,39 @@ def test_what_is_no_ct_is_refused(folder) -> None:
     (folder / "prepared" / "q.npy").write_bytes(b"nonsense")
     with pytest.raises(MaisiError, match="damaged"):
         readable(find_entries([folder / "prepared"], "validation"))
+
+
+@pytest.mark.parametrize("damaged", ["image", "labels"])
+def test_files_damaged_behind_a_good_header_are_listed_by_every_evaluation(tmp_path, capsys, damaged) -> None:
+    image, labels = phantom((20, 18, 16), (16, 16, 16), ("chest",), seed=1)
+    for name in ("a", "b", "c"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        write_volume(tmp_path / "out" / name / "image.nii.gz", image)
+        write_volume(tmp_path / "out" / name / "labels.nii.gz", labels)
+    for name in ("b", "c"):
+        broken = tmp_path / "out" / name / f"{damaged}.nii.gz"
+        broken.write_bytes(broken.read_bytes()[: broken.stat().st_size - 40])
+        read_header(broken)
+    found = find_entries([tmp_path / "out"])
+    assert readable(found, headers_only=True) == found
+    with pytest.raises(MaisiError, match=rf"(?s)b/{damaged}.nii.gz.*c/{damaged}.nii.gz.*--skip-unreadable"):
+        readable(found)
+    left = readable(found, skip=True)
+    assert [entry.name for entry in left.entries] == ["a"]
+    assert len(left.notes) == 2
+    assert all(note.startswith("Left out: ") for note in left.notes)
+    (tmp_path / "ranges.json").write_text(carried_ranges().model_dump_json())
+    out = str(tmp_path / "out")
+    commands = {"memorisation": [out, out], "fidelity": [out], "medians": [out, "--ranges", str(tmp_path / "ranges.json")]}
+    commands["reconstruction"] = [out]
+    for command, words in commands.items():
+        assert run(["evaluate", command, *words, "-o", str(tmp_path / command)]) == 2
+        told = capsys.readouterr().err
+        assert "--skip-unreadable" in told
+        assert f"b/{damaged}.nii.gz" in told
+        assert f"c/{damaged}.nii.gz" in told
+        assert not (tmp_path / command).exists()
+    words = ["evaluate", "medians", *commands["medians"], "--skip-unreadable", "-o", str(tmp_path / "kept")]
+    assert run(words) == 0
+    notes = json.loads((tmp_path / "kept" / "result.json").read_text())["notes"]
+    assert sum(note.startswith("Left out: ") for note in notes) == 2

@@ -78,6 +78,16 @@ class Entry:
         if sorted(image.shape) != sorted(labels.shape) or nearest > tolerance_mm:
             raise self._no_pair()
 
+    def require_whole(self) -> None:
+        """Read all voxels, and keep none.
+
+        Raises:
+            MaisiError: a file is damaged, the CT's values can't be HU, or the label map's are no labels.
+        """
+        self.ct()
+        if self.labels is not None:
+            _ = read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
+
     def ct(self) -> Volume:
         """Read the CT in HU, in the orientation it is stored in.
 
@@ -180,8 +190,14 @@ def find_entries(paths: Iterable[Path], split: str = "all", labels: Path | None 
     return Found(tuple(named if labels is None else _with_labels(named, labels)), tuple(notes))
 
 
-def readable(found: Found, skip: bool = False) -> Found:
-    """Check all headers; what can't be read is refused with a list, or left out with a note where `skip` is true.
+def readable(found: Found, skip: bool = False, headers_only: bool = False) -> Found:
+    """Check all files; what can't be read is refused with a list, or left out with a note where `skip` is true.
+
+    Args:
+        found: what to check.
+        skip: whether to leave out what can't be read.
+        headers_only: do not read voxels. For evaluations whose processes read them, and list what they can't, later;
+            all others learn of a damaged file here, one more reading of each, before any network is loaded.
 
     Raises:
         MaisiError: an entry can't be read and `skip` is false, or none is left.
@@ -191,6 +207,8 @@ def readable(found: Found, skip: bool = False) -> Found:
     for entry in found.entries:
         try:
             entry.check()
+            if not headers_only:
+                entry.require_whole()
             kept.append(entry)
         except MaisiError as error:
             faults.append(str(error))
