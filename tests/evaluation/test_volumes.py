@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from maisi.anatomy import BODY
+from maisi.cli import run
 from maisi.data.manifest import Case, CaseList, write_cases
 from maisi.data.phantom import phantom
 from maisi.data.prepare import prepare
+from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.evaluation.volumes import find_entries, readable
-from maisi.io.nifti import write_volume
+from maisi.io.nifti import read_header, write_volume
 from maisi.volume import Volume
 
 CT, LABELS = phantom((24, 20, 16), (14.0, 14.0, 14.0), ("chest",), seed=0)
@@ -264,7 +266,8 @@ def test_files_damaged_behind_a_good_header_are_listed_by_every_evaluation(tmp_p
     assert all(note.startswith("Left out: ") for note in left.notes)
     (tmp_path / "ranges.json").write_text(carried_ranges().model_dump_json())
     out = str(tmp_path / "out")
-    commands = {"memorisation": [out, out], "fidelity": [out], "medians": [out, "--ranges", str(tmp_path / "ranges.json")]}
+    ranges = str(tmp_path / "ranges.json")
+    commands = {"memorisation": [out, out], "fidelity": [out], "medians": [out, "--ranges", ranges]}
     commands["reconstruction"] = [out]
     for command, words in commands.items():
         assert run(["evaluate", command, *words, "-o", str(tmp_path / command)]) == 2
