@@ -21,7 +21,7 @@ from maisi.evaluation.trained_segmenter import SegmenterConfig, TrainedSegmenter
 STRUCTURES = {"mandible": frozenset({BRIGHT}), "brainstem": frozenset({DARK})}
 CONFIG = SegmenterConfig(
     spacing_mm=(3.0, 3.0, 3.0), patch=PatchConfig(size=(16, 16, 16)), steps=70, blocks=(1, 1, 1), learning_rate=5e-3,
-    precision="fp32", device="cpu", checkpoint_every=3,
+    background_weight=1.0, precision="fp32", device="cpu", checkpoint_every=3,
 )  # fmt: skip
 
 
