@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 
@@ -72,5 +73,6 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
 
 def test_memory_in_use_grows_with_tensors() -> None:
     before = used_memory(torch.device("cpu"))
-    ballast = torch.ones(2**24)
+    fresh = mmap.mmap(-1, 2**26)  # what the allocator kept of freed tensors would not be new to the process
+    ballast = torch.frombuffer(fresh, dtype=torch.float32).fill_(1)
     assert used_memory(torch.device("cpu")) > before + ballast.numel() * 3

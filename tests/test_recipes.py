@@ -17,6 +17,7 @@ from maisi.cli import run
 from maisi.data.manifest import read_cases
 from maisi.data.phantom import phantom
 from maisi.data.prepared import PreparedFolder
+from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.generation.latent_views import ViewsFile
 from maisi.generation.pipeline import load
@@ -85,7 +86,9 @@ def test_assembled_model_generates(model_folder: Path, tmp_path: Path) -> None:
         load_network(model_folder / "unet.safetensors"),
         metadata={"maisi.scale_factor": "0.5", "maisi.process": '{"kind": "rectified_flow"}'},
     )
-    script("assemble").main(networks["autoencoder"], unet, networks["controlnet"], tmp_path / "made")
+    ranges = tmp_path / "ranges.json"
+    ranges.write_text(carried_ranges().model_dump_json())
+    script("assemble").main(networks["autoencoder"], unet, networks["controlnet"], ranges, tmp_path / "made")
     model = load(tmp_path / "made")
     assert (model.name, model.folder.config.scale_factor, model.folder.config.size_multiple) == ("tiny", 0.5, 16)
     stored = load_network(tmp_path / "made" / "unet.safetensors").state_dict()

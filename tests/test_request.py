@@ -34,6 +34,7 @@ def test_defaults():
         "fov": "given",
         "solver": None,
         "retries": 2,
+        "ranges": None,
     }
 
 

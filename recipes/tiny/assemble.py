@@ -1,4 +1,4 @@
-"""Put the trained networks together: `python recipes/tiny/assemble.py AUTOENCODER UNET CONTROLNET FOLDER`.
+"""Put the trained networks together: `python recipes/tiny/assemble.py AUTOENCODER UNET CONTROLNET RANGES FOLDER`.
 
 Weights are stored as float16, half the size; `evaluate.py` measures the stored model, so its numbers include that.
 """
@@ -34,13 +34,22 @@ VIEWS = (
 )
 
 
-def main(autoencoder: Path, unet: Path, controlnet: Path, folder: Path) -> None:
+def main(autoencoder: Path, unet: Path, controlnet: Path, ranges: Path, folder: Path) -> None:
     """Write weights, hashes and `model.json`; the model card is written by hand."""
     files = {"autoencoder": autoencoder, "unet": unet, "controlnet": controlnet}
-    config = assemble(files, folder, "tiny", views=VIEWS, steps=20, half=True, crop_spacing_mm=(1.8, 3.2))  # type: ignore[arg-type]
+    config = assemble(
+        files,  # type: ignore[arg-type]
+        folder,
+        "tiny",
+        views=VIEWS,
+        steps=20,
+        half=True,
+        crop_spacing_mm=(1.8, 3.2),
+        ranges=ranges,
+    )
     size = sum((folder / file).stat().st_size for file in config.sha256)
     print(f"{folder}: {size / 1e6:.1f} MB of weights")
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:5]))
+    main(*(Path(argument) for argument in sys.argv[1:6]))

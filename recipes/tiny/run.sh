@@ -15,6 +15,7 @@ maisi train diffusion recipes/tiny/diffusion.yaml -o work/diffusion
 maisi prepare work/prepared --views recipes/tiny/pairs.yaml \
     --autoencoder work/autoencoder/autoencoder.safetensors -o work/pairs
 maisi train controlnet recipes/tiny/controlnet.yaml -o work/controlnet
+maisi quality learn work/prepared --split train --least 10 -o work/ranges.json
 python recipes/tiny/assemble.py work/decoder/autoencoder.safetensors work/diffusion/unet.safetensors \
-    work/controlnet/controlnet.safetensors work/tiny
+    work/controlnet/controlnet.safetensors work/ranges.json work/tiny
 python recipes/tiny/evaluate.py --model work/tiny --data work/prepared -o work/evaluation
