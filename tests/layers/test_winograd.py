@@ -62,18 +62,18 @@ def test_inputs_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("size", "channels", "dtype", "stride", "wanted"),
     [
-        ((16, 16, 16), 64, torch.float32, 1, True),
-        ((15, 17, 16), 64, torch.float32, 1, True),
-        ((16, 16, 16), 32, torch.float32, 1, False),
-        ((16, 16, 16), 64, torch.bfloat16, 1, False),
-        ((16, 16, 16), 64, torch.float32, 2, False),
-        ((12, 12, 12), 64, torch.float32, 1, False),
-        ((1, 64, 64), 64, torch.float32, 1, False),
+        ((16, 16, 16), 128, torch.float32, 1, True),
+        ((15, 17, 16), 128, torch.float32, 1, True),
+        ((16, 16, 16), 64, torch.float32, 1, False),
+        ((16, 16, 16), 128, torch.bfloat16, 1, False),
+        ((16, 16, 16), 128, torch.float32, 2, False),
+        ((12, 12, 12), 128, torch.float32, 1, False),
+        ((1, 64, 64), 128, torch.float32, 1, False),
     ],
 )
 def test_where_it_is_used(size, channels, dtype, stride, wanted) -> None:
     x = torch.empty(1, channels, *size, dtype=dtype, device="meta")
-    weight = torch.empty(64, channels, 3, 3, 3, dtype=dtype, device="meta")
+    weight = torch.empty(128, channels, 3, 3, 3, dtype=dtype, device="meta")
     assert winograd.suits(x, weight, (stride,) * 3, (1, 1, 1)) is wanted
 
 
@@ -81,9 +81,9 @@ def test_layers_go_this_way_in_inference_alone(monkeypatch) -> None:
     asked = []
     real = winograd.convolved
     monkeypatch.setattr(winograd, "convolved", lambda *a: asked.append(1) or real(*a))
-    layer = conv3(64, 64)
+    layer = conv3(128, 128)
     assert isinstance(layer, Conv3d)
-    x = torch.randn(1, 64, 16, 16, 16)
+    x = torch.randn(1, 128, 16, 16, 16)
     trained = layer(x)
     assert not asked
     with torch.inference_mode():

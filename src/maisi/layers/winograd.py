@@ -17,15 +17,15 @@ from torch import Tensor
 
 Triple = tuple[int, int, int]
 
-CHANNELS_AT_LEAST = 64
-"""With fewer channels the sums cost what the products save."""
+CHANNELS_AT_LEAST = 128
+"""With fewer channels the sums cost what the products save, on several threads more than on one."""
 
 TILES_AT_LEAST = 512
 """With fewer tiles turning the kernel around costs what the products save."""
 
 CACHED_BYTES = 4 << 20
-"""Of the transformed input that is worked on at a time, so that it stays in a core's cache; more for wide kernels,
-which are read anew for each share."""
+"""Of the transformed input that each thread works on at a time, so that it stays in a core's cache; more for wide
+kernels, which are read anew for each share."""
 
 FILLED_AT_LEAST = 0.8
 """Share of the tiles' outputs that are wanted: maps of few and odd rows waste more than is saved."""
@@ -102,7 +102,7 @@ def _turned_bytes(weight: Tensor) -> int:
 
 
 def _share_bytes(weight: Tensor) -> int:
-    return max(CACHED_BYTES, _turned_bytes(weight) // 2)
+    return max(CACHED_BYTES * torch.get_num_threads(), _turned_bytes(weight) // 2)
 
 
 def _block(tiles: Triple, weight: Tensor) -> Triple:
