@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maisi.layers import winograd
-
 Upsampling = Literal["trilinear", "nearest", "transposed"]
 
 
@@ -25,21 +23,22 @@ class Conv3d(nn.Conv3d):
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """`F.conv3d`, in float32 on CPUs by quicker ways where no gradient is wanted.
+    """`F.conv3d`, by oneDNN on CPUs also where PyTorch would not ask it.
 
-    Large maps of many channels go by `winograd`. PyTorch gives a single small map to a kernel that takes up to five
-    times as long as oneDNN, and copies channels-last weights for it: a step of a small U-Net took 2.5 times as long so.
-    Not where gradients are wanted: the backward pass goes to the slow kernel whatever the forward pass took, and is no
-    less exact there.
+    PyTorch gives a single small float32 map to a kernel that takes up to five times as long, and copies channels-last
+    weights for it: a step of a small U-Net took 2.5 times as long so. Not where gradients are wanted: the backward pass
+    goes to the slow kernel whatever the forward pass took, and is no less exact there.
     """
+    if _left_to_slow_kernel(x, weight):
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _left_to_slow_kernel(x: Tensor, weight: Tensor) -> bool:
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if plain and not trained:
-        if winograd.suits(x, weight, stride, padding):
-            return winograd.convolved(x, weight, bias, padding)
-        if is_small(x, weight) and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride, padding)
+    there = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return is_small(x, weight) and plain and not trained and there
 
 
 def is_small(x: Tensor, weight: Tensor) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maisi.layers import winograd
 from maisi.layers.blocks import is_small
 
 Scratch = Callable[[Tensor, Tensor, Tensor, bool], int]
@@ -85,13 +84,9 @@ def scratch_of(device: torch.device) -> Scratch:
 def _cpu_scratch(source: Tensor, weight: Tensor, result: Tensor, trained: bool) -> int:
     """In training small maps are left to a kernel that writes out what each voxel of the smaller map takes from.
 
-    Large float32 convolutions without gradients go by Winograd's way. Else oneDNN computes in its own layouts: maps
-    that are not channels-last are copied in and out.
+    Else oneDNN computes in its own layouts: maps that are not channels-last are copied in and out.
     """
     if trained and source.dtype == torch.float32 and is_small(source, weight):
         return weight[0].numel() * min(source[0, 0].numel(), result[0, 0].numel()) * source.itemsize
-    padding = [(r - s + 2) // 2 for s, r in zip(source.shape[2:], result.shape[2:], strict=True)]  # if the stride is 1
-    if not trained and winograd.suits(source, weight, (1, 1, 1), padding):
-        return winograd.scratch_bytes(weight)
     plain = not source.is_contiguous(memory_format=torch.channels_last_3d)
     return (source.numel() * source.itemsize + result.numel() * result.itemsize) if plain else 0
