@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+
+NetworkT = TypeVar("NetworkT", bound="torch.nn.Module")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Options of glibc's `mallopt` (malloc.h)."""
@@ -65,6 +67,14 @@ def feature_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_for
 
     plain = device.type == "cpu" and dtype == torch.bfloat16 and not _has_amx()
     return torch.contiguous_format if plain else torch.channels_last_3d
+
+
+def placed(
+    network: NetworkT, device: torch.device, layout: torch.memory_format, dtype: torch.dtype | None = None
+) -> NetworkT:
+    """Move a network's weights to a device, in the order that its feature maps have; `dtype` None keeps their type."""
+    moved: NetworkT = network.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+    return moved
 
 
 def free_memory(device: torch.device) -> int:

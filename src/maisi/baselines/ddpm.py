@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maisi.baselines.images import GridConfig, GridImages, shown
 from maisi.baselines.trained import Progress, save_trained
-from maisi.device import feature_layout
+from maisi.device import feature_layout, placed
 from maisi.diffusion.ddpm import DDPM
 from maisi.diffusion.sampler import sample
 from maisi.errors import MaisiError
@@ -91,7 +91,7 @@ class DdpmMaker:
         self.layout = feature_layout(device, dtype)
         network = UNet(run.model)
         network.load_state_dict(dict(tensors))
-        self.network = network.eval().to(device, dtype, memory_format=self.layout)  # type: ignore[call-overload]
+        self.network = placed(network.eval(), device, self.layout, dtype)
 
     def make(self, generator: torch.Generator, steps: int | None, solver: str | None, progress: Progress) -> Tensor:
         """Denoise; `steps` and `solver` are as published where they are None: all timesteps, ancestral."""

@@ -9,25 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from maisi.baselines.hagan_networks import SCALE, Critic, Encoder, Generator, HaganConfig
 from maisi.baselines.images import GridConfig, GridImages, shown
 from maisi.baselines.trained import Progress, save_trained
 from maisi.config import Config
-from maisi.device import feature_layout, resolve_device
+from maisi.device import feature_layout, placed, resolve_device
 from maisi.errors import MaisiError
 from maisi.training.loop import LoopConfig
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.pictures import three_planes
 from maisi.training.state import Checkpoint, step_generator
-
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 PUBLISHED = OptimizerConfig(learning_rate=1e-4, betas=(0.0, 0.999), clip=0.0)
 """What the published training used for generators and encoders."""
@@ -105,9 +102,9 @@ class HaganStage:
         size, steps = run.grid.size, run.loop.steps
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.loop.seed)
-            self.generator = self._placed(Generator(run.model, size))
-            self.encoder = self._placed(Encoder(run.model, size))
-            self.critic = self._placed(Critic(run.model, size))
+            self.generator = placed(Generator(run.model, size), self.device, self.layout)
+            self.encoder = placed(Encoder(run.model, size), self.device, self.layout)
+            self.critic = placed(Critic(run.model, size), self.device, self.layout)
         self.makers = Trainee("generator", self.generator, run.optimizer, steps)
         self.encoders = Trainee("encoder", self.encoder, run.encoder_optimizer, steps)
         self.critics = Trainee("critic", self.critic, run.critic_optimizer, steps)
@@ -123,7 +120,7 @@ class HaganStage:
         latent = torch.randn((len(batch), self.run.model.latent), generator=generator).to(self.device)
         x = batch.to(self.device).contiguous(memory_format=self.layout)
         real = small_of(x), stretch.of_image(x)
-        with self._autocast():
+        with self.run.loop.autocast(self.device):
             features = self.generator.features(latent)
             made = self.generator.small_image(features), self.generator.full_image(stretch.of_features(features))
         terms = {"critic": self._criticise(real, made, stretch, step)}
@@ -147,9 +144,9 @@ class HaganStage:
         """
         part, length = stretch.of_image(x), self.run.model.stretch
         pieces = [x[..., start : start + length] for start in range(0, x.shape[-1], length)]
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.run.loop.autocast(self.device):
             features = torch.cat([encoder.features(piece) for piece in pieces], -1)
-        with self._autocast():
+        with self.run.loop.autocast(self.device):
             back = generator.full_image(encoder.features(part))
             latent = encoder(features)
             again = generator.features(latent)
@@ -161,7 +158,7 @@ class HaganStage:
         self, real: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor], stretch: Stretch, step: int
     ) -> float:
         small, full = (image.detach() for image in made)
-        with self._autocast():
+        with self.run.loop.autocast(self.device):
             on_real, on_made = self.critic(*real, stretch.place), self.critic(small, full, stretch.place)
         loss = F.softplus(-on_real.float()).mean() + F.softplus(on_made.float()).mean()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -170,7 +167,7 @@ class HaganStage:
 
     def _persuade(self, made: tuple[Tensor, Tensor], stretch: Stretch) -> float:
         self.critic.requires_grad_(False)
-        with self._autocast():
+        with self.run.loop.autocast(self.device):
             scores = self.critic(*made, stretch.place)
         loss = self.run.adversarial_weight * F.softplus(-scores.float()).mean()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -221,14 +218,7 @@ class HaganStage:
         encoder = Encoder(self.run.model, self.run.grid.size)
         generator.load_state_dict(self.makers.ema.values)
         encoder.load_state_dict(self.encoders.ema.values)
-        return self._placed(generator), self._placed(encoder)
-
-    def _placed(self, network: NetworkT) -> NetworkT:
-        placed: NetworkT = network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
-        return placed
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.loop.precision == "bf16")
+        return placed(generator, self.device, self.layout), placed(encoder, self.device, self.layout)
 
 
 class HaganMaker:
@@ -238,8 +228,7 @@ class HaganMaker:
         self.run, self.device, self.dtype = run, device, dtype
         network = Generator(run.model, run.grid.size)
         network.load_state_dict(dict(tensors))
-        layout = feature_layout(device, dtype)
-        self.network = network.eval().to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+        self.network = placed(network.eval(), device, feature_layout(device, dtype), dtype)
 
     def make(self, generator: torch.Generator, steps: int | None, solver: str | None, progress: Progress) -> Tensor:
         """The whole full image, by G^A and G^H."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from maisi.config import Config, parse_config
 from maisi.data.preprocess import resample
-from maisi.device import feature_layout, keep_freed_memory, resolve_device, resolve_precision
+from maisi.device import feature_layout, keep_freed_memory, placed, resolve_device, resolve_precision
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.segmentation_cases import PatchConfig, Structures, TrainingCase, draw_patch, likeliest
@@ -269,7 +269,7 @@ class _Running:
         return cls(device, dtype, feature_layout(device, dtype))
 
     def placed(self, network: nn.Module) -> nn.Module:
-        return network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
+        return placed(network, self.device, self.layout)
 
     def logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """Of images (B, windows, X, Y, Z): (B, classes, X, Y, Z), float32."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from maisi.config import Config
 from maisi.data.prepared import PreparedCase, PreparedFolder
-from maisi.device import feature_layout, resolve_device
+from maisi.device import feature_layout, placed, resolve_device
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
 from maisi.training.loop import LoopConfig
@@ -107,10 +107,10 @@ class AutoencoderStage:
                 part.requires_grad_(False)
         shape = (run.patches.batch_size, model.config.in_channels, *run.patches.size)
         self.coding = coding_for(run.splitting, model.config, shape, self.device, run.loop.dtype)
-        self.layout = layout = feature_layout(self.device, run.loop.dtype)
-        self.model: Autoencoder = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.layout = feature_layout(self.device, run.loop.dtype)
+        self.model = placed(model, self.device, self.layout)
         self.trainee = Trainee("autoencoder", self.model, run.optimizer, run.loop.steps)
-        discriminator = discriminator.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        discriminator = placed(discriminator, self.device, self.layout)
         self.judge = Trainee("discriminator", discriminator, run.discriminator_optimizer, run.loop.steps)
         self.features: Features | None = None
         if run.losses.perceptual:
@@ -146,7 +146,7 @@ class AutoencoderStage:
         """Backpropagate; return the reconstruction, what it should be, and the terms."""
         losses = self.run.losses
         halved = bool(torch.rand((), generator=generator) < losses.equivariance)
-        with self._autocast():
+        with self.run.loop.autocast(self.device):
             distribution = self.coding.encode(self.model, x)
             noise = torch.randn(distribution.mean.shape, generator=generator).to(self.device)
             z = distribution.mean + torch.exp(0.5 * distribution.log_variance) * noise
@@ -159,7 +159,7 @@ class AutoencoderStage:
             terms["perceptual"] = losses.perceptual * perceptual(self.features, output, x, positions)
         if adversarial_weight > 0:
             self.judge.module.requires_grad_(False)
-            with self._autocast():
+            with self.run.loop.autocast(self.device):
                 scores = self.judge.module(output)
             terms["adversarial"] = adversarial_weight * adversarial(scores.float(), real=True)
             self.judge.module.requires_grad_(True)
@@ -167,20 +167,16 @@ class AutoencoderStage:
         return output, x, {name: float(value.detach()) for name, value in terms.items()}
 
     def _discriminator_loss(self, real: Tensor, made: Tensor, parts: int) -> float:
-        with self._autocast():
+        with self.run.loop.autocast(self.device):
             on_real, on_made = self.judge.module(real), self.judge.module(made)
         loss = 0.5 * (adversarial(on_real.float(), True) + adversarial(on_made.float(), False))
         (loss / parts).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.run.loop.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
     @torch.no_grad()
     def validate(self, step: int) -> tuple[Mapping[str, float], Mapping[str, Tensor]]:
         """PSNR and mean absolute error in HU of the averaged weights, and input over output over difference."""
-        model = Autoencoder(self.model.config).to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        model = placed(Autoencoder(self.model.config), self.device, self.layout)
         model.load_state_dict(self.trainee.ema.values)
         errors: list[tuple[float, float]] = []
         columns: list[Tensor] = []

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from maisi.anatomy import TUMORS
 from maisi.data.tumor_examples import inpainting_region
 from maisi.data.views import LatentFolder
+from maisi.device import placed
 from maisi.errors import MaisiError
 from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask, with_image_input
 from maisi.networks.unet import TrunkConfig, UNet
@@ -74,7 +75,7 @@ class ControlNetStage(DenoisingStage):
         told = read_header(run.unet).metadata.get("maisi.scale_factor")
         sources = latent_sources(run, with_labels=True, scale_factor=None if told is None else float(told))
         super().__init__(run, control, ControlNet(control.config), sources, run.autoencoder)
-        self.unet: nn.Module = unet.requires_grad_(False).to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.unet = placed(unet.requires_grad_(False), self.device, self.layout)
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
         """The U-Net's prediction under the control of `network`."""

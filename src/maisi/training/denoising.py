@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from maisi.config import Config
-from maisi.device import feature_layout, resolve_device
+from maisi.device import feature_layout, placed, resolve_device
 from maisi.diffusion.ddpm import DDPM
 from maisi.diffusion.process import Process
 from maisi.diffusion.rectified_flow import RectifiedFlow
@@ -106,8 +106,8 @@ class DenoisingStage(ABC):
         self.process: Process = run.process
         self.autoencoder_file = autoencoder
         self.source, self.held_out = sources
-        self.network: nn.Module = network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
-        self.averaged: nn.Module = averaged.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.network = placed(network, self.device, self.layout)
+        self.averaged = placed(averaged, self.device, self.layout)
         self.trainee = Trainee(self.part, self.network, run.optimizer, run.loop.steps)
 
     @abstractmethod
@@ -147,7 +147,7 @@ class DenoisingStage(ABC):
 
     def autocast(self) -> torch.autocast:
         """The precision asked for."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.loop.precision == "bf16")
+        return self.settings.loop.autocast(self.device)
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[Mapping[str, float], Mapping[str, Tensor]]:

@@ -57,6 +57,10 @@ class LoopConfig(Config):
         """Type of feature maps."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Forward passes at the precision asked for."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
 
 class Stage(Protocol):
     """What the loop trains."""

@@ -15,7 +15,7 @@ from maisi.conditions import MASK_BITS
 from maisi.config import Config
 from maisi.data.mask_codes import METADATA_KEY, MaskCodes, codes_of, released_codes
 from maisi.data.mask_maps import Labels, MaskMaps, MaskMapsConfig
-from maisi.device import feature_layout, resolve_device
+from maisi.device import feature_layout, placed, resolve_device
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import MASK_AUTOENCODER, Autoencoder, AutoencoderConfig
 from maisi.training.autoencoder import quieten
@@ -87,8 +87,7 @@ class MaskAutoencoderStage:
         self.maps = MaskMaps(run.maps, run.data, "train", run.loop.seed)
         self.held_out = MaskMaps(run.maps, run.data, "validation", run.loop.seed)
         self.layout = feature_layout(self.device, run.loop.dtype)
-        model = _initial(run)
-        self.model: Autoencoder = model.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.model = placed(_initial(run), self.device, self.layout)
         self.trainee = Trainee("mask_autoencoder", self.model, run.optimizer, run.loop.steps)
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
@@ -122,7 +121,7 @@ class MaskAutoencoderStage:
         return {**sums, "gradient": self.trainee.apply(step)}
 
     def _losses(self, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        with self._autocast():
+        with self.run.loop.autocast(self.device):
             distribution = self.model.encode(self._bits(labels))
             noise = torch.randn(distribution.mean.shape, generator=generator).to(self.device)
             logits = self.model.decode(distribution.mean + torch.exp(0.5 * distribution.log_variance) * noise)
@@ -130,20 +129,17 @@ class MaskAutoencoderStage:
         terms = classification(logits.float(), classes, self.run.dice)
         return {**terms, "kl": self.run.kl * distribution.kl().float()}
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.loop.precision == "bf16")
-
     def _bits(self, labels: Tensor) -> Tensor:
         return mask_tensor(labels).to(self.device).contiguous(memory_format=self.layout)
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[Mapping[str, float], Mapping[str, Tensor]]:
         """Dice averaged over the labels of held-out maps (background apart), and those maps over their copies."""
-        model = self._averaged().to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        model = placed(self._averaged(), self.device, self.layout)
         scores, columns = [], []
         for number in range(min(len(self.held_out), self.run.validation_maps)):
             truth = torch.from_numpy(self._listed(self.held_out[number].labels))[None]
-            with self._autocast():
+            with self.run.loop.autocast(self.device):
                 channels = model.decode(model.encode(self._bits(truth)).mean).argmax(1).cpu()
             copy = torch.from_numpy(self.codes.labels(channels.numpy()))
             scores.append(mean_dice(truth, copy))
