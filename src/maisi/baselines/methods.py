@@ -144,7 +144,11 @@ class Baseline:
             timings_s={"total": time.perf_counter() - started},
             weights_sha256=self.weights_sha256,
             peak_memory_bytes=peak_memory(self.device),
-            details={"baseline": self.name, "device": str(self.device), "precision": str(self.dtype)[6:]},
+            details={
+                "baseline": self.name,
+                "device": str(self.device),
+                "precision": str(self.dtype).removeprefix("torch."),
+            },
         )
 
     def _volume(self, values: torch.Tensor) -> Volume:

@@ -183,11 +183,22 @@ _SOLVERS: dict[str, Callable[[Estimate, Draw, float], Advance]] = {
 }
 
 
-def _checked_solver(process: Process, solver: str | None, eta: float) -> str:
-    solver = process.solvers[0] if solver is None else solver
-    if solver not in process.solvers:
+def require_sampling(process: Process, solver: str | None, steps: int | None) -> None:
+    """Look at a solver and a number of steps before anything is loaded; None stands for the usual ones.
+
+    Raises:
+        MaisiError: the process has no such solver, or not so many steps.
+    """
+    if solver is not None and solver not in process.solvers:
         known = ", ".join(process.solvers)
         raise MaisiError(f"{solver!r} is no solver for {process.name}; choose one of {known}.")
+    if steps is not None:
+        process.sampling_times(steps, 1)
+
+
+def _checked_solver(process: Process, solver: str | None, eta: float) -> str:
+    require_sampling(process, solver, None)
+    solver = process.solvers[0] if solver is None else solver
     if not 0 <= eta <= 1:
         raise MaisiError(f"An eta of {eta} is out of range; give 0 (deterministic) to 1.")
     if eta > 0 and solver != "ddim":

@@ -211,13 +211,11 @@ class MaskGenerator:
             MaisiError: something of that does not fit, or a file is damaged.
         """
         from maisi.diffusion.process import process_from_config
+        from maisi.diffusion.sampler import require_sampling
         from maisi.generation.codec import coding_plan
 
         process = process_from_config(order.masks.process, f"{self.folder.folder / 'model.json'}: masks.process")
-        if order.solver not in process.solvers:
-            known = ", ".join(process.solvers)
-            raise MaisiError(f"{order.solver!r} is no solver for {process.name}; choose one of {known}.")
-        process.sampling_times(order.steps, 1)
+        require_sampling(process, order.solver, order.steps)
         _ = self.codes
         multiple = self.autoencoder.config.compression * self.unet.config.size_multiple
         if any(n % multiple for n in order.training.size):

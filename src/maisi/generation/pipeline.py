@@ -25,7 +25,7 @@ from maisi.config import Config, parse_config
 from maisi.device import feature_layout, parse_memory, peak_memory, resolve_device, resolve_precision
 from maisi.diffusion.guidance import guided
 from maisi.diffusion.process import Process, process_from_config
-from maisi.diffusion.sampler import Denoiser, sample
+from maisi.diffusion.sampler import Denoiser, require_sampling, sample
 from maisi.errors import MaisiError
 from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
@@ -234,10 +234,7 @@ class Model:
             MaisiError: the process has no such solver, or not so many steps; the memory does not suffice;
                 guidance would have nothing to act on; a network's file is damaged.
         """
-        if job.solver not in self.process.solvers:
-            known = ", ".join(self.process.solvers)
-            raise MaisiError(f"{job.solver!r} is no solver for {self.process.name}; choose one of {known}.")
-        self.process.sampling_times(job.steps, 1)
+        require_sampling(self.process, job.solver, job.steps)
         footprint = self.footprint(job)
         _ = self.autoencoder, self.unet
         if job.labels is not None:
