@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from maisi.cli.options import FILE, fill, output_option, require_first, running_options
+from maisi.cli.options import FILE, fill, items_options, output_option, require_first, running_options, say_items
 from maisi.errors import MaisiError
 
 baseline = click.Group("baseline", help="Systems to compare with: DDPM in image space, HA-GAN.")
@@ -39,8 +39,7 @@ def train(method: str, file: Path | None, output: Path | None, example: bool) ->
 
 @baseline.command()
 @click.argument("folder", type=FILE)
-@click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")
-@click.option("--first", type=int, default=0, show_default=True, help="Number of the first item.")
+@items_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same volume.")
 @click.option("--steps", type=int, help="Denoising steps (ddpm).  [default: all its timesteps]")
 @click.option("--solver", help="Solver of the denoising (ddpm).  [default: ancestral, as published]")
@@ -72,7 +71,7 @@ def generate(
     place = destination(output, order, range(first, first + count))
     if place.missing:
         fill(place, lambda number, report: made.item(request, number, report))
-    click.echo(f"{output}: {count} item(s), {count - len(place.missing)} of them from before")
+    say_items(output, count, place)
 
 
 COMMANDS = (baseline,)

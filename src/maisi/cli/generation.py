@@ -12,11 +12,13 @@ from maisi.cli.options import (
     budget_options,
     fill,
     grid_options,
+    items_options,
     output_option,
     parsed_memory,
     ranges_option,
     require_first,
     running_options,
+    say_items,
 )
 
 if TYPE_CHECKING:
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @grid_options
-@click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")
-@click.option("--first", type=int, default=0, show_default=True, help="Number of the first item.")
+@items_options
 @click.option("--mask", type=FILE, help="Label map (NIfTI, NRRD) to follow; the image has its grid.")
 @click.option("--structure", multiple=True, metavar="NAME", help="To be shown; without --mask, finds one that has it.")
 @click.option("--tumor", multiple=True, metavar="WISH", help="Such as liver:25mm or lung:8-15mmx3; may be repeated.")
@@ -81,7 +82,7 @@ def generate(
             return
         plan = model.prepare(job).decode
         fill(place, lambda number, report: model.item(job, plan, number, report))
-    click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
+    say_items(output, request.count, place)
 
 
 def _order(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
@@ -103,8 +104,7 @@ def _order(request: Request, first: int, folder: ModelFolder | None, masked: boo
 @click.argument("image", type=FILE, metavar="CT")
 @click.option("--labels", "mask", type=FILE, help="Label map of the CT, on its grid.  [default: lungs, bone by rules]")
 @click.option("--tumor", multiple=True, metavar="WISH", help="Such as liver:25mm; may be repeated. none: remove them.")
-@click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")
-@click.option("--first", type=int, default=0, show_default=True, help="Number of the first item.")
+@items_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same volume.")
 @click.option("--by", default="network", show_default=True, help="network, or rules: painted without any network.")
 @click.option("--model", default="tiny", show_default=True, help="A carried model's name, or a model folder.")
@@ -145,7 +145,7 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
 
         model = Model(folder, device, precision, limit) if by_network else None
         fill(place, lambda number, report: inpaint_item(model, job, number, report))
-    click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
+    say_items(output, request.count, place)
 
 
 COMMANDS = (generate, inpaint)

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from maisi.cli.options import fill, output_option, parsed_memory, require_first, running_options
+from maisi.cli.options import (
+    fill,
+    items_options,
+    output_option,
+    parsed_memory,
+    require_first,
+    running_options,
+    say_items,
+)
 
 if TYPE_CHECKING:
     from maisi.generation.mask_generator import MaskOrder
@@ -26,8 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--spacing", metavar="X,Y,Z", help="Bring the finished map to this spacing in mm.  [default: as made]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same map.")
-@click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")
-@click.option("--first", type=int, default=0, show_default=True, help="Number of the first item.")
+@items_options
 @click.option("--model", default="tiny", show_default=True, help="A model with mask networks: name or folder.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--solver", help="Solver of the denoising.  [default: the model's]")
@@ -62,7 +69,7 @@ def generate(
         generator = MaskGenerator(folder, device, precision, limit)
         plan = generator.prepare(order)
         fill(place, lambda number, report: generator.item(order, plan, number, report))
-    click.echo(f"{output}: {request.count} item(s), {request.count - len(place.missing)} of them from before")
+    say_items(output, request.count, place)
 
 
 def _destination(output: Path, order: MaskOrder, folder: ModelFolder, first: int) -> Destination:

@@ -57,6 +57,13 @@ def ranges_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--ranges", type=FILE, help=help)(command)
 
 
+def items_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say which items are made."""
+    help = "Number of the first item."
+    command = click.option("--first", type=int, default=0, show_default=True, help=help)(command)
+    return click.option("-n", "--count", type=int, default=1, show_default=True, help="How many items.")(command)
+
+
 def running_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where networks run."""
     command = click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16.")(command)
@@ -140,6 +147,11 @@ def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None
     except BaseException:
         place.withdraw()
         raise
+
+
+def say_items(output: Path, count: int, place: Destination) -> None:
+    """Print how many items a folder has, and how many it had before this command."""
+    click.echo(f"{output}: {count} item(s), {count - len(place.missing)} of them from before")
 
 
 def say_result(result: Result, output: Path) -> None:
