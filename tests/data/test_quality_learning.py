@@ -35,7 +35,7 @@ def learned_from(medians: list[float], monkeypatch, kind: str = "median", of: st
         [QualityReport((Finding(kind, of, m), Finding("spread", of, 20 + i))) for i, m in enumerate(medians)]
     )
     monkeypatch.setattr(quality_learning, "check", lambda image, labels: next(reports))
-    monkeypatch.setattr(quality_learning, "medians", lambda image, labels, smallest_ml: {})
+    monkeypatch.setattr(quality_learning, "structure_medians", lambda image, labels, smallest_ml: {})
     nothing = Volume(np.zeros((1, 1, 1), np.uint8), np.eye(4))
     return learn([(nothing, nothing)] * len(medians), "test")
 
@@ -100,7 +100,7 @@ def test_labels_are_learned_of_enough_cases_by_hand(monkeypatch, pairs) -> None:
     told = iter({"aorta": hu, "liver": 55.0} | ({"spleen": 50.0} if i else {}) for i, hu in enumerate(aorta))
     report = check(*pairs[0])
     monkeypatch.setattr(quality_learning, "check", lambda image, labels: report)
-    monkeypatch.setattr(quality_learning, "medians", lambda image, labels, smallest_ml: next(told))
+    monkeypatch.setattr(quality_learning, "structure_medians", lambda image, labels, smallest_ml: next(told))
     structures = learn([pairs[0]] * PRIOR_CASES, "test").structures
     assert structures.keys() == {"aorta"}
     mean, deviation = np.mean(aorta), np.std(aorta, ddof=1)

@@ -395,10 +395,14 @@ def medians(image: Volume, labels: Volume, smallest_ml: float) -> dict[str, floa
     """
     organs = {name: _organ_values(image, labels, name, smallest_ml) for name in ORGANS}
     found = {name: float(np.median(values)) for name, values in organs.items() if values is not None}
-    for id, median in label_medians(image, labels, smallest_ml).items():
-        if id in KNOWN_IDS and id not in TUMORS and label_name(id) not in ORGANS:
-            found[label_name(id)] = median
-    return found
+    return found | structure_medians(image, labels, smallest_ml)
+
+
+def structure_medians(image: Volume, labels: Volume, smallest_ml: float) -> dict[str, float]:
+    """As `medians`, without the organs."""
+    found = label_medians(image, labels, smallest_ml)
+    known = {id: label_name(id) for id in found if id in KNOWN_IDS and id not in TUMORS}
+    return {name: found[id] for id, name in known.items() if name not in ORGANS}
 
 
 def _organ_values(image: Volume, labels: Volume, organ: str, smallest_ml: float) -> Array | None:

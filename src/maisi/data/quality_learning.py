@@ -26,7 +26,7 @@ from maisi.data.quality import (
     StructureRange,
     carried_ranges,
     check,
-    medians,
+    structure_medians,
 )
 from maisi.errors import MaisiError
 from maisi.io.nifti import read_volume
@@ -95,9 +95,8 @@ def learn(pairs: Iterable[Pair], source: str, least: int = 1) -> QualityRanges:
     for image, labels in pairs:
         for finding in check(image, labels).findings:
             values[finding.kind, finding.of].append(finding.value)
-        for name, median in medians(image.to_ras(), labels.to_ras(), carried.smallest_ml).items():
-            if name not in ORGANS:
-                values["median", name].append(median)
+        for name, median in structure_medians(image.to_ras(), labels.to_ras(), carried.smallest_ml).items():
+            values["median", name].append(median)
     if not values:
         raise MaisiError(f"{source} holds no CT with a label map; give cases with both.")
     seen = {of: told for (kind, of), told in sorted(values.items()) if kind == "median" and of not in ORGANS}
