@@ -59,7 +59,9 @@ def fid(
 
     require_new(output)
     grid = Request.parse(spacing=spacing, size=size, seed=seed)
-    made, true = (readable(find_entries([path], split), skip_unreadable, True) for path in (generated, real))
+    made, true = (
+        readable(find_entries([path], split), skip_unreadable, headers_only=True) for path in (generated, real)
+    )
     from maisi.config import parse_config
     from maisi.evaluation.set_comparison import SetConfig, SetStudy
 

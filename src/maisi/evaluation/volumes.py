@@ -85,8 +85,7 @@ class Entry:
             MaisiError: a file is damaged, the CT's values can't be HU, or the label map's are no labels.
         """
         self.ct()
-        if self.labels is not None:
-            _ = read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
+        self._stored_labels()
 
     def ct(self) -> Volume:
         """Read the CT in HU, in the orientation it is stored in.
@@ -115,9 +114,9 @@ class Entry:
         ct = self.ct().to_ras()
         if self.case is not None:
             return ct, ct.with_array(label_map(self.case, ct, self.custom_labels))
-        if self.labels is None:
+        labels = self._stored_labels()
+        if labels is None:
             return ct, None
-        labels = read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
         labels = labels.to_ras()
         if not ct.same_grid(labels, _TOLERANCE_MM):
             raise self._no_pair()
@@ -143,6 +142,11 @@ class Entry:
         vocabulary = None if self.case is None else self.case.vocabulary
         how = [self.affine, vocabulary, sorted(self.custom_labels.items())]
         return hashlib.sha256(json.dumps([*map(sha256, self.files), how]).encode()).hexdigest()
+
+    def _stored_labels(self) -> Volume | None:
+        if self.labels is None:
+            return None
+        return read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
 
     def _mapped(self, path: Path) -> Volume:
         try:
