@@ -119,7 +119,7 @@ def _require_unseen(real: Sequence[Entry], judge: Segmenter | None, order: Train
         MaisiError: so.
     """
     patients = {entry.patient for entry in order.found.entries} if order else set()
-    hashes = set(getattr(getattr(judge, "about", None), "trained_on", ()))
+    hashes = set(judge.trained_on) if judge else set()
     seen = [entry.name for entry in real if entry.patient in patients or (hashes and entry.hash in hashes)]
     if seen:
         raise MaisiError(
@@ -130,12 +130,12 @@ def _require_unseen(real: Sequence[Entry], judge: Segmenter | None, order: Train
 def _segmenter(text: str, vocabulary: str | None) -> Segmenter:
     from maisi.evaluation.segmenters import Program, Rules
 
-    folder = text != "rules" and Path(text).is_dir()
-    if text != "rules" and not folder:
+    rules = text == "rules"
+    if not rules and not Path(text).is_dir():
         return Program.parse(text, _vocabulary(vocabulary or "maisi"))
     if vocabulary is not None:
         raise MaisiError("--from says what the ids of a command mean, and this segmenter needs none; leave it out.")
-    if not folder:
+    if rules:
         return Rules()
     from maisi.evaluation.trained_segmenter import TrainedSegmenter
 

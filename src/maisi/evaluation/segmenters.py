@@ -35,6 +35,10 @@ class Segmenter(Protocol):
     def structures(self) -> Mapping[str, frozenset[int]]:
         """What it can find: name -> ids that count as it."""
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """Hashes of the cases (`volumes.Entry.hash`) that it learned from, as far as it is known here."""
+
     def __call__(self, ct: Volume) -> Volume:
         """CT in HU -> label map in maisi's ids on the same grid."""
 
@@ -44,6 +48,7 @@ class Rules:
     """The rules of `data.segmentation`: lungs, skeleton, body."""
 
     name: str = "rules"
+    trained_on: tuple[str, ...] = ()
 
     @property
     def structures(self) -> Mapping[str, frozenset[int]]:
@@ -66,6 +71,7 @@ class Program:
 
     command: tuple[str, ...]
     vocabulary: Vocabulary
+    trained_on: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str, vocabulary: Vocabulary) -> Program:

@@ -27,6 +27,7 @@ from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.segmentation_cases import PatchConfig, Structures, TrainingCase, draw_patch, likeliest
 from maisi.io.files import new_folder, write_json
+from maisi.training.optimizer import OptimizerConfig
 from maisi.training.state import (
     Checkpoint,
     load_checkpoint,
@@ -207,13 +208,15 @@ class _Training:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        warm = max(1, round(_WARM_UP * config.steps))
+        self.schedule = OptimizerConfig(learning_rate=config.learning_rate, schedule="cosine", warmup_steps=warm)
         keep_freed_memory()
 
     def step(self, step: int) -> float:
         """Draw patches, move the weights, return the loss."""
         images, classes = self._patches(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = _learning_rate(self.config, step)
+            group["lr"] = self.schedule.rate(step, self.config.steps)
         self.optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self.loss(self.running.logits(self.network, images), classes)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -326,6 +329,11 @@ class TrainedSegmenter:
         """See `Segmenter`."""
         return {name: frozenset(ids) for name, ids in self.about.structures.items()}
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """See `Segmenter`."""
+        return self.about.trained_on
+
     def __call__(self, ct: Volume) -> Volume:
         """See `Segmenter`; of a structure with several ids, the lowest is written."""
         hu = ct.to_ras()
@@ -383,13 +391,6 @@ def _network(config: SegmenterConfig, classes: int) -> nn.Module:
 def _windowed(hu: NDArray[np.float32], windows: Sequence[tuple[float, float]]) -> NDArray[np.float32]:
     """(X, Y, Z) HU to (windows, X, Y, Z) in [0, 1]; air is 0 in each, as what lies outside the image is."""
     return np.stack([np.clip((hu - low) / (high - low), 0, 1) for low, high in windows]).astype(np.float32, copy=False)
-
-
-def _learning_rate(config: SegmenterConfig, step: int) -> float:
-    warm = max(1, round(_WARM_UP * config.steps))
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    return config.learning_rate * 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, config.steps - warm))))
 
 
 def _write(
