@@ -11,8 +11,8 @@ not been run yet: no GPU was at hand.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import os
 import platform
 import resource
 import statistics
@@ -33,6 +33,9 @@ Result = TypeVar("Result")
 Settings = dict[str, Any]
 OneRun = Callable[[str, Path, Settings], tuple[np.ndarray, "Cost"]]
 """(kind, folder with weights and inputs, settings) -> what was made, and what it cost. Runs in its own process."""
+
+BUSY_PERCENT = 10.0
+"""Times are not worth keeping where others use more of the machine's cores than this."""
 
 KINDS = ("reference", "fp32", "bf16")
 
@@ -141,6 +144,7 @@ def measured(work: Callable[[], Result], device: torch.device, repeats: int = 1)
     """Do a piece of work; the middle of the repeats' times (the first of several does not count), the most memory."""
     if device.type == "cuda":
         return _measured_on_gpu(work, device, repeats)
+    _return_freed()
     before = psutil.Process().memory_info().rss
     _forget_peak()
     walls, cpus = [], []
@@ -171,6 +175,13 @@ def _measured_on_gpu(work: Callable[[], Result], device: torch.device, repeats: 
     return made, Cost(statistics.median(times), spent, torch.cuda.max_memory_allocated(device) - before)
 
 
+def _return_freed() -> None:
+    """Give back to the system what loading has freed (glibc): else it would be used again unseen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _forget_peak() -> None:
     """Linux: start the record of the most memory anew; elsewhere loading may count too."""
     try:
@@ -197,11 +208,11 @@ def machine(device: str) -> dict[str, Any]:
     name = f"{model}, {torch.get_num_threads()} threads"
     if device == "cuda":
         name = torch.cuda.get_device_name()
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = psutil.cpu_percent(interval=2.0)
     return {
         "name": f"{name}, PyTorch {torch.__version__}",
-        "load_before": load,
-        "under_load": load > 0.5 * cores,
+        "percent_busy_before": busy,
+        "under_load": busy > BUSY_PERCENT,
     }
 
 

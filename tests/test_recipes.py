@@ -14,7 +14,9 @@ import yaml
 
 from maisi.baselines.methods import METHODS, method
 from maisi.cli import run
+from maisi.data.anatomy_sizes import SIZED, TRAINING_KEY, MaskTraining
 from maisi.data.manifest import read_cases
+from maisi.data.mask_codes import METADATA_KEY, MaskCodes
 from maisi.data.phantom import phantom
 from maisi.data.prepared import PreparedFolder
 from maisi.data.quality import carried_ranges
@@ -22,6 +24,8 @@ from maisi.errors import MaisiError
 from maisi.generation.latent_views import ViewsFile
 from maisi.generation.pipeline import load
 from maisi.io.nifti import read_label_names, read_labels, write_volume
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.networks.unet import UNet, UNetConfig
 from maisi.training.runs import _run_class
 from maisi.weights.load import load_network, save_network
 
@@ -46,6 +50,7 @@ def script(name: str, folder: Path = RECIPE) -> ModuleType:
         *((stage, f"tiny/{stage}") for stage in ("autoencoder", "diffusion", "controlnet")),
         ("autoencoder", "tiny/decoder"),
         ("diffusion", "tiny/coarse"),
+        *((f"mask-{stage}", f"tiny/mask_{stage}") for stage in ("autoencoder", "diffusion")),
         ("mask-autoencoder", "mask-generator/autoencoder"),
         ("mask-diffusion", "mask-generator/diffusion"),
         ("diffusion", "baselines/ldm"),
@@ -88,7 +93,12 @@ def test_assembled_model_generates(model_folder: Path, tmp_path: Path) -> None:
     )
     ranges = tmp_path / "ranges.json"
     ranges.write_text(carried_ranges().model_dump_json())
-    script("assemble").main(networks["autoencoder"], unet, networks["controlnet"], ranges, tmp_path / "made")
+    files = [networks["autoencoder"], unet, networks["controlnet"], *mask_networks(tmp_path)]
+    script("assemble").main(files, ranges, None, tmp_path / "without")
+    maps = tmp_path / "maps"
+    assert run(["mask", "generate", "--steps", "1", "--model", str(tmp_path / "without"), "-o", str(maps)]) == 0
+    assert run(["mask", "library", "build", str(maps), "-o", str(tmp_path / "library")]) == 0
+    script("assemble").main(files, ranges, tmp_path / "library", tmp_path / "made")
     model = load(tmp_path / "made")
     assert (model.name, model.folder.config.scale_factor, model.folder.config.size_multiple) == ("tiny", 0.5, 16)
     stored = load_network(tmp_path / "made" / "unet.safetensors").state_dict()
@@ -96,6 +106,34 @@ def test_assembled_model_generates(model_folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=1e-6)
     item = model.generate(region="chest", size=(32, 32, 32), spacing=(8, 8, 8), steps=1)
     assert item.image.shape == (32, 32, 32)
+    assert model.folder.library() == tmp_path / "made" / "label_maps"
+
+
+def mask_networks(folder: Path) -> list[Path]:
+    """Both networks that make label maps, too small to make good ones."""
+    codes = MaskCodes((0, 200, 22, 138))
+    torch.manual_seed(0)
+    sizes = {"channels": (4, 8, 8), "num_res_blocks": (0, 0, 1), "norm_groups": 2, "upsampling": "nearest"}
+    autoencoder = Autoencoder(AutoencoderConfig(in_channels=8, out_channels=len(codes.ids), **sizes))
+    unet = UNet(
+        UNetConfig(
+            channels=(4, 8),
+            num_res_blocks=(1, 1),
+            attention_levels=(False, True),
+            head_channels=4,
+            norm_groups=2,
+            context_channels=len(SIZED),
+        )
+    )
+    training = MaskTraining(size=(32, 32, 32), spacing_mm=(8, 8, 8))
+    told = {
+        TRAINING_KEY: training.model_dump_json(),
+        "maisi.scale_factor": "1",
+        "maisi.process": '{"kind": "rectified_flow"}',
+    }
+    save_network(folder / "a.safetensors", autoencoder, metadata={METADATA_KEY: json.dumps(codes.ids)})
+    save_network(folder / "u.safetensors", unet, metadata=told)
+    return [folder / "a.safetensors", folder / "u.safetensors"]
 
 
 def test_a_new_structure_from_masks_to_pairs(model_folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Put the trained networks together: `python recipes/tiny/assemble.py AUTOENCODER UNET CONTROLNET RANGES FOLDER`.
+"""Put the trained networks together.
+
+    python recipes/tiny/assemble.py AUTOENCODER UNET CONTROLNET MASK_AUTOENCODER MASK_UNET RANGES LIBRARY FOLDER
+
+LIBRARY is what a model without one made (`-` leaves it out): see run.sh.
 
 Weights are stored as float16, half the size; `evaluate.py` measures the stored model, so its numbers include that.
 """
@@ -6,10 +10,11 @@ Weights are stored as float16, half the size; `evaluate.py` measures the stored 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from maisi.weights.assemble import assemble
-from maisi.weights.registry import FieldOfView
+from maisi.weights.registry import PARTS, FieldOfView
 
 
 def view(share: float, size: tuple[int, int, int], spacing_mm: float, *regions: str) -> FieldOfView:
@@ -34,11 +39,10 @@ VIEWS = (
 )
 
 
-def main(autoencoder: Path, unet: Path, controlnet: Path, ranges: Path, folder: Path) -> None:
+def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: Path) -> None:
     """Write weights, hashes and `model.json`; the model card is written by hand."""
-    files = {"autoencoder": autoencoder, "unet": unet, "controlnet": controlnet}
     config = assemble(
-        files,  # type: ignore[arg-type]
+        dict(zip(PARTS, networks, strict=True)),
         folder,
         "tiny",
         views=VIEWS,
@@ -46,10 +50,12 @@ def main(autoencoder: Path, unet: Path, controlnet: Path, ranges: Path, folder: 
         half=True,
         crop_spacing_mm=(1.8, 3.2),
         ranges=ranges,
+        library=library,
     )
-    size = sum((folder / file).stat().st_size for file in config.sha256)
+    size = sum((folder / file).stat().st_size for file in config.files.values())
     print(f"{folder}: {size / 1e6:.1f} MB of weights")
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:6]))
+    *networks, ranges, library, folder = sys.argv[1:]
+    main([Path(name) for name in networks], Path(ranges), None if library == "-" else Path(library), Path(folder))

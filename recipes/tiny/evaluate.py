@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 import maisi
 from maisi.data.agreement import dice_by_group, joint_counts
-from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
+from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import HU_MAX, HU_MIN, crop_or_pad, resample
 from maisi.data.quality_measures import stray_share
 from maisi.data.segmentation import segment
@@ -48,7 +48,7 @@ from maisi.evaluation.reconstruction import compare
 from maisi.evaluation.volumes import ct_of
 from maisi.generation import codec
 from maisi.generation.pipeline import Model, load
-from maisi.io.files import atomic_path, write_json
+from maisi.io.files import INDEX, atomic_path, write_json
 from maisi.io.preview import BONE, SOFT_TISSUE, Window
 from maisi.networks.autoencoder import Autoencoder
 from maisi.training.perceptual import FeatureName

@@ -15,7 +15,16 @@ maisi train diffusion recipes/tiny/diffusion.yaml -o work/diffusion
 maisi prepare work/prepared --views recipes/tiny/pairs.yaml \
     --autoencoder work/autoencoder/autoencoder.safetensors -o work/pairs
 maisi train controlnet recipes/tiny/controlnet.yaml -o work/controlnet
+[ -d work/heads ] || python recipes/baselines/cases.py work/prepared work/heads \
+    "mandible,spinal cord,brainstem,parotid gland left,parotid gland right"
+maisi train mask-autoencoder recipes/tiny/mask_autoencoder.yaml -o work/mask-autoencoder
+maisi train mask-diffusion recipes/tiny/mask_diffusion.yaml -o work/mask-diffusion
 maisi quality learn work/prepared --split train --least 10 -o work/ranges.json
-python recipes/tiny/assemble.py work/decoder/autoencoder.safetensors work/diffusion/unet.safetensors \
-    work/controlnet/controlnet.safetensors work/ranges.json work/tiny
+networks=(work/decoder/autoencoder.safetensors work/diffusion/unet.safetensors work/controlnet/controlnet.safetensors
+    work/mask-autoencoder/mask_autoencoder.safetensors work/mask-diffusion/mask_unet.safetensors)
+# the label maps that come with the model are the first its own mask networks make
+[ -d work/without ] || python recipes/tiny/assemble.py "${networks[@]}" work/ranges.json - work/without
+maisi mask generate --region head-neck --spacing 2.5,2.5,2.5 --model work/without -n 16 -o work/maps
+[ -d work/library ] || maisi mask library build work/maps --note "made by tiny's mask networks" -o work/library
+[ -d work/tiny ] || python recipes/tiny/assemble.py "${networks[@]}" work/ranges.json work/library work/tiny
 python recipes/tiny/evaluate.py --model work/tiny --data work/prepared -o work/evaluation

@@ -10,8 +10,8 @@ import pytest
 
 from maisi.baselines.ddpm import DdpmRun
 from maisi.baselines.hagan import HaganRun
-from maisi.data.prepared import INDEX, PreparedCase, PreparedIndex
-from maisi.io.files import write_json
+from maisi.data.prepared import PreparedCase, PreparedIndex
+from maisi.io.files import INDEX, write_json
 
 LOOP = {"steps": 4, "seed": 3, "log_every": 1, "validate_every": 2, "checkpoint_every": 2, "device": "cpu"}
 GRID = {"size": [16, 16, 32], "spacing_mm": 8.0, "views": 2, "mirror": True}

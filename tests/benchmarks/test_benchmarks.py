@@ -63,7 +63,7 @@ def test_ours_beside_the_reference(case: str, load, tmp_path: Path, monkeypatch:
     assert 0 < result["ours"]["bf16"]["largest_difference"] < 0.5
     least, most = result["ours"]["fp32"]["speed_least_most"]
     assert 0 < least <= result["ours"]["fp32"]["speed"] <= most
-    assert {"name", "load_before", "under_load"} == result["machine"].keys()
+    assert {"name", "percent_busy_before", "under_load"} == result["machine"].keys()
     table = out.with_suffix(".md").read_text()
     assert result["machine"]["name"] in table
     assert "| bf16 |" in table

@@ -10,9 +10,9 @@ import pytest
 from maisi.anatomy import TUMORS
 from maisi.data.mask_maps import MaskMap, MaskMaps, MaskMapsConfig, with_tumour
 from maisi.data.phantom import phantom
-from maisi.data.prepared import INDEX, PreparedCase, PreparedIndex
+from maisi.data.prepared import PreparedCase, PreparedIndex
 from maisi.errors import MaisiError
-from maisi.io.files import write_json
+from maisi.io.files import INDEX, write_json
 from maisi.volume import Volume
 
 CONFIG = MaskMapsConfig(

@@ -85,3 +85,27 @@ def test_the_library_comes_first_and_the_phantom_after(tmp_path) -> None:
     assert mask.spacing_mm == (10, 10, 10)
     with pytest.raises(MaisiError, match="no mask library"):
         find_mask((), (1,), (), (40, 30, 20), (10, 10, 10), 0, tmp_path)
+
+
+def test_the_models_maps_come_second_and_only_for_what_begins_where_they_do(tmp_path) -> None:
+    labels = phantom_labels((48, 40, 48), (8, 8, 8), ("head-neck", "chest"), seed=7)
+    write_volume(tmp_path / "a.nii.gz", labels)
+    carried = tmp_path / "carried"
+    build([tmp_path / "a.nii.gz"], carried)
+    grid = ((40, 32, 32), (8, 8, 8), 0)
+
+    def source(regions, structures, library=None) -> str:
+        return find_mask(regions, structures, (), *grid, library, carried)[1]
+
+    brain, lung, liver = (22,), (28,), (1,)
+    assert source(("head-neck",), ()).startswith("the model's library, mask 0001")
+    assert source((), brain).startswith("the model's library")  # what is to be shown tells the region
+    for regions, structures in ((("chest",), ()), ((), lung), (("head-neck",), liver), (("abdomen",), ())):
+        assert source(regions, structures).startswith("phantom")
+    mine = tmp_path / "mine"
+    write_volume(tmp_path / "b.nii.gz", phantom_labels((48, 40, 48), (8, 8, 8), ("abdomen",), seed=7))
+    build([tmp_path / "b.nii.gz"], mine)
+    assert source(("abdomen",), (), mine).startswith("library, mask 0001")
+    said = source((), brain, mine)
+    assert said.startswith("the model's library")
+    assert "structure 'brain'" in said  # and why not the user's

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maisi.anatomy import label_id, label_name
-from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, PreparedIndex
+from maisi.data.prepared import PreparedCase, PreparedFolder, PreparedIndex
 from maisi.data.views import (
     LatentFolder,
     ViewConfig,
@@ -24,7 +24,7 @@ from maisi.data.views import (
     regions_of_box,
 )
 from maisi.errors import MaisiError
-from maisi.io.files import write_json
+from maisi.io.files import INDEX, write_json
 
 AFFINE = ((3.0, 0, 0, -60), (0, 3.0, 0, -60), (0, 0, 5.0, 100), (0, 0, 0, 1))
 

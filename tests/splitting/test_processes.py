@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -15,7 +17,7 @@ from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
 from maisi.splitting.execution import Execution
-from maisi.splitting.processes import joined
+from maisi.splitting.processes import Processes, joined
 
 
 def free_port() -> int:
@@ -70,12 +72,16 @@ def test_processes_agree_with_one(size: int, axis: int, upsampling: str) -> None
         assert torch.allclose(torch.from_numpy(latent), model.encode(x).mean, atol=1e-5)
 
 
-def lose(rank: int, size: int, port: int, results: object) -> None:
+LOST = ("at once", "in the middle", "without a word")
+
+
+def lose(rank: int, size: int, port: int, how: str, results: object) -> None:
     enter(rank, size, port)
     model, z, _ = inputs()
-    with joined(torch.device("cpu"), timedelta(seconds=20)) as group:
+    seconds = 3 if how == "without a word" else 20
+    with joined(torch.device("cpu"), timedelta(seconds=seconds)) as group:
         if rank == 1:
-            os._exit(0)
+            go_away(group, how)
         try:
             with torch.inference_mode():
                 split.decode(model, z, Execution(group=group), 0)
@@ -84,9 +90,28 @@ def lose(rank: int, size: int, port: int, results: object) -> None:
             os._exit(0)
 
 
-def test_a_lost_process_is_told() -> None:
+def go_away(group: Processes, how: str) -> None:
+    """End at once, or when rows are exchanged for the fourth time; or stay, and answer no more."""
+    if how == "at once":
+        os._exit(0)
+    exchange, turns = group.edges, itertools.count()
+
+    def edges(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if next(turns) == 3:
+            if how == "without a word":
+                time.sleep(8)
+            os._exit(0)
+        return exchange(first, last)
+
+    group.edges = edges  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_lost_process_is_told(how) -> None:
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    running = mp.spawn(lose, (2, free_port(), results), nprocs=2, join=False)
+    running = mp.spawn(lose, (2, free_port(), how, results), nprocs=2, join=False)
+    started = time.monotonic()
     assert "start all of them again" in results.get()
+    assert time.monotonic() - started < 60
     running.join()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from maisi.data.mask_maps import MaskMapsConfig
-from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, PreparedIndex
+from maisi.data.prepared import PreparedCase, PreparedFolder, PreparedIndex
 from maisi.data.views import TumorViews, ViewConfig, cache_latents
-from maisi.io.files import write_json
+from maisi.io.files import INDEX, write_json
 from maisi.networks.autoencoder import AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig
 from maisi.networks.unet import UNetConfig

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 from maisi.cli import run
+from maisi.data.mask_library import build
+from maisi.data.phantom import phantom_labels
 from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.generation.pipeline import load
+from maisi.io.nifti import write_volume
 from maisi.weights.assemble import assemble, process_of
 from maisi.weights.load import load_network, read_header, save_network
 from maisi.weights.registry import find_model
+
+BRAIN, MANDIBLE = 22, 138
 
 
 @pytest.fixture
@@ -46,6 +51,30 @@ def test_ranges_come_along(parts: dict[str, Path], tmp_path: Path) -> None:
     assert not (tmp_path / "mine").exists()
     assert run([*command, str(given), "-o", str(tmp_path / "mine")]) == 0
     assert load(tmp_path / "mine").ranges == ranges
+
+
+def test_label_maps_come_along_and_are_followed_where_they_show_what_is_asked(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    labels = phantom_labels((48, 40, 40), (8, 8, 8), ("head-neck",), seed=3)
+    labels.array[labels.array == BRAIN] = MANDIBLE  # which no phantom has
+    write_volume(tmp_path / "head.nii.gz", labels)
+    build([tmp_path / "head.nii.gz"], tmp_path / "maps")
+    options = [word for part, path in parts.items() for word in (f"--{part}", str(path))]
+    command = ["weights", "assemble", *options, "--name", "mine", "--library"]
+    assert run([*command, str(tmp_path), "-o", str(tmp_path / "mine")]) == 2
+    assert not (tmp_path / "mine").exists()
+    assert run([*command, str(tmp_path / "maps"), "-o", str(tmp_path / "mine")]) == 0
+    model = load(tmp_path / "mine", device="cpu")
+    asked = {"region": "head-neck", "size": (32, 32, 32), "spacing": (8, 8, 8), "steps": 1, "retries": 0}
+    items = [model.generate(**asked, structure=["mandible"], item=number) for number in (0, 1)]
+    for item in items:
+        assert item.details["mask_source"].startswith("the model's library, mask 0001")
+        assert item.labels is not None
+        assert (item.labels.array == MANDIBLE).any()
+    assert (items[0].labels.array != items[1].labels.array).any()  # each is bent in its own way
+    abdomen = model.generate(**{**asked, "region": "abdomen"}, structure=["liver"])
+    assert abdomen.details["mask_source"].startswith("phantom")
 
 
 def test_half_is_half_the_size(parts: dict[str, Path], tmp_path: Path) -> None:

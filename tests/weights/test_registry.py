@@ -150,3 +150,19 @@ def test_quality_ranges_are_pinned_as_weights_are(folder: Path):
     (folder / "ranges.json").unlink()
     with pytest.raises(MaisiError, match=r"Cannot read .*ranges\.json"):
         find_model(folder)
+
+
+def test_label_maps_that_come_along_are_pinned_by_their_index(folder: Path):
+    assert find_model(folder).library() is None
+    (folder / "maps").mkdir()
+    index = folder / "maps" / "index.json"
+    index.write_text("{}")
+    with pytest.raises(MaisiError, match=r"no hash .* of 'maps/index\.json'"):
+        find_model(write_model(folder, library="maps"))
+    pins = json.loads((folder / "model.json").read_text())["sha256"] | {"maps/index.json": sha256(index)}
+    with pytest.raises(MaisiError, match="not the name of a file"):
+        find_model(write_model(folder, library="../maps", sha256=pins))
+    assert find_model(write_model(folder, library="maps", sha256=pins)).library() == folder / "maps"
+    index.write_text("{ }")
+    with pytest.raises(MaisiError, match=r"index\.json is not the file that model\.json was written for"):
+        find_model(folder)

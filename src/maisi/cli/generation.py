@@ -68,7 +68,7 @@ def generate(
 
     limit = parsed_memory(memory)
     folder = find_model(request.model)
-    job = make_job(request, folder.config)
+    job = make_job(request, folder.config, carried=folder.library())
     order = _order(request, first, folder, masked=job.labels is not None)
     place = destination(output, order, range(first, first + request.count))
     for note in job.notes:
@@ -88,10 +88,16 @@ def generate(
 def _order(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
     """What decides every byte of a folder's items; `folder` is the model's, where one is asked."""
     from maisi.generation.job import weights_used
+    from maisi.io.files import INDEX
     from maisi.weights.load import sha256
 
     ranges = request.ranges or (None if folder is None else folder.ranges())
     given = {"mask_sha256": request.mask, "image_sha256": request.image, "ranges_sha256": ranges}
+    libraries = {
+        "library_sha256": request.library,
+        "model_library_sha256": None if folder is None else folder.library(),
+    }
+    given |= {name: None if path is None else path / INDEX for name, path in libraries.items()}
     return {
         "request": request.model_dump(mode="json"),
         "first": first,

@@ -21,7 +21,7 @@ def library() -> None:
 @output_option("Library to make, a folder.")
 @click.option("--note", default="", help="Where the masks come from; kept with each. Name no patient here.")
 def build(folder: Path, output: Path, note: str) -> None:
-    """Check the label maps in FOLDER, crop them to the body and list what each shows."""
+    """Check the label maps in FOLDER (files, or generated items), crop them to the body and list what each shows."""
     from maisi.data.mask_library import build as build_library
 
     index = build_library(folder, output, note)

@@ -54,16 +54,22 @@ def export(file: Path, output: Path) -> None:
 @click.option("--name", required=True, help="What the model is called; ddpm-ct or rflow-ct for the released weights.")
 @click.option("--half", is_flag=True, help="Store float16.")
 @click.option("--ranges", type=FILE, help="What its images are judged by, made by `maisi quality learn`.")
+@click.option("--library", type=FILE, help="Label maps that come with it, made by `maisi mask library build`.")
 @output_option("Model folder to make.")
-def assemble(name: str, half: bool, ranges: Path | None, output: Path, **given: Path | None) -> None:
+def assemble(
+    name: str, half: bool, ranges: Path | None, library: Path | None, output: Path, **given: Path | None
+) -> None:
     """Put networks that belong together into a model folder, to be used as `--model FOLDER`."""
+    from maisi.data.mask_library import MaskLibrary
     from maisi.data.quality import read_ranges
     from maisi.weights.assemble import assemble as assemble_model
 
     if ranges is not None:
         read_ranges(ranges)
+    if library is not None:
+        MaskLibrary(library)
     files = {part: path for part, path in given.items() if path is not None}
-    config = assemble_model(cast(Any, files), output, name, half=half, ranges=ranges)
+    config = assemble_model(cast(Any, files), output, name, half=half, ranges=ranges, library=library)
     click.echo(
         f"{output}: {', '.join(config.files)}; {config.process['kind']}, images in steps of {config.size_multiple}"
     )

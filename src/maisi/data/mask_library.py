@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +24,13 @@ from maisi.data.mask_deform import DeformationRanges, deform, draw_deformation
 from maisi.data.preprocess import resample_to_grid
 from maisi.data.regions import regions_of
 from maisi.errors import MaisiError
-from maisi.io.files import VOLUME_ENDINGS, new_folder, write_json
+from maisi.io.files import INDEX, VOLUME_ENDINGS, new_folder, write_json
 from maisi.io.nifti import read_labels, write_volume
 from maisi.volume import Volume
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
-INDEX = "index.json"
 MARGIN_MM = 10.0
 """Air that is kept around the body."""
 
@@ -96,7 +96,7 @@ def build(source: Path | Sequence[Path], out: Path, note: str = "") -> MaskIndex
     """Make a library of label maps; whole or not at all.
 
     Args:
-        source: a folder (all .nii.gz, .nii and .nrrd files in it), or files.
+        source: a folder (all .nii.gz, .nii and .nrrd files in it, and the labels of generated items), or files.
         out: folder to make.
         note: where the masks come from, kept in each row; name no patient here.
 
@@ -122,6 +122,7 @@ def _mask_files(source: Path | Sequence[Path]) -> list[Path]:
         files = [Path(file) for file in source]
     elif Path(source).is_dir():
         files = sorted(f for f in Path(source).iterdir() if f.is_file() and f.name.lower().endswith(VOLUME_ENDINGS))
+        files += sorted(Path(source).glob("*/labels.nii.gz"))
     else:
         raise MaisiError(f"{source} is not a folder; give a folder of label maps.")
     if not files:
@@ -187,6 +188,12 @@ class MaskLibrary:
             raise MaisiError(f"{path} is damaged ({error}); build the library again.") from None
         self.rows = parse_config(MaskIndex, values, str(path)).masks
 
+    def only(self, wanted: Callable[[MaskRow], bool]) -> MaskLibrary:
+        """The library with those of its masks alone; there may be none."""
+        part = copy(self)
+        part.rows = tuple(row for row in self.rows if wanted(row))
+        return part
+
     def search(
         self,
         regions: Sequence[str] = (),
@@ -221,6 +228,8 @@ class MaskLibrary:
 
     def _reason(self, wishes: Sequence[_Wish]) -> str:
         """Which wish no mask meets (else: that none meets all together), and the mask that comes nearest."""
+        if not self.rows:
+            return "There is no mask of this kind."
         alone = [wish.text for wish in wishes if all(wish.miss(row) for row in self.rows)]
         nearest = min(self.rows, key=lambda row: (sum(min(w.miss(row), 1.0) for w in wishes), row.id))
         missed = " and ".join(wish.text for wish in wishes if wish.miss(nearest))

@@ -1,4 +1,4 @@
-"""Where a label map comes from when nobody gives one: the user's library, else a phantom that is deformed.
+"""Where a label map comes from when nobody gives one: the user's library, the model's, else a phantom that is deformed.
 
 Knows ids and regions, no names, no network. The phantom itself says where its structures lie: nothing is tabled.
 """
@@ -39,6 +39,7 @@ def find_mask(
     spacing: Spacing,
     seed: int,
     library: Path | None = None,
+    carried: Path | None = None,
 ) -> tuple[Volume, str]:
     """Find a label map that shows what is asked for, and vary it at random.
 
@@ -50,7 +51,9 @@ def find_mask(
         size: voxels along X, Y, Z.
         spacing: in mm.
         seed: decides which mask of those that fit, and how it is deformed.
-        library: folder of the user's library; where nothing in it fits, the phantom is drawn.
+        library: folder of the user's library; where nothing in it fits, it is as if there were none.
+        carried: folder of the label maps that come with the model, of which those are taken that begin with the same
+            region: one of the head and neck that ends below the shoulders is none of a chest.
 
     Returns:
         Labels (uint8, RAS+), and a sentence that says where they come from.
@@ -59,13 +62,17 @@ def find_mask(
         MaisiError: nothing has the structures, or the field of view cannot hold them together.
     """
     regions = sort_regions(regions)
+    why = ""
     if library is not None:
         found = _from_library(MaskLibrary(library), regions, structures, tumor_hosts, size, spacing, seed)
         if isinstance(found, tuple):
-            return found
+            return found[0], f"library, {found[1]}"
         why = f" ({found})"
-    else:
-        why = ""
+    if carried is not None and (shown := regions or _regions_of(structures, tumor_hosts, seed)):
+        maps = MaskLibrary(carried).only(lambda row: row.regions[:1] == shown[:1])
+        found = _from_library(maps, shown, structures, tumor_hosts, size, spacing, seed)
+        if isinstance(found, tuple):
+            return found[0], f"the model's library, {found[1]}{why}"
     wanted = [*structures, *(_host_of_phantom(hosts, seed) for hosts in tumor_hosts)]
     return phantom_mask(regions, wanted, size, spacing, seed), f"phantom, seed {seed}, deformed{why}"
 
@@ -92,7 +99,7 @@ def _from_library(
         mask = library.load(row, size, spacing, [*structures, *present], DeformationRanges(), generator)
         ids = set(ids_in(mask.array))
         if set(structures) <= ids and all(ids & set(hosts) for hosts in tumor_hosts):
-            return mask, f"library, mask {row.id} (sha256 {row.sha256[:12]}), seed {seed}, deformed"
+            return mask, f"mask {row.id} (sha256 {row.sha256[:12]}), seed {seed}, deformed"
     return "no mask of the library holds the structures within this field of view"
 
 
@@ -140,6 +147,13 @@ def regions_of_structure(id: int, seed: int = 0) -> tuple[str, ...]:
     if box is None:
         return ()
     return sort_regions(r for r, (low, high) in REGION_SPAN_MM.items() if box[1, 2] > low and box[0, 2] < high)
+
+
+def _regions_of(structures: Sequence[int], tumor_hosts: Sequence[Sequence[int]], seed: int) -> tuple[str, ...]:
+    """The regions that structures and the tumours' hosts reach into; () where one of them has none."""
+    known = [regions_of_structure(id, seed) for id in structures]
+    known += [sort_regions(r for id in hosts for r in regions_of_structure(id, seed)) for hosts in tumor_hosts]
+    return sort_regions({r for regions in known for r in regions}) if all(known) else ()
 
 
 def _host_of_phantom(hosts: Sequence[int], seed: int) -> int:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from maisi.anatomy import BODY
 from maisi.data.label_maps import apply_map, label_table, merge
 from maisi.data.manifest import Case, CaseList
-from maisi.data.prepared import INDEX, PreparedCase, PreparedIndex
+from maisi.data.prepared import PreparedCase, PreparedIndex
 from maisi.data.preprocess import HU_MIN, STORED_HU, window_mr
 from maisi.data.regions import regions_of
 from maisi.data.segmentation import segment
 from maisi.errors import MaisiError
-from maisi.io.files import atomic_path, write_json
+from maisi.io.files import INDEX, atomic_path, write_json
 from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Array, Volume
 

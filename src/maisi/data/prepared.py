@@ -18,9 +18,9 @@ from pydantic import Field
 from maisi.config import Config, parse_config
 from maisi.data.preprocess import window_ct
 from maisi.errors import MaisiError
+from maisi.io.files import INDEX
 from maisi.volume import Array
 
-INDEX = "index.json"
 Split = Literal["train", "validation"]
 
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from maisi.anatomy import EXTENSION, LABELS, LUNGS, REGION_MARKERS, REGIONS
 from maisi.config import Config, parse_config
 from maisi.data.label_variants import vary_names
-from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder, Split
+from maisi.data.prepared import PreparedCase, PreparedFolder, Split
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_examples import with_tumors
 from maisi.errors import MaisiError
-from maisi.io.files import atomic_path, write_json
+from maisi.io.files import INDEX, atomic_path, write_json
 from maisi.volume import Array, Volume
 
 NEIGHBOUR_MM = 40.0

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from maisi.data.manifest import Case, read_cases
 from maisi.data.prepare import GRID_TOLERANCE_MM, label_map
-from maisi.data.prepared import INDEX, PreparedCase, PreparedFolder
+from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
 from maisi.generation.output import IMAGE, LABELS, RECORD
-from maisi.io.files import VOLUME_ENDINGS
+from maisi.io.files import INDEX, VOLUME_ENDINGS
 from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume
 from maisi.volume import Volume
 from maisi.weights.tensor_file import sha256

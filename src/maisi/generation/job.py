@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ class Job:
         labels: the mask as it was given or found (uint8, own orientation), or None.
         mask_source: where the mask is from, for the record.
         placed: tumours that were grown in it.
+        carried: folder of the label maps that come with the model, or None.
         ranges: what the request says that items are judged by, or None.
         custom_labels: names of classes that only this model knows.
         steps: denoising steps.
@@ -65,6 +67,7 @@ class Job:
     custom_labels: Mapping[int, str] = field(default_factory=dict)
     placed: tuple[PlacedTumor, ...] = ()
     ranges: QualityRanges | None = None
+    carried: Path | None = None
 
     def of_item(self, number: int) -> Job:
         """The job of one item: its own mask where masks are found, organs of the sizes asked for, its own tumours.
@@ -77,7 +80,7 @@ class Job:
             return self
         seed = item_seed(request.seed, number)
         if source and number:
-            labels, source = _found(request, self.size, self.conditions.spacing_mm, number)
+            labels, source = _found(request, self.size, self.conditions.spacing_mm, number, self.carried)
         labels = scale_organs(labels, {label_id(name): factor for name, factor in request.anatomy_size.items()})
         labels, placed = grow_tumors(labels, request.tumor, np.random.default_rng([seed, 1]))
         return replace(self, labels=labels, mask_source=source, placed=placed)
@@ -123,13 +126,14 @@ class Job:
         return resample_to_grid(Volume(array, self.labels.to_ras().affine), self.labels, order=0)
 
 
-def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -> Job:
+def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, carried: Path | None = None) -> Job:
     """Decide what a request leaves open, and check all that can be checked without the networks.
 
     Args:
         request: the order.
         model: content of the model's `model.json`.
         mask: a label map in memory, in place of `request.mask`.
+        carried: folder of the label maps that come with the model; see `data.mask_sources.find_mask`.
 
     Raises:
         MaisiError: the mask cannot be used, differs from the size or spacing asked for, or the model has no ControlNet;
@@ -145,7 +149,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
     labels = None if given is None else read_mask(given, model.custom_labels)
     if labels is None and wishes:
         size, spacing = _grid(request, adviser)
-        labels, source = _found(request, size, spacing, 0)
+        labels, source = _found(request, size, spacing, 0, carried)
     if labels is None:
         regions, notes = request.region, list[str]()
         size, spacing = _grid(request, adviser)
@@ -166,17 +170,19 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None) -
         notes=tuple(notes),
         mask_source=source,
         custom_labels=model.custom_labels,
+        carried=carried,
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
     _ = job.of_item(0)
     return job
 
 
-def _found(request: Request, size: Triple, spacing: Spacing, number: int) -> tuple[Volume, str]:
+def _found(request: Request, size: Triple, spacing: Spacing, number: int, carried: Path | None) -> tuple[Volume, str]:
     """A mask for an item that has none, with what is to be in it, and where it is from."""
     hosts = tuple(KINDS[wish.kind].hosts for wish in request.tumor)
     ids = tuple(label_id(name) for name in (*request.structure, *request.anatomy_size))
-    return find_mask(request.region, ids, hosts, size, spacing, item_seed(request.seed, number), request.library)
+    seed = item_seed(request.seed, number)
+    return find_mask(request.region, ids, hosts, size, spacing, seed, request.library, carried)
 
 
 def padded_size(size: Triple, multiple: int) -> Triple:

@@ -216,7 +216,7 @@ class Model:
         volume = mask if isinstance(mask, Volume) else None
         path = None if mask is None or isinstance(mask, Volume) else Path(mask)
         request = Request.parse(model=str(self.name), mask=path, **wishes)
-        return make_job(request, self.folder.config, volume)
+        return make_job(request, self.folder.config, volume, self.folder.library())
 
     def run(self, job: Job, numbers: Iterable[int], progress: Progress | None = None) -> Iterator[Item]:
         """Make the items of a job with these numbers, one at a time.

@@ -17,6 +17,9 @@ from maisi.errors import MaisiError
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
 """How files of volumes end."""
 
+INDEX = "index.json"
+"""What lists and describes the content of a folder of cases, latents or label maps."""
+
 _MENDS = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "free some space or choose another disk",

@@ -10,7 +10,7 @@ from typing import Any
 
 from maisi.conditions import MASK_BITS
 from maisi.errors import MaisiError
-from maisi.io.files import new_folder, write_json
+from maisi.io.files import INDEX, new_folder, write_json
 from maisi.weights.load import CUSTOM_LABELS_KEY, NetworkHeader, load_network, read_header, save_network, sha256
 from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, Part, network_of
 
@@ -19,6 +19,9 @@ DEFAULT_STEPS = {"rectified_flow": (30, "euler"), "ddpm": (50, "dpm++")}
 
 RANGES = "ranges.json"
 """What the file of quality ranges is called in a model folder."""
+
+LIBRARY = "label_maps"
+"""What the folder of label maps is called there."""
 
 
 def assemble(
@@ -32,6 +35,7 @@ def assemble(
     half: bool = False,
     crop_spacing_mm: tuple[float, float] | None = None,
     ranges: Path | None = None,
+    library: Path | None = None,
 ) -> ModelConfig:
     """Make a model folder.
 
@@ -45,12 +49,15 @@ def assemble(
         half: store float16, half the size.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
         ranges: quality ranges that its images are to be judged by, as `maisi quality learn` makes them.
+        library: folder of label maps that come with it, as `maisi mask library build` makes it.
 
     Raises:
         MaisiError: a file is missing, damaged or another network, no scale factor is known, or the folder exists.
     """
     headers = _checked_headers(files)
     pins = {} if ranges is None else {RANGES: sha256(ranges)}
+    if library is not None:
+        pins[f"{LIBRARY}/{INDEX}"] = sha256(library / INDEX)
     scale_factor = _scale_factor(headers["unet"], files["unet"])
     process = process_of(headers["unet"])
     usual_steps, usual_solver = DEFAULT_STEPS[process["kind"]]
@@ -60,6 +67,8 @@ def assemble(
             _store(part, path, part_folder, half)
         if ranges is not None:
             shutil.copyfile(ranges, part_folder / RANGES)
+        if library is not None:
+            shutil.copytree(library, part_folder / LIBRARY)
         values: dict[str, Any] = {
             "name": name,
             **{part: f"{part}.safetensors" for part in PARTS if part in files and not part.startswith("mask_")},
@@ -73,7 +82,8 @@ def assemble(
             "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,
             "solver": solver or usual_solver,
-            "ranges": next(iter(pins), None),
+            "ranges": None if ranges is None else RANGES,
+            "library": None if library is None else LIBRARY,
         }
         config = ModelConfig.model_validate(values)
         write_json(part_folder / "model.json", config.model_dump(mode="json"))

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
+from maisi.io.files import INDEX
 from maisi.weights.load import load_network, read_header, sha256
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class ModelConfig(Config):
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
         ranges: file name of the quality ranges that its images are judged by; None: those that the package carries.
+        library: name of the folder of label maps that come with the model; None for a model without. The hash of its
+            index stands in `sha256`, those of the maps stand in the index.
     """
 
     name: str
@@ -109,19 +112,26 @@ class ModelConfig(Config):
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
     ranges: str | None = None
+    library: str | None = None
 
-    @field_validator("autoencoder", "unet", "controlnet", "card", "ranges")
+    @field_validator("autoencoder", "unet", "controlnet", "card", "ranges", "library")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
         return None if value is None else plain_name(value)
 
     @model_validator(mode="after")
     def _every_file_pinned(self) -> ModelConfig:
-        for file in (*self.files.values(), *([] if self.ranges is None else [self.ranges])):
+        more = [name for name in (self.ranges, self.library_index) if name is not None]
+        for file in (*self.files.values(), *more):
             pin = self.sha256.get(file, "")
             if len(pin) != 64 or any(c not in "0123456789abcdef" for c in pin):
                 raise ValueError(f"sha256 has no hash (64 hexadecimal digits) of '{file}'")
         return self
+
+    @property
+    def library_index(self) -> str | None:
+        """Where the index of its label maps is, below the model's folder."""
+        return None if self.library is None else f"{self.library}/{INDEX}"
 
     @property
     def files(self) -> dict[Part, str]:
@@ -164,7 +174,8 @@ class ModelFolder:
         Raises:
             MaisiError: they differ.
         """
-        self._require_pinned(self.path(part))
+        self.path(part)  # says so where the model has none
+        self._pinned(self.config.files[part])
 
     def ranges(self) -> Path | None:
         """Where the file of its quality ranges is, compared with its hash; None for a model without.
@@ -174,12 +185,22 @@ class ModelFolder:
         """
         if self.config.ranges is None:
             return None
-        self._require_pinned(self.folder / self.config.ranges)
-        return self.folder / self.config.ranges
+        return self._pinned(self.config.ranges)
 
-    def _require_pinned(self, path: Path) -> None:
-        if sha256(path) != self.config.sha256[path.name]:
+    def library(self) -> Path | None:
+        """Where the folder of its label maps is, its index compared with its hash; None for a model without.
+
+        Raises:
+            MaisiError: as `ranges`.
+        """
+        index = self.config.library_index
+        return None if index is None else self._pinned(index).parent
+
+    def _pinned(self, name: str) -> Path:
+        path = self.folder / name
+        if sha256(path) != self.config.sha256[name]:
             raise MaisiError(f"{path} is not the file that model.json was written for; get a fresh copy of both.")
+        return path
 
     def load(self, part: Part, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """Load one network after its hash was checked; `device` and `dtype` as in `load_network`."""
@@ -214,6 +235,7 @@ def find_model(name_or_folder: str | Path) -> ModelFolder:
             wanted = network_of(part)
             raise MaisiError(f"{model.path(part)} holds the network '{held}' in place of '{wanted}'; correct {source}.")
     model.ranges()
+    model.library()
     return model
 
 
