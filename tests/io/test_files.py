@@ -188,3 +188,19 @@ def test_the_hash_of_a_folder_is_that_of_names_and_contents(tmp_path):
     assert volume_sha256(tmp_path / "b.zarr" / "z") == hashlib.sha256(b"2").hexdigest()
     with pytest.raises(MaisiError, match=r"Cannot read .*absent: No such file"):
         volume_sha256(tmp_path / "absent")
+
+
+def test_all_that_is_in_a_new_folder_is_synced_before_it_appears(tmp_path, monkeypatch):
+    synced = []
+
+    def record(descriptor):
+        synced.append(os.stat(descriptor).st_ino)
+        assert (tmp_path / "a").exists() == (len(synced) > 4)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with new_folder(tmp_path / "a") as part:
+        (part / "b").mkdir()
+        (part / "b" / "c").write_text("1")
+        (part / "d").write_text("2")
+    places = (tmp_path, *(tmp_path / "a" / name for name in ("", "b", "b/c", "d")))
+    assert set(synced) == {place.stat().st_ino for place in places}

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
@@ -506,8 +507,9 @@ def test_a_place_that_may_not_be_written_to(tmp_path, oblique, monkeypatch):
         write_volume(tmp_path / "a.zarr", oblique)
 
 
-def test_without_the_package(written, oblique, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zarr", None)
+@pytest.mark.parametrize("package", [None, types.ModuleType("zarr")], ids=["missing", "older"])
+def test_without_the_package(written, oblique, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "zarr", package)
     for use in (
         lambda: read_volume(written),
         lambda: read_label_names(written),

@@ -216,12 +216,15 @@ def require_package() -> Any:
     """Import the package `zarr`, which is slow.
 
     Raises:
-        MaisiError: it is missing.
+        MaisiError: it is missing, or older than 3.
     """
     try:
         import zarr
+        from zarr import create_array as _
     except ImportError:
-        raise MaisiError("Zarr needs a package that is not there; install it with: pip install 'maisi[zarr]'") from None
+        raise MaisiError(
+            "Zarr needs the package zarr, 3.1 or newer; install it with: pip install 'maisi[zarr]'"
+        ) from None
     return zarr
 
 
