@@ -220,7 +220,7 @@ def require_package() -> Any:
     """
     try:
         import zarr
-        from zarr import create_array as _
+        from zarr import create_array as _  # noqa: F401  version 2 does not have it
     except ImportError:
         raise MaisiError(
             "Zarr needs the package zarr, 3.1 or newer; install it with: pip install 'maisi[zarr]'"
