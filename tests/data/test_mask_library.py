@@ -11,7 +11,7 @@ from maisi.data.mask_deform import DeformationRanges
 from maisi.data.mask_library import MARGIN_MM, MaskLibrary, build
 from maisi.data.phantom import phantom_labels
 from maisi.errors import MaisiError
-from maisi.io.nifti import write_volume
+from maisi.io.nifti import read_labels, write_volume
 from maisi.volume import Volume
 
 LIVER, BRAIN, HEPATIC_TUMOR = 1, 22, 26
@@ -173,3 +173,12 @@ def test_a_library_that_is_none(tmp_path) -> None:
 
 def test_names_used_here() -> None:
     assert (label_id("liver"), label_id("brain"), label_id("hepatic tumor")) == (LIVER, BRAIN, HEPATIC_TUMOR)
+
+
+def test_a_zarr_among_the_files_is_one_mask(folder, tmp_path) -> None:
+    pytest.importorskip("zarr")
+    (tmp_path / "masks").mkdir()
+    write_volume(tmp_path / "masks" / "a.zarr", read_labels(folder / "Patient_Secret_2.nii.gz"))
+    build(tmp_path / "masks", tmp_path / "library")
+    build([folder / "Patient_Secret_2.nii.gz"], tmp_path / "other")
+    assert MaskLibrary(tmp_path / "library").rows == MaskLibrary(tmp_path / "other").rows

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,3 +281,18 @@ def test_files_damaged_behind_a_good_header_are_listed_by_every_evaluation(tmp_p
     assert run(words) == 0
     notes = json.loads((tmp_path / "kept" / "result.json").read_text())["notes"]
     assert sum(note.startswith("Left out: ") for note in notes) == 2
+
+
+def test_a_zarr_in_a_folder_counts_as_one_volume(folder) -> None:
+    pytest.importorskip("zarr")
+    write_volume(folder / "images" / "c.ome.zarr", turned(CT))
+    write_volume(folder / "labels" / "c.zarr", LABELS)
+    found = find_entries([folder / "images"], labels=folder / "labels")
+    assert names(found) == ["a", "b_0000", "c"]
+    assert names(readable(found)) == ["a", "b_0000", "c"]
+    ct, labels = found.entries[2].pair()
+    np.testing.assert_array_equal(ct.array, CT.array)
+    np.testing.assert_array_equal(labels.array, LABELS.array)
+    alone = find_entries([folder / "images" / "c.ome.zarr"]).entries[0]
+    assert (alone.name, alone.has_labels) == ("c", False)
+    assert alone.hash == replace(alone, name="d").hash != found.entries[2].hash

@@ -25,13 +25,16 @@ def autoencoder(model):
     return model.autoencoder
 
 
-@pytest.fixture
-def ct(tmp_path) -> Path:
+@pytest.fixture(params=["nii.gz", "zarr"])
+def ct(request, tmp_path) -> Path:
     """Stored with two axes the other way and in another order."""
     hu = np.random.default_rng(0).integers(-1200, 1500, (20, 14, 38)).astype(np.int16)
     affine = np.array([[0, 0, -2.0, 9], [3, 0, 0, -5], [0, -1.5, 0, 7], [0, 0, 0, 1]])
-    write_volume(tmp_path / "ct.nii.gz", Volume(hu, affine))
-    return tmp_path / "ct.nii.gz"
+    path = tmp_path / f"ct.{request.param}"
+    if request.param == "zarr":
+        pytest.importorskip("zarr")
+    write_volume(path, Volume(hu, affine))
+    return path
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -58,6 +61,19 @@ def test_an_image_written_in_parts_has_the_bytes_of_the_whole(autoencoder, tmp_p
     slabs = codec.decode_slabs(autoencoder, latent, plan)
     write_slabs(tmp_path / "slabs.nii.gz", Slabs(SIZE, latent.affine, codec.STORED, axis, slabs))
     assert (tmp_path / "slabs.nii.gz").read_bytes() == (tmp_path / "whole.nii.gz").read_bytes()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_image_written_in_parts_to_zarr_has_the_voxels_of_the_whole(autoencoder, tmp_path, axis) -> None:
+    pytest.importorskip("zarr")
+    affine = np.array([[0, 0, -2.0, 9], [3, 0, 0, -5], [0, -1.5, 0, 7], [0, 0, 0, 1]])
+    latent = Latent(*np.random.default_rng(1).standard_normal((2, 4, 10, 5, 4)).astype(np.float32), affine, SIZE)
+    plan = Plan("decode", PADDED, axis, 4, "device", False)
+    slabs = codec.decode_slabs(autoencoder, latent, plan)
+    write_slabs(tmp_path / "slabs.ome.zarr", Slabs(SIZE, affine, codec.STORED, axis, slabs))
+    made, whole = read_volume(tmp_path / "slabs.ome.zarr"), codec.decode(autoencoder, latent, plan)
+    np.testing.assert_array_equal(made.array, whole.array)
+    np.testing.assert_array_equal(made.affine, whole.affine)
 
 
 def test_latents_of_another_autoencoder_are_refused_before_the_first_slab(autoencoder) -> None:
@@ -99,16 +115,21 @@ def there_and_back(path, x, y, z):
     assert np.allclose(made.mean[0, ::2, 0, 0], np.arange(32) * 8 / x, atol=1e-3), made.mean[0, :, 0, 0]
 
 codec.decoded, codec.encoded = decoded, encoded
-there_and_back(Path("small.nii.gz"), 256, 16, 16)  # loads what is loaded once
+small, large = map(Path, sys.argv[1:])
+there_and_back(small, 256, 16, 16)  # loads what is loaded once
 before = peak()
-there_and_back(Path("large.nii.gz"), 256, 512, 384)
+there_and_back(large, 256, 512, 384)
 print(peak() - before)
 """
 
 
-def test_the_whole_image_is_never_in_memory(tmp_path) -> None:
+@pytest.mark.parametrize("ending", ["nii.gz", "zarr"])
+def test_the_whole_image_is_never_in_memory(tmp_path, ending) -> None:
     """The ends alone, around a network that does nothing: an image of 96 MiB (as float32: 192) passes both ways."""
     pytest.importorskip("resource")
-    done = subprocess.run([sys.executable, "-c", ENDS], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if ending == "zarr":
+        pytest.importorskip("zarr")
+    command = [sys.executable, "-c", ENDS, f"small.{ending}", f"large.{ending}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 96 * 2**20  # 68 are taken; an end that held the image would take it beside those

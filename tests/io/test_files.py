@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import pytest
 
 from maisi.errors import MaisiError
 from maisi.io import files
-from maisi.io.files import atomic_path, new_folder, write_json
+from maisi.io.files import atomic_path, is_volume, new_folder, volume_sha256, write_json
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -161,3 +162,45 @@ def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"a": math.nan})
     assert os.listdir(tmp_path) == []
+
+
+def test_what_counts_as_a_volume(tmp_path):
+    for name in ("a.nii", "B.NII.GZ", "c.nrrd", "d.zarr", "e.txt", "nii"):
+        (tmp_path / name).touch()
+    for name in ("f.zarr", "g.ome.zarr", "h.nii", "i"):
+        (tmp_path / name).mkdir()
+    found = sorted(path.name for path in tmp_path.iterdir() if is_volume(path))
+    assert found == ["B.NII.GZ", "a.nii", "c.nrrd", "f.zarr", "g.ome.zarr"]
+    assert not is_volume(tmp_path / "absent.zarr")
+
+
+def test_the_hash_of_a_folder_is_that_of_names_and_contents(tmp_path):
+    for name in ("a.zarr", "b.zarr"):
+        (tmp_path / name / "0").mkdir(parents=True)
+        (tmp_path / name / "0" / "x").write_bytes(b"1")
+        (tmp_path / name / "y").write_bytes(b"2")
+    one = volume_sha256(tmp_path / "a.zarr")
+    assert one == volume_sha256(tmp_path / "b.zarr")
+    (tmp_path / "b.zarr" / "y").rename(tmp_path / "b.zarr" / "z")
+    assert one != volume_sha256(tmp_path / "b.zarr")
+    (tmp_path / "a.zarr" / "0" / "x").write_bytes(b"3")
+    assert one != volume_sha256(tmp_path / "a.zarr")
+    assert volume_sha256(tmp_path / "b.zarr" / "z") == hashlib.sha256(b"2").hexdigest()
+    with pytest.raises(MaisiError, match=r"Cannot read .*absent: No such file"):
+        volume_sha256(tmp_path / "absent")
+
+
+def test_all_that_is_in_a_new_folder_is_synced_before_it_appears(tmp_path, monkeypatch):
+    synced = []
+
+    def record(descriptor):
+        synced.append(os.stat(descriptor).st_ino)
+        assert (tmp_path / "a").exists() == (len(synced) > 4)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with new_folder(tmp_path / "a") as part:
+        (part / "b").mkdir()
+        (part / "b" / "c").write_text("1")
+        (part / "d").write_text("2")
+    places = (tmp_path, *(tmp_path / "a" / name for name in ("", "b", "b/c", "d")))
+    assert set(synced) == {place.stat().st_ino for place in places}

@@ -292,7 +292,7 @@ def test_no_file(tmp_path):
     (tmp_path / "folder.nii").mkdir()
     with pytest.raises(MaisiError, match="Is a directory"):
         read_volume(tmp_path / "folder.nii")
-    with pytest.raises(MaisiError, match=r"use .nii.gz, .nii or .nrrd"):
+    with pytest.raises(MaisiError, match=r"use .nii.gz, .nii, .nrrd or .zarr"):
         read_volume(tmp_path / "a.dcm")
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from maisi.errors import MaisiError
 from maisi.io import slabs
 from maisi.io.nifti import opened_rows, read_volume, write_slabs, write_volume
-from maisi.io.slabs import Slabs, Spool
+from maisi.io.slabs import Slabs, Spool, regrouped
 from maisi.volume import Volume
 
 resource = pytest.importorskip("resource")
@@ -161,3 +161,16 @@ def test_a_spool_gives_back_what_it_was_given(tmp_path) -> None:
         for number, array in enumerate(given):
             np.testing.assert_array_equal(spool.planes(number, 0, array.shape[2]), array)
         assert list(tmp_path.iterdir()) == [], "the file has a name"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(axis=st.integers(0, 2), given_=st.lists(st.integers(1, 5), min_size=1, max_size=6), data=st.data())
+def test_rows_come_regrouped(axis, given_, data) -> None:
+    total = sum(given_)
+    wanted = []
+    while sum(wanted) < total:
+        wanted.append(data.draw(st.integers(1, total - sum(wanted))))
+    array = noise([total if a == axis else 3 for a in range(3)])
+    blocks = [b.copy() for b in regrouped(iter(np.split(array, np.cumsum(given_)[:-1], axis)), axis, wanted)]
+    assert [b.shape[axis] for b in blocks] == wanted
+    np.testing.assert_array_equal(np.concatenate(blocks, axis), array)

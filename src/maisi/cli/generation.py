@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.command()
 @grid_options
 @items_options
-@click.option("--mask", type=FILE, help="Label map (NIfTI, NRRD) to follow; the image has its grid.")
+@click.option("--mask", type=FILE, help="Label map (NIfTI, NRRD, Zarr) to follow; the image has its grid.")
 @click.option("--structure", multiple=True, metavar="NAME", help="To be shown; without --mask, finds one that has it.")
 @click.option("--tumor", multiple=True, metavar="WISH", help="Such as liver:25mm or lung:8-15mmx3; may be repeated.")
 @click.option(
@@ -88,8 +88,7 @@ def generate(
 def _order(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
     """What decides every byte of a folder's items; `folder` is the model's, where one is asked."""
     from maisi.generation.job import weights_used
-    from maisi.io.files import INDEX
-    from maisi.weights.load import sha256
+    from maisi.io.files import INDEX, volume_sha256
 
     ranges = request.ranges or (None if folder is None else folder.ranges())
     given = {"mask_sha256": request.mask, "image_sha256": request.image, "ranges_sha256": ranges}
@@ -101,7 +100,7 @@ def _order(request: Request, first: int, folder: ModelFolder | None, masked: boo
     return {
         "request": request.model_dump(mode="json"),
         "first": first,
-        **{name: None if path is None else sha256(path) for name, path in given.items()},
+        **{name: None if path is None else volume_sha256(path) for name, path in given.items()},
         "weights_sha256": {} if folder is None else weights_used(folder, masked),
     }
 

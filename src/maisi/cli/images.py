@@ -88,7 +88,7 @@ def encode(
 
 @click.command()
 @click.argument("latent", type=FILE)
-@output_option("Image to make (.nii.gz, .nii or .nrrd).")
+@output_option("Image to make (.nii.gz, .nii, .nrrd or .zarr).")
 @autoencoder_options
 @running_options
 @budget_options
@@ -162,7 +162,7 @@ def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: 
 
 @click.command()
 @click.argument("ct", type=FILE)
-@output_option("Label map to make (.nii.gz, .nii or .nrrd).")
+@output_option("Label map to make (.nii.gz, .nii, .nrrd or .zarr).")
 def segment(ct: Path, output: Path) -> None:
     """Segment a CT by rules: body, lungs, airway, bone."""
     from maisi.io.nifti import read_volume, write_volume

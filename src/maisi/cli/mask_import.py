@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     metavar="NAME|TABLE.json",
     help="What the ids mean: totalsegmentator, vista3d, maisi, openkbp or a table; once, or once for each file.",
 )
-@output_option("Label map to make (.nii.gz, .nii or .nrrd).")
+@output_option("Label map to make (.nii.gz, .nii, .nrrd or .zarr).")
 @click.option("--resample", "to_grid", is_flag=True, help="Bring what lies on another grid to the CT's or the first's.")
 @click.option("--swap-sides", is_flag=True, help="Exchange left and right where they are swapped.")
 @click.option("--report", "with_report", is_flag=True, help="Write what was found beside the output, as JSON.")

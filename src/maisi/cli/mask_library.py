@@ -71,7 +71,7 @@ def search(
 
 @click.command()
 @click.argument("mask", type=FILE)
-@output_option("Label map to make (.nii.gz, .nii or .nrrd).")
+@output_option("Label map to make (.nii.gz, .nii, .nrrd or .zarr).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same change.")
 @click.option("--anatomy-size", multiple=True, metavar="NAME=FACTOR", help="Volume of a structure. May be repeated.")
 @click.option("--elastic", type=float, metavar="MM", help="Largest displacement.  [default: 5]")

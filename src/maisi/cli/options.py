@@ -121,6 +121,10 @@ def require_new(path: Path, *endings: str) -> None:
     """
     if endings and not path.name.lower().endswith(endings):
         raise MaisiError(f"{path}: this command writes {' or '.join(endings)}; give a name that ends so.")
+    if endings and path.name.lower().endswith(".zarr"):
+        from maisi.io.zarr_store import require_package
+
+        require_package()
     if path.exists():
         raise MaisiError(f"{path} exists; choose another name or remove it.")
     if not path.parent.is_dir():

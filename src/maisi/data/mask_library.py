@@ -24,7 +24,7 @@ from maisi.data.mask_deform import DeformationRanges, deform, draw_deformation
 from maisi.data.preprocess import resample_to_grid
 from maisi.data.regions import regions_of
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, VOLUME_ENDINGS, new_folder, write_json
+from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume, new_folder, write_json
 from maisi.io.nifti import read_labels, write_volume
 from maisi.volume import Volume
 
@@ -96,7 +96,7 @@ def build(source: Path | Sequence[Path], out: Path, note: str = "") -> MaskIndex
     """Make a library of label maps; whole or not at all.
 
     Args:
-        source: a folder (all .nii.gz, .nii and .nrrd files in it, and the labels of generated items), or files.
+        source: a folder (all volumes in it, and the labels of generated items), or files.
         out: folder to make.
         note: where the masks come from, kept in each row; name no patient here.
 
@@ -121,7 +121,7 @@ def _mask_files(source: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(source, (str, Path)):
         files = [Path(file) for file in source]
     elif Path(source).is_dir():
-        files = sorted(f for f in Path(source).iterdir() if f.is_file() and f.name.lower().endswith(VOLUME_ENDINGS))
+        files = sorted(filter(is_volume, Path(source).iterdir()))
         files += sorted(Path(source).glob("*/labels.nii.gz"))
     else:
         raise MaisiError(f"{source} is not a folder; give a folder of label maps.")

@@ -1,7 +1,7 @@
 """The CTs that an evaluation looks at, found in files and folders of several kinds. Knows no measure, no torch.
 
 A folder is a prepared folder (it has `index.json`), one generated item or a folder of such (`image.nii.gz` with or
-without `labels.nii.gz`), or a folder of volumes; a file is a volume, or a case list (JSON).
+without `labels.nii.gz`), or a folder of volumes; a file or a Zarr is a volume, or a case list (JSON).
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
 from maisi.generation.output import IMAGE, LABELS, RECORD
-from maisi.io.files import INDEX, VOLUME_ENDINGS
+from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume, volume_sha256
 from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume
 from maisi.volume import Volume
-from maisi.weights.tensor_file import sha256
 
 SPLITS = ("train", "validation", "all")
 
@@ -44,7 +43,7 @@ class Entry:
     Attributes:
         name: of the volume, unique in its set.
         patient: whose it is; the name, where nothing tells.
-        image: a volume file, or an array (.npy) of a prepared folder.
+        image: a volume (of a Zarr the folder), or an array (.npy) of a prepared folder.
         labels: its label map, of the same kind, or None.
         affine: of a prepared folder's arrays, 4 rows of 4; None: the files say it themselves.
         custom_labels: names of the own classes of a prepared folder or a case list, id -> name.
@@ -141,7 +140,7 @@ class Entry:
         """
         vocabulary = None if self.case is None else self.case.vocabulary
         how = [self.affine, vocabulary, sorted(self.custom_labels.items())]
-        return hashlib.sha256(json.dumps([*map(sha256, self.files), how]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*map(volume_sha256, self.files), how]).encode()).hexdigest()
 
     def _stored_labels(self) -> Volume | None:
         if self.labels is None:
@@ -241,8 +240,10 @@ def ct_of(folder: PreparedFolder, case: PreparedCase) -> Volume:
 def _in(path: Path, split: str) -> Found:
     if (path / INDEX).is_file():
         return _in_prepared(path, split)
-    if path.is_file():
-        return _in_list(path, split) if path.suffix == ".json" else Found((Entry(_stem(path), _stem(path), path),))
+    if path.is_file() and path.suffix == ".json":
+        return _in_list(path, split)
+    if path.is_file() or is_volume(path):
+        return Found((Entry(_stem(path), _stem(path), path),))
     if not path.is_dir():
         raise MaisiError(f"{path} does not exist; give a file or folder that does.")
     return _in_folder(path)
@@ -278,7 +279,7 @@ def _in_folder(path: Path) -> Found:
     if items:
         entries = tuple(_item(folder) for folder in items if _is_ct(folder))
         return Found(entries, _other_notes(len(items) - len(entries), "item(s)", path))
-    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(VOLUME_ENDINGS))
+    files = sorted(filter(is_volume, path.iterdir()))
     return Found(tuple(Entry(_stem(file), _stem(file), file) for file in files))
 
 
@@ -320,7 +321,7 @@ def _home(entry: Entry) -> Path:
 def _with_labels(entries: Sequence[Entry], folder: Path) -> list[Entry]:
     if not folder.is_dir():
         raise MaisiError(f"{folder} is no folder; give the folder of the images' label maps.")
-    files = {_stem(path): path for path in sorted(folder.iterdir()) if path.name.lower().endswith(VOLUME_ENDINGS)}
+    files = {_stem(path): path for path in sorted(filter(is_volume, folder.iterdir()))}
     found = {}
     for entry in entries:
         stem = entry.name.rpartition("/")[2]

@@ -121,7 +121,7 @@ def file_plan(
 
 
 class Rows(Protocol):
-    """A CT in RAS+ that is asked for a few rows at a time; `io.slabs.StoredRows` is one."""
+    """A CT in RAS+ that is asked for a few rows at a time; `io.slabs.RasRows` is one."""
 
     shape: Triple
     affine: NDArray[np.float64]

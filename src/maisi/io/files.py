@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -14,8 +15,8 @@ from typing import Any
 
 from maisi.errors import MaisiError
 
-VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd")
-"""How files of volumes end."""
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".ome.zarr", ".zarr")
+"""How volumes are called; all are files, but for those that end as a Zarr, which is a folder."""
 
 INDEX = "index.json"
 """What lists and describes the content of a folder of cases, latents or label maps."""
@@ -30,6 +31,33 @@ _MENDS = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 """Faults of the place, not of the program: what the user can do about them."""
+
+
+def is_volume(path: Path) -> bool:
+    """Say whether a file is called as volumes are, or a folder as a Zarr, which then counts as one volume."""
+    name = path.name.lower()
+    return name.endswith(VOLUME_ENDINGS) and (path.is_dir() if name.endswith(".zarr") else path.is_file())
+
+
+def volume_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of all files below a folder, as 64 digits.
+
+    Raises:
+        MaisiError: it cannot be read.
+    """
+    try:
+        if not path.is_dir():
+            return _sha256(path)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listed = [[file.relative_to(path).as_posix(), _sha256(file)] for file in files]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    except OSError as error:
+        raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a volume.") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -75,7 +103,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
-        _sync(part)
+        for inner in (*part.rglob("*"), part):
+            _sync(inner)
         part.rename(path)
         _sync(path.parent)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Volumes in files: NIfTI here, NRRD through `io.nrrd`. Headers are checked before a voxel is read.
+"""Volumes in files: NIfTI here, NRRD and Zarr through modules of their own. Headers are checked before a voxel is read.
 
 Specification: https://nifti.nimh.nih.gov/nifti-1 (and nifti-2 for reading).
 """
@@ -27,8 +27,9 @@ from maisi.errors import MaisiError
 from maisi.io.files import atomic_path, writing
 from maisi.io.label_names import EXTENSION_CODE, label_table_xml, names_in_xml
 from maisi.io.nrrd import nrrd_voxels, read_nrrd_header, write_nrrd
-from maisi.io.slabs import Slabs, StoredRows
+from maisi.io.slabs import RasRows, Slabs, StoredRows
 from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader, copy_voxels, read_some, read_voxels, skip
+from maisi.io.zarr_store import ZarrRows, is_zarr, open_zarr, write_zarr
 from maisi.volume import Volume
 
 SYNTHETIC = "synthetic CT made by maisi"
@@ -42,24 +43,25 @@ _MAGIC = {348: b"n+1\0", 540: b"n+2\0"}
 
 
 def read_header(path: Path) -> StoredHeader:
-    """Read and check the header of a NIfTI or NRRD file: shape, affine, dtype. Cheap; no voxel is touched.
+    """Read and check the header of a NIfTI or NRRD file, or a Zarr: shape, affine, dtype. Cheap; no voxel is touched.
 
     Raises:
-        MaisiError: no such file, another format, not one 3D volume of numbers, no finite affine.
+        MaisiError: no such file, another format, not one 3D volume of numbers, no finite affine; of a Zarr also: the
+            package that reads it is missing.
     """
     path = Path(path)
     kind = _kind(path)
-    try:
+    with _reading(path):
+        if kind == "zarr":
+            return open_zarr(path).header
         return read_nrrd_header(path) if kind == "nrrd" else _read_nifti_header(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 def read_volume(path: Path, budget_bytes: int | None = None) -> Volume:
-    """Read a volume from .nii, .nii.gz or .nrrd, in the orientation it is stored in.
+    """Read a volume from .nii, .nii.gz, .nrrd or .zarr, in the orientation it is stored in.
 
     Args:
-        path: the file.
+        path: the file; of a Zarr the folder.
         budget_bytes: memory that the voxels may take; None allows half of what is free.
 
     Returns:
@@ -69,25 +71,37 @@ def read_volume(path: Path, budget_bytes: int | None = None) -> Volume:
         MaisiError: as `read_header`; or the header asks for more than the budget, the file is cut short or
             damaged, or voxels are not finite.
     """
+    path = Path(path)
+    if _kind(path) == "zarr":
+        with _reading(path):
+            image = open_zarr(path)
+            image.check(budget_bytes)
+            return Volume(image.read(), image.header.affine)
     header = read_header(path)
-    try:
+    with _reading(path):
         header.check_size(budget_bytes)
         with _voxels(header) as stream:
-            array = read_voxels(stream, header)
-    except OSError as error:
-        raise _unreadable(header.path, error) from error
-    return Volume(array, header.affine)
+            return Volume(read_voxels(stream, header), header.affine)
 
 
 @contextmanager
-def opened_rows(path: Path) -> Iterator[StoredRows]:
+def opened_rows(path: Path) -> Iterator[RasRows]:
     """Open a volume that is read a few rows at a time and never whole; all of it is checked first.
 
-    Compressed voxels are decompressed once, into an unnamed file in the folder for temporary files.
+    The voxels of a compressed file are decompressed once, into an unnamed file in the folder for temporary files; those
+    of a Zarr stay where they are, since its chunks are decompressed one by one.
 
     Raises:
         MaisiError: as `read_volume`, but for the budget; or no place for what is decompressed.
     """
+    path = Path(path)
+    if _kind(path) == "zarr":
+        with _reading(path):
+            image = open_zarr(path)
+            image.check(sys.maxsize)
+            image.require_whole()
+        yield ZarrRows(image)
+        return
     header = read_header(path)
     header.check_size(sys.maxsize)
     with ExitStack() as opened:
@@ -99,12 +113,10 @@ def opened_rows(path: Path) -> Iterator[StoredRows]:
 
 def _seekable(header: StoredHeader, opened: ExitStack) -> tuple[IO[bytes], int]:
     """Return a file with the voxels as they are, and where in it they begin."""
-    try:
+    with _reading(header.path):
         if not header.compressed:
             return opened.enter_context(header.path.open("rb")), header.offset
         stream = opened.enter_context(_voxels(header))
-    except OSError as error:
-        raise _unreadable(header.path, error) from error
     folder = Path(tempfile.gettempdir())
     with writing(folder):
         file = opened.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
@@ -132,21 +144,22 @@ def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
 
 
 def read_label_names(path: Path) -> dict[int, str]:
-    """Return the label names in a file's header (id -> name), as TotalSegmentator and `write_volume` leave them.
+    """Return the label names in a header (id -> name), as TotalSegmentator, OME-Zarr and `write_volume` leave them.
 
     {} for a file without them, and for NRRD.
 
     Raises:
         MaisiError: as `read_header`.
     """
+    path = Path(path)
+    if _kind(path) == "zarr":
+        with _reading(path):
+            return dict(open_zarr(path).names)
     header = read_header(path)
-    if _kind(header.path) == "nrrd":
+    if _kind(path) == "nrrd":
         return {}
-    try:
-        with _open(header.path) as stream:
-            data = _read_exactly(stream, header.offset, header.path)
-    except OSError as error:
-        raise _unreadable(header.path, error) from error
+    with _reading(path), _open(path) as stream:
+        data = _read_exactly(stream, header.offset, path)
     for content in _extensions(data):
         if names := names_in_xml(content):
             return names
@@ -161,18 +174,19 @@ def write_volume(
     synthetic: bool = True,
     names: Mapping[int, str] | None = None,
 ) -> None:
-    """Write a volume to .nii, .nii.gz or .nrrd, atomically; the same volume gives the same bytes.
+    """Write a volume to .nii, .nii.gz, .nrrd or .zarr, atomically; the same volume gives the same bytes.
 
     Args:
-        path: file to make; its ending decides the format.
+        path: file to make, or folder of OME-Zarr, which must not exist; its ending decides the format.
         volume: uint8 and bool are stored as uint8 (labels); everything else as int16 (HU), reals rounded.
-        description: text for the header, at most 79 ASCII characters; None writes `SYNTHETIC`, or "made by
+        description: text for the header (NIfTI: at most 79 ASCII characters); None writes `SYNTHETIC`, or "made by
             maisi" where `synthetic` is false.
         synthetic: whether nobody's body is shown; stands in the header either way.
-        names: of a label map: id -> name, which NIfTI files keep in their header, with colours.
+        names: of a label map: id -> name, which NIfTI and OME-Zarr keep, with colours.
 
     Raises:
-        MaisiError: unknown ending, values that int16 cannot hold, or a place that cannot be written to.
+        MaisiError: unknown ending, values that int16 cannot hold, a place that cannot be written to; or of a Zarr, it
+            exists or the package that writes it is missing.
     """
     path = Path(path)
     stored = _storable(volume.array)
@@ -190,12 +204,15 @@ def write_slabs(
 ) -> None:
     """As `write_volume`, of a volume of uint8 or int16 that comes slab by slab, with the same bytes.
 
-    Slabs that are not along Z wait beside `path`, in a file without a name.
+    Slabs that are not along Z wait beside `path`, in a file without a name; those of a Zarr fill its chunks at once.
     """
     path = Path(path)
     kind = _kind(path)
     text = description if description is not None else SYNTHETIC if synthetic else "made by maisi"
     note = {"synthetic": synthetic, "description": text, "made_by": f"maisi {maisi.__version__}"}
+    if kind == "zarr":
+        write_zarr(path, volume, note, names)
+        return
     if kind == "nrrd":
         fields = {key: json.dumps(value).strip('"') for key, value in note.items()}
         write_nrrd(path, volume, text, fields)
@@ -211,14 +228,23 @@ def write_slabs(
 
 def _kind(path: Path) -> str:
     name = path.name.lower()
-    for ending in ("nii.gz", "nii", "nrrd"):
+    for ending in ("nii.gz", "nii", "nrrd", "zarr"):
         if name.endswith("." + ending):
             return ending
-    raise MaisiError(f"{path}: files of this kind are not read or written; use .nii.gz, .nii or .nrrd.")
+    if is_zarr(path):  # a label image within another, say
+        return "zarr"
+    raise MaisiError(f"{path}: files of this kind are not read or written; use .nii.gz, .nii, .nrrd or .zarr.")
 
 
-def _unreadable(path: Path, error: OSError) -> MaisiError:
-    return MaisiError(f"Cannot read {path}: {error.strerror or error}; give the path of a file you may read.")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in a sentence that a file cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise MaisiError(
+            f"Cannot read {path}: {error.strerror or error}; give the path of a file you may read."
+        ) from error
 
 
 @contextmanager

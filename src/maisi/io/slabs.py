@@ -2,13 +2,14 @@
 
 A file holds its first axis fastest, so slabs along Z are simply appended. Those along another axis wait in an unnamed
 file first, each in the file's own order, from which planes of all slabs are then joined: what is in memory is one slab,
-or a few planes, whatever the axis.
+or a few planes, whatever the axis. Formats that hold chunks have slabs `regrouped` to whole chunks, along any axis.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -55,25 +56,51 @@ class Slabs:
         Raises:
             ValueError: the slabs do not make up the shape.
         """
-        for part in self._counted() if self.axis == 2 else self._joined(folder):
+        for part in self.in_order() if self.axis == 2 else self._joined(folder):
             yield from stored_bytes(part)
 
-    def _counted(self) -> Iterator[Array]:
-        rows = 0
+    def in_order(self) -> Iterator[Array]:
+        """Yield the slabs.
+
+        Raises:
+            ValueError: they do not make up the shape.
+        """
+        rows, wanted = 0, self.shape[self.axis]
         for slab in self.slabs:
             rows += slab.shape[self.axis]
+            if rows > wanted:
+                break
             yield slab
-        if rows != self.shape[self.axis]:
+        if rows != wanted:
             raise ValueError(f"slabs with {rows} rows along axis {self.axis} do not make up {self.shape}")
 
     def _joined(self, folder: Path) -> Iterator[Array]:
         with Spool(folder) as spool:
-            for slab in self._counted():
+            for slab in self.in_order():
                 spool.add(slab)
             step = planes_in(self.shape, self.dtype)
             for z in range(0, self.shape[2], step):
                 stop = min(z + step, self.shape[2])
                 yield np.concatenate([spool.planes(n, z, stop) for n in range(len(spool.shapes))], self.axis)
+
+
+def regrouped(slabs: Iterable[Array], axis: int, lengths: Sequence[int]) -> Iterator[Array]:
+    """Yield the rows of slabs in blocks of other lengths, each of which is overwritten by the next."""
+    wanted = iter(lengths)
+    buffer, length, filled = np.empty(0), 0, 0
+    for slab in slabs:
+        rows = np.moveaxis(slab, axis, 0)
+        while len(rows):
+            if not length:
+                length, filled = next(wanted), 0
+                if not buffer.size:
+                    buffer = np.empty((max(lengths), *rows.shape[1:]), rows.dtype)
+            taken = rows[: length - filled]
+            buffer[filled : filled + len(taken)] = taken
+            filled, rows = filled + len(taken), rows[len(taken) :]
+            if filled == length:
+                yield np.moveaxis(buffer[:length], 0, axis)
+                length = 0
 
 
 class Spool:
@@ -118,17 +145,15 @@ class Spool:
         self._file.close()
 
 
-class StoredRows:
-    """The voxels of an open file, asked for a few rows of an axis at a time, as if stored in RAS+.
+class RasRows(ABC):
+    """The voxels of an open volume, asked for a few rows of an axis at a time, as if stored in RAS+.
 
     Attributes:
         shape: of the volume in RAS+.
         affine: likewise.
     """
 
-    def __init__(self, header: StoredHeader, file: IO[bytes], offset: int) -> None:
-        """`offset`: byte of `file` at which the voxels begin, not compressed."""
-        self._header, self._file, self._offset = header, file, offset
+    def __init__(self, header: StoredHeader) -> None:
         self._turn = turn_to_ras(header.shape, header.affine)
         self.shape, self.affine = self._turn.shape, self._turn.affine
 
@@ -137,6 +162,19 @@ class StoredRows:
         if self._turn.flipped[axis]:
             start, stop = self.shape[axis] - stop, self.shape[axis] - start
         return self._turn.applied(self._stored_rows(self._turn.order[axis], start, stop))
+
+    @abstractmethod
+    def _stored_rows(self, axis: int, start: int, stop: int) -> Array:
+        """Rows start to stop - 1 of an axis as it is stored, values converted."""
+
+
+class StoredRows(RasRows):
+    """The voxels of an open file that holds them as they are, the first axis fastest."""
+
+    def __init__(self, header: StoredHeader, file: IO[bytes], offset: int) -> None:
+        """`offset`: byte of `file` at which the voxels begin, not compressed."""
+        super().__init__(header)
+        self._header, self._file, self._offset = header, file, offset
 
     def require_finite(self) -> None:
         """Look through a file of real numbers.

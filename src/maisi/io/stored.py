@@ -39,12 +39,12 @@ class StoredHeader:
     """What a file says of the volume in it.
 
     Attributes:
-        path: the file.
-        shape: voxels along X, Y, Z, in the file's own orientation; the first axis runs fastest.
+        path: the file, or the folder of a Zarr.
+        shape: voxels along X, Y, Z, in the file's own orientation; in a file the first axis runs fastest.
         dtype: type of the stored voxels, with byte order; integers or reals of at most 8 bytes.
         affine: float64 (4, 4), voxel indices to mm, RAS+.
-        offset: bytes before the first voxel (NIfTI: of the decompressed stream; NRRD: of the file).
-        compressed: whether the voxels are gzipped.
+        offset: bytes before the first voxel (NIfTI: of the decompressed stream; NRRD: of the file; Zarr: 0).
+        compressed: whether the voxels are compressed.
         slope: factor on the stored values.
         intercept: added to the stored values times `slope`.
     """
@@ -99,14 +99,14 @@ class StoredHeader:
         values = math.prod(self.shape) * self.value_dtype.itemsize
         return values + (self.stored_bytes if self.scaled else 0)
 
-    def check_size(self, budget_bytes: int | None = None) -> None:
-        """Compare what the header asks for with the file's length and with the memory allowed.
+    def check_memory(self, budget_bytes: int | None = None) -> None:
+        """Compare what the header asks for with the memory allowed.
 
         Args:
             budget_bytes: memory that the volume may take; None allows half of what is free now.
 
         Raises:
-            MaisiError: the file is too short to hold the voxels, or they need more memory than allowed.
+            MaisiError: the voxels need more than that.
         """
         allowed = psutil.virtual_memory().available // 2 if budget_bytes is None else budget_bytes
         if self.needed_bytes > allowed:
@@ -115,6 +115,14 @@ class StoredHeader:
                 f"{self.path}: its header asks for {x} x {y} x {z} voxels of {self.dtype.name}, "
                 f"{_gigabytes(self.needed_bytes)}, over the {_gigabytes(allowed)} allowed; make it smaller."
             )
+
+    def check_size(self, budget_bytes: int | None = None) -> None:
+        """Compare what the header asks for with the file's length, too.
+
+        Raises:
+            MaisiError: as `check_memory`, or the file is too short to hold the voxels.
+        """
+        self.check_memory(budget_bytes)
         length = self.path.stat().st_size
         holds = length * DEFLATE_LIMIT if self.compressed else length - self.offset
         if holds < self.stored_bytes:
