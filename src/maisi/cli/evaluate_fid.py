@@ -42,6 +42,9 @@ from maisi.cli.options import (
 @click.option("--ways", type=int, default=5, show_default=True, help="Ways to halve the real set.")
 @click.option("--split", default="all", show_default=True, help="Of prepared folders: train, validation, all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of halves and pairs.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Where features are computed: auto, cpu, cuda or mps."
+)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that look at volumes.")
 @skip_option
 @cache_option
@@ -57,6 +60,7 @@ def fid(
     features: str | None,
     feature_weights: Path | None,
     side: int | None,
+    device: str,
     cache: Path | None,
     skip_unreadable: bool,
     output: Path,
@@ -80,11 +84,18 @@ def fid(
         readable(find_entries([path], split), skip_unreadable, headers_only=True) for path in (generated, real)
     )
     from maisi.config import parse_config
+    from maisi.device import resolve_device
     from maisi.evaluation.set_comparison import SetConfig, SetStudy
 
-    seen = {"features": name, "feature_weights": weights, "centre_share": how.pop("center_slices"), "side": side}
+    seen = {"features": name, "feature_weights": weights, "side": side, "centre_share": how.pop("center_slices")}
     metrics = [name.strip() for name in str(how.pop("metrics")).split(",") if name.strip()]
-    values = {"fid": {**seen, "spacing_mm": grid.spacing, "size": grid.size}, "metrics": metrics, "seed": seed, **how}
+    place = resolve_device(device).type
+    values = {
+        "fid": {**seen, "device": place, "spacing_mm": grid.spacing, "size": grid.size},
+        "metrics": metrics,
+        "seed": seed,
+        **how,
+    }
     config = parse_config(SetConfig, values, "The evaluation")
     with cache_for(output, cache) as kept, progress() as report:
         study = SetStudy(config, kept, workers)

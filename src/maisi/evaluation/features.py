@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,9 @@ class PooledMaps(nn.Module):
 
     def __init__(self, weights: FeatureWeights) -> None:
         super().__init__()
-        self.network = load_network(weights.path, network=weights.network).requires_grad_(False)
+        network: Any = load_network(weights.path, network=weights.network).requires_grad_(False)
+        # up to a quarter faster on CPUs
+        self.network: nn.Module = network.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """`N 1 H W` in [0, 1] -> `N 2048`."""
@@ -125,7 +127,11 @@ _VIEW = SliceView()
 
 @torch.no_grad()
 def slice_features(
-    slices: NDArray[np.float32], features: SliceFeatures, view: SliceView = _VIEW, batch_size: int = 16
+    slices: NDArray[np.float32],
+    features: SliceFeatures,
+    view: SliceView = _VIEW,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:
     """Describe each slice of a stack by a vector.
 
@@ -134,6 +140,7 @@ def slice_features(
         features: the extractor.
         view: how it sees them.
         batch_size: slices at a time; memory grows with it, the result does not change.
+        device: where the extractor is.
 
     Returns:
         float32 (N, D).
@@ -141,7 +148,8 @@ def slice_features(
     if view.stretched:
         least, greatest = float(slices.min()), float(slices.max())
         slices = (slices - np.float32(least)) / np.float32(max(greatest - least, _FLAT))
-    return np.concatenate([features(batch).float().numpy() for batch in _seen(slices, view, batch_size)])
+    seen = _seen(slices, view, batch_size)
+    return np.concatenate([features(batch.to(device)).float().cpu().numpy() for batch in seen])
 
 
 _FLAT = 1e-10

@@ -15,9 +15,11 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from torch import nn
 
 from maisi.config import Config
 from maisi.data.preprocess import HU_MIN, crop_or_pad, resample, window_ct
+from maisi.device import resolve_device
 from maisi.errors import MaisiError
 from maisi.evaluation.feature_weights import FeatureWeights
 from maisi.evaluation.features import (
@@ -123,6 +125,7 @@ class FidConfig(Config):
         size: common size that they are then cropped or padded (with air) to; None takes them as they are.
         side: pixels of the square that the extractor sees; None for what it is meant for (`features.VIEWS`).
         batch_size: slices at a time.
+        device: where the extractor runs, one of `maisi.device.DEVICES`.
     """
 
     features: SliceFeatureName = "efficientnet-lite0"
@@ -132,6 +135,7 @@ class FidConfig(Config):
     size: tuple[int, int, int] | None = None
     side: int | None = Field(default=None, ge=32)
     batch_size: int = Field(default=16, ge=1)
+    device: str = "cpu"
 
     @model_validator(mode="after")
     def _large_enough(self) -> FidConfig:
@@ -184,9 +188,16 @@ class SliceFid:
     """Computes moments of volumes and the distances between them."""
 
     def __init__(self, config: FidConfig | None = None, features: SliceFeatures | None = None) -> None:
-        """Load the extractor that `config` names, unless another one is handed in."""
+        """Load the extractor that `config` names, unless another one is handed in.
+
+        Raises:
+            MaisiError: its package, its weights or the device are missing.
+        """
         self.config = config or FidConfig()
         self.features = features or load_slice_features(self.config.features, self.config.feature_weights)
+        self.device = resolve_device(self.config.device)
+        if isinstance(self.features, nn.Module):
+            self.features.to(self.device)
 
     def describe(self, ct: Volume) -> dict[str, NDArray[np.float32]]:
         """Return the feature vectors (slices, D) of the central slices of each plane of a CT in HU."""
@@ -205,7 +216,8 @@ class SliceFid:
         stack = np.moveaxis(values, axis, 0)
         count = max(1, round(self.config.centre_share * len(stack)))
         start = (len(stack) - count) // 2
-        return slice_features(stack[start : start + count], self.features, self.config.view, self.config.batch_size)
+        slices, config = stack[start : start + count], self.config
+        return slice_features(slices, self.features, config.view, config.batch_size, self.device)
 
 
 def on_common_grid(ct: Volume, config: FidConfig) -> Volume:
