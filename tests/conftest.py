@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,27 @@ def chest_labels() -> Volume:
     affine = np.diag([-8.0, -9.0, 10.0, 1.0])
     affine[:3, 3] = (130, 120, -50)
     return Volume(array, affine)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Stand-ins for published feature networks (`published.FILES`) by name, through the converter; each made once."""
+    from published import FILES
+
+    from maisi.weights.convert import convert
+
+    folder = tmp_path_factory.mktemp("published")
+
+    def make(name: str) -> Path:
+        out = folder / f"{name}.safetensors"
+        if not out.exists():
+            kind, variant = name.split()
+            torch.save(FILES[name](), folder / "theirs.pt")
+            if kind == "trunk":
+                torch.save(FILES[f"heads {variant}"](), folder / "heads.pt")
+            convert(folder / "theirs.pt", out, heads=folder / "heads.pt" if kind == "trunk" else None)
+            (folder / "theirs.pt").unlink()
+        return out
+
+    yield make
+    shutil.rmtree(folder)  # half a gigabyte

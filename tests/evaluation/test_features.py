@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from maisi.evaluation.features import load_slice_features, slice_features
+from maisi.evaluation.features import SliceView, load_slice_features, slice_features
 
 NAMES = {"efficientnet-lite0": 1280, "gradients": 18}
 
@@ -19,16 +19,16 @@ def slices(count, height, width, seed=0):
 def test_one_vector_a_slice_whatever_the_batch(extractor):
     name, features = extractor
     stack = slices(5, 20, 30)
-    all_at_once = slice_features(stack, features, side=64, batch_size=5)
+    all_at_once = slice_features(stack, features, SliceView(64), batch_size=5)
     assert all_at_once.shape == (5, NAMES[name])
-    in_twos = slice_features(stack, features, side=64, batch_size=2)
+    in_twos = slice_features(stack, features, SliceView(64), batch_size=2)
     np.testing.assert_allclose(in_twos, all_at_once, atol=1e-4)
 
 
 def test_different_slices_differ_and_equal_ones_agree(extractor):
     _, features = extractor
     stack = np.concatenate([slices(1, 24, 24), slices(1, 24, 24), 0.2 * slices(1, 24, 24, seed=1)])
-    a, b, c = slice_features(stack, features, side=64)
+    a, b, c = slice_features(stack, features, SliceView(64))
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert np.abs(a - c).max() > 1e-2
 
@@ -40,7 +40,7 @@ def test_padding_to_a_square_is_with_air_and_centred():
         seen.append(images)
         return images.flatten(1)[:, :3]
 
-    slice_features(np.ones((2, 10, 20), np.float32), remember, side=20)
+    slice_features(np.ones((2, 10, 20), np.float32), remember, SliceView(20))
     expected = torch.zeros(2, 1, 20, 20)
     expected[:, :, 5:15] = 1
     torch.testing.assert_close(seen[0], expected)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from maisi.errors import MaisiError
-from maisi.evaluation.perceptual import _places, map_distance, perceptual_distance
+from maisi.evaluation.perceptual import _places, between, map_distance, perceptual_distance
 from maisi.training.perceptual import load_features
 
 FEATURES = load_features("gradients")
@@ -17,7 +17,9 @@ def hu(seed=0, shape=(34, 36, 40)):
 
 def test_equal_volumes_are_no_distance_apart_and_more_noise_is_farther() -> None:
     a = hu()
-    distances = [perceptual_distance(a, a + (level * hu(1)).astype(np.int16), FEATURES, 4) for level in (0, 0.2, 1)]
+    distances = [
+        perceptual_distance(a, a + (level * hu(1)).astype(np.int16), between(FEATURES), 4) for level in (0, 0.2, 1)
+    ]
     assert distances[0] == 0 < distances[1] < distances[2]
 
 
@@ -31,7 +33,7 @@ def test_a_distance_of_maps_by_hand() -> None:
 
 def test_it_is_the_mean_over_slices_of_three_planes() -> None:
     a, b = hu(shape=(32, 32, 32)), hu(1, shape=(32, 32, 32))
-    found = perceptual_distance(a, b, lambda image: [image, 2 * image], slices=2)
+    found = perceptual_distance(a, b, between(lambda image: [image, 2 * image]), slices=2)
     # with one channel the unit vectors are the signs: 0 HU apart is air to air
     values = []
     for axis in range(3):
@@ -49,11 +51,11 @@ def test_slices_are_spread_and_never_twice() -> None:
 def test_small_slices_are_padded_for_deep_features() -> None:
     seen = []
     perceptual_distance(
-        hu(shape=(8, 9, 40)), hu(shape=(8, 9, 40)), lambda image: [seen.append(image.shape) or image], 1
+        hu(shape=(8, 9, 40)), hu(shape=(8, 9, 40)), between(lambda image: [seen.append(image.shape) or image]), 1
     )
     assert {shape[2:] for shape in seen} == {(32, 40), (32, 32)}
 
 
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(MaisiError, match="one grid"):
-        perceptual_distance(hu(), hu(shape=(34, 36, 41)), FEATURES)
+        perceptual_distance(hu(), hu(shape=(34, 36, 41)), between(FEATURES))

@@ -15,6 +15,7 @@ from maisi.cli.options import (
     result_option,
     say_result,
     skip_option,
+    slice_features_options,
 )
 from maisi.errors import MaisiError
 
@@ -23,7 +24,7 @@ from maisi.errors import MaisiError
 @click.argument("generated", type=FILE)
 @click.argument("training", type=FILE)
 @click.option("--heldout", type=FILE, help="Real cases not trained on, for the baseline.  [default: training cases]")
-@click.option("--features", default="gradients", show_default=True, help="gradients, or efficientnet-lite0.")
+@slice_features_options("gradients")
 @click.option("--baseline", type=int, default=50, show_default=True, help="Real patients of the baseline at most.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw of those patients.")
 @click.option("--show-real/--no-real-pictures", default=False, help="Draw the nearest pairs, real images too.")
@@ -34,7 +35,8 @@ def memorisation(
     generated: Path,
     training: Path,
     heldout: Path | None,
-    features: str,
+    features: str | None,
+    feature_weights: Path | None,
     baseline: int,
     seed: int,
     show_real: bool,
@@ -52,6 +54,9 @@ def memorisation(
     if seed < 0:
         raise MaisiError(f"The seed is {seed}; give 0 or more.")
     require_new(output)
+    from maisi.evaluation.feature_weights import SLICE_NETWORKS, choose_features
+
+    name, weights = choose_features(features, feature_weights, "gradients", SLICE_NETWORKS)
     from maisi.evaluation.volumes import Found, find_entries, readable
 
     judged, known = (
@@ -64,13 +69,17 @@ def memorisation(
     from maisi.evaluation.result import write_result
 
     grid = CoarseGrid()
-    described = (features, slice_mean_features(features, grid.features_spacing_mm))
+    described = (
+        name if weights is None else f"{name} {weights.sha256}",
+        slice_mean_features(name, grid.features_spacing_mm, weights),
+    )
     settings = {
         "generated": str(generated),
         "training": str(training),
         "training cases": len(known.entries),
         "heldout": str(heldout) if heldout else None,
-        "features": features,
+        "features": name,
+        "feature_weights": weights.model_dump(mode="json") if weights else None,
         "grid": grid.model_dump(mode="json"),
         "baseline": baseline,
         "seed": seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -18,6 +19,7 @@ from maisi.cli.options import (
     running_options,
     skip_option,
 )
+from maisi.errors import MaisiError
 
 
 @click.command()
@@ -25,14 +27,20 @@ from maisi.cli.options import (
 @click.option("--labels", type=FILE, help="Folder of label maps named as the images are; adds measures by structure.")
 @click.option("--split", default="validation", show_default=True, help="Of prepared folders: train, validation, all.")
 @autoencoder_options
+@click.option(
+    "--python",
+    "hook",
+    metavar="FILE.py:FUNCTION",
+    help="Another's autoencoder: a function from a tensor (1 1 X Y Z in [0, 1]) to its reconstruction; it is run.",
+)
 @click.option("--spacing", metavar="X,Y,Z", help="Resample to this spacing in mm first.  [default: as stored]")
 @click.option(
     "--lpips-features",
     "features",
-    default="efficientnet-lite0",
-    show_default=True,
-    help="Of the perceptual distance: efficientnet-lite0, gradients, or none to leave it out.",
+    help="Of the perceptual distance: efficientnet-lite0, gradients, none to leave it out, or lpips or radimagenet "
+    "with their weights.  [default: those of --lpips-weights, else efficientnet-lite0]",
 )
+@click.option("--lpips-weights", "weights", type=FILE, help="Published LPIPS, converted by `maisi weights convert`.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap intervals.")
 @skip_option
 @cache_option
@@ -44,8 +52,10 @@ def reconstruction(
     split: str,
     model: str | None,
     autoencoder: Path | None,
+    hook: str | None,
     spacing: str | None,
-    features: str,
+    features: str | None,
+    weights: Path | None,
     seed: int,
     cache: Path | None,
     skip_unreadable: bool,
@@ -57,17 +67,23 @@ def reconstruction(
     \b
     maisi evaluate reconstruction PREPARED --model tiny -o out/
     maisi evaluate reconstruction images/ --labels labels/ --autoencoder vae.safetensors -o out/
+    maisi evaluate reconstruction images/ --python theirs.py:reconstruct -o out/
     """
     from maisi.evaluation.cache import cache_for
+    from maisi.evaluation.feature_weights import IMAGE_NETWORKS, choose_features
     from maisi.evaluation.result import write_result
     from maisi.evaluation.volumes import find_entries, readable
     from maisi.request import Request
 
     require_new(output)
     spacing_mm = Request.parse(spacing=spacing, seed=seed).spacing
-    path = autoencoder_file(model, autoencoder)
+    if hook and (model or autoencoder):
+        raise MaisiError("Both --python and an autoencoder of this package are given; leave one of them out.")
+    path = None if hook else autoencoder_file(model, autoencoder)
+    name, read = choose_features(features, weights, "efficientnet-lite0", IMAGE_NETWORKS)
     found = readable(find_entries(images, split, labels), skip_unreadable)
     from maisi.config import parse_config
+    from maisi.evaluation.hooks import PythonReconstructor
     from maisi.evaluation.reconstruction_study import (
         AutoencoderReconstructor,
         ReconstructionConfig,
@@ -75,9 +91,9 @@ def reconstruction(
         draw,
     )
 
-    values = {"spacing_mm": spacing_mm, "features": features, "seed": seed}
+    values = {"spacing_mm": spacing_mm, "features": name, "feature_weights": read, "seed": seed}
     config = parse_config(ReconstructionConfig, values, "The evaluation")
-    reconstructor = AutoencoderReconstructor(path, **where)
+    reconstructor = PythonReconstructor.find(hook) if hook else AutoencoderReconstructor(cast(Path, path), **where)
     with cache_for(output, cache) as kept, progress() as report:
         study = ReconstructionStudy(reconstructor, reconstructor.identity, config, kept)
         result = study.run(found, skip_unreadable, partial(report, "reconstruct"))

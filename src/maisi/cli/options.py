@@ -87,6 +87,21 @@ def grid_options(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--region", multiple=True, metavar="NAME", help=help)(command)
 
 
+def slice_features_options(default: str) -> Decorator:
+    """`--features` and `--feature-weights`: what 2D slices are looked at through."""
+    help_name = (
+        "gradients, efficientnet-lite0, or inception or radimagenet with their weights.  "
+        f"[default: those of --feature-weights, else {default}]"
+    )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        help = "A published network, converted by `maisi weights convert`."
+        command = click.option("--feature-weights", type=FILE, help=help)(command)
+        return click.option("--features", help=help_name)(command)
+
+    return add
+
+
 def autoencoder_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that name an autoencoder, in a model or alone."""
     help = "A converted autoencoder, which says its own configuration; in place of --model."

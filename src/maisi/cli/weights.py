@@ -19,18 +19,24 @@ def weights() -> None:
 
 @weights.command()
 @click.argument("official", type=FILE)
-@click.option("--network", help="autoencoder, unet or controlnet.  [default: as the tensors' names tell]")
+@click.option(
+    "--network",
+    help="autoencoder, unet or controlnet; of others: inception, radimagenet or lpips.  "
+    "[default: as the tensors' names tell]",
+)
+@click.option("--lpips-heads", "heads", type=FILE, help="alex.pth, vgg.pth or squeeze.pth, beside the network's file.")
 @click.option("--norm-groups", type=int, help="Groups of the normalisation, where not the released 32.")
 @click.option("--head-channels", type=int, help="Channels of an attention head, where not the released 32.")
 @output_option("File to make (.safetensors).")
-def convert(official: Path, network: str | None, output: Path, **settings: int | None) -> None:
-    """Convert OFFICIAL, a released .pt file, to safetensors; nothing in it is run."""
+def convert(official: Path, network: str | None, heads: Path | None, output: Path, **settings: int | None) -> None:
+    """Convert OFFICIAL, a released .pt file or a published feature network, to safetensors; nothing in it is run."""
     from maisi.weights.convert import convert as convert_file
 
     require_new(output, ".safetensors")
     given = {name: value for name, value in settings.items() if value is not None}
-    header = convert_file(official, output, as_network=network, settings=given)
-    click.echo(f"{output}: {header.network}, {_millions(header.tensors)} M parameters")
+    header = convert_file(official, output, as_network=network, settings=given, heads=heads)
+    kind = " ".join([header.network, *([header.config["variant"]] if "variant" in header.config else [])])
+    click.echo(f"{output}: {kind}, {_millions(header.tensors)} M parameters")
 
 
 @weights.command()

@@ -7,20 +7,30 @@ features, slices and numbers of volumes can be compared: the estimate has a bias
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import nn
 
 from maisi.config import Config
 from maisi.data.preprocess import HU_MIN, crop_or_pad, resample, window_ct
+from maisi.device import resolve_device
 from maisi.errors import MaisiError
-from maisi.evaluation.features import SIDE, SliceFeatures, load_slice_features, slice_features
-from maisi.training.perceptual import FeatureName
+from maisi.evaluation.feature_weights import FeatureWeights
+from maisi.evaluation.features import (
+    VIEWS,
+    SliceFeatureName,
+    SliceFeatures,
+    SliceView,
+    load_slice_features,
+    slice_features,
+)
+from maisi.networks.inception import SMALLEST_SIDE
 from maisi.volume import Volume
 
 Float64 = NDArray[np.float64]
@@ -108,20 +118,36 @@ class FidConfig(Config):
 
     Attributes:
         features: name of the 2D extractor (`maisi.evaluation.features`).
+        feature_weights: its file, for extractors that others published.
         centre_share: share of the slices of each axis that is used, around the middle: the ends of a scan
             hold less anatomy.
         spacing_mm: common spacing that volumes are resampled to; None takes them as they are.
         size: common size that they are then cropped or padded (with air) to; None takes them as they are.
-        side: pixels of the square that the extractor sees.
+        side: pixels of the square that the extractor sees; None for what it is meant for (`features.VIEWS`).
         batch_size: slices at a time.
+        device: where the extractor runs, one of `maisi.device.DEVICES`.
     """
 
-    features: FeatureName = "efficientnet-lite0"
+    features: SliceFeatureName = "efficientnet-lite0"
+    feature_weights: FeatureWeights | None = None
     centre_share: float = Field(default=0.5, gt=0, le=1)
     spacing_mm: tuple[float, float, float] | None = None
     size: tuple[int, int, int] | None = None
-    side: int = Field(default=SIDE, ge=32)
+    side: int | None = Field(default=None, ge=32)
     batch_size: int = Field(default=16, ge=1)
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> FidConfig:
+        if self.features == "inception" and self.side is not None and self.side < SMALLEST_SIDE:
+            raise ValueError(f"features 'inception' need a side of {SMALLEST_SIDE} pixels at least, not {self.side}")
+        return self
+
+    @property
+    def view(self) -> SliceView:
+        """How the extractor sees slices."""
+        view = VIEWS[self.features]
+        return view if self.side is None else replace(view, side=self.side)
 
 
 @dataclass(frozen=True)
@@ -162,9 +188,16 @@ class SliceFid:
     """Computes moments of volumes and the distances between them."""
 
     def __init__(self, config: FidConfig | None = None, features: SliceFeatures | None = None) -> None:
-        """Load the extractor that `config` names, unless another one is handed in."""
+        """Load the extractor that `config` names, unless another one is handed in.
+
+        Raises:
+            MaisiError: its package, its weights or the device are missing.
+        """
         self.config = config or FidConfig()
-        self.features = features or load_slice_features(self.config.features)
+        self.features = features or load_slice_features(self.config.features, self.config.feature_weights)
+        self.device = resolve_device(self.config.device)
+        if isinstance(self.features, nn.Module):
+            self.features.to(self.device)
 
     def describe(self, ct: Volume) -> dict[str, NDArray[np.float32]]:
         """Return the feature vectors (slices, D) of the central slices of each plane of a CT in HU."""
@@ -183,8 +216,8 @@ class SliceFid:
         stack = np.moveaxis(values, axis, 0)
         count = max(1, round(self.config.centre_share * len(stack)))
         start = (len(stack) - count) // 2
-        config = self.config
-        return slice_features(stack[start : start + count], self.features, config.side, config.batch_size)
+        slices, config = stack[start : start + count], self.config
+        return slice_features(slices, self.features, config.view, config.batch_size, self.device)
 
 
 def on_common_grid(ct: Volume, config: FidConfig) -> Volume:

@@ -26,6 +26,7 @@ from maisi.config import Config
 from maisi.data.preprocess import resample, window_ct
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
+from maisi.evaluation.feature_weights import FeatureWeights
 from maisi.evaluation.result import Result
 from maisi.evaluation.volumes import Entry
 from maisi.volume import Volume
@@ -147,22 +148,22 @@ class Correlator:
         return back
 
 
-def slice_mean_features(name: str, spacing_mm: float) -> VolumeFeatures:
+def slice_mean_features(name: str, spacing_mm: float, weights: FeatureWeights | None = None) -> VolumeFeatures:
     """Make the features of `evaluation.fid`, averaged over the central slices of each plane and put in a row.
 
     Args:
-        name: of a 2D extractor: "gradients", which needs no weights, or "efficientnet-lite0".
+        name: of a 2D extractor: "gradients", which needs no weights, or another of `maisi.evaluation.features`.
         spacing_mm: of the grid that slices are taken from.
+        weights: of extractors that others published.
 
     Raises:
-        MaisiError: its package is not installed.
+        MaisiError: its package is not installed, or its weights are missing or those of another.
     """
     from maisi.config import parse_config
-    from maisi.evaluation.features import SIDE
     from maisi.evaluation.fid import PLANES, FidConfig, SliceFid
 
-    side = 96 if name == "gradients" else SIDE
-    values = {"features": name, "spacing_mm": (spacing_mm,) * 3, "side": side}
+    side = 96 if name == "gradients" else None
+    values = {"features": name, "feature_weights": weights, "spacing_mm": (spacing_mm,) * 3, "side": side}
     judge = SliceFid(parse_config(FidConfig, values, "The features"))
 
     def describe(ct: Volume) -> NDArray[np.floating[Any]]:

@@ -1,13 +1,7 @@
 """An autoencoder judged on CTs: every measure, volume by volume and structure by structure. Knows no file format.
 
 What is judged is a `Reconstructor`: any function from a CT to its reconstruction. `AutoencoderReconstructor` is one of
-this package's autoencoders; another's network takes a few lines in the caller's code:
-
-    def theirs(ct: Volume) -> Volume:
-        values = torch.from_numpy(window_ct(ct.array))[None, None]
-        return ct.with_array(unwindow_ct(network(values)[0, 0].numpy()))
-
-    ReconstructionStudy(theirs, {"network": "theirs, version 2"}, ReconstructionConfig()).run(find_entries([folder]))
+this package's autoencoders; `maisi.evaluation.hooks` makes one of a function of the user's.
 """
 
 from __future__ import annotations
@@ -31,13 +25,13 @@ from maisi.data.preprocess import resample
 from maisi.errors import MaisiError
 from maisi.evaluation.bootstrap import DRAWS, mean_interval
 from maisi.evaluation.cache import Cache
-from maisi.evaluation.perceptual import SLICES, perceptual_distance
+from maisi.evaluation.feature_weights import FeatureWeights
+from maisi.evaluation.perceptual import SLICES, ImageDistance, PerceptualName, load_distance, perceptual_distance
 from maisi.evaluation.reconstruction import compare, compare_structures
 from maisi.evaluation.result import Result
 from maisi.evaluation.volumes import Entry, Found, skipped
 from maisi.generation import codec
 from maisi.networks.autoencoder import Autoencoder
-from maisi.training.perceptual import FeatureName, Features, load_features
 from maisi.volume import Volume
 from maisi.weights.load import sha256
 
@@ -46,6 +40,9 @@ Report = Callable[[str, int, int], None]
 
 MEASURES = ("psnr", "ssim", "mae_hu", "perceptual")
 _NO_NAMES: Mapping[int, str] = MappingProxyType({})
+
+_DECISIVE = {"spacing_mm", "features", "feature_weights", "slices"}
+"""What of the configuration decides a row."""
 
 _DRAWN = 24
 """Structures in the picture, at most; the table has them all."""
@@ -88,13 +85,15 @@ class ReconstructionConfig(Config):
     Attributes:
         spacing_mm: that volumes are resampled to before; None takes them as they are.
         features: of the perceptual distance; 'none' leaves it out.
+        feature_weights: their file, for those that others published.
         slices: of each plane, for the perceptual distance.
         seed: of the bootstrap.
         draws: of the bootstrap.
     """
 
     spacing_mm: tuple[float, float, float] | None = None
-    features: FeatureName | Literal["none"] = "efficientnet-lite0"
+    features: PerceptualName | Literal["none"] = "efficientnet-lite0"
+    feature_weights: FeatureWeights | None = None
     slices: int = Field(default=SLICES, ge=1)
     seed: int = Field(default=0, ge=0)
     draws: int = Field(default=DRAWS, ge=100)
@@ -122,7 +121,7 @@ class ReconstructionStudy:
         Raises:
             MaisiError: a volume can't be read (unless `skip_unreadable`), is too small, or comes back on another grid.
         """
-        features = self._features
+        distance = self._distance
         rows: list[dict[str, Any]] = []
         faults: list[str] = []
         for done, entry in enumerate(found.entries):
@@ -132,7 +131,7 @@ class ReconstructionStudy:
                 faults.append(str(error))
                 skipped(faults, 1, skip_unreadable)
             else:
-                rows.append(self._row(entry, partial(self.judge, ct, labels, features, entry.label_names())))
+                rows.append(self._row(entry, partial(self.judge, ct, labels, distance, entry.label_names())))
             if report:
                 report("volumes", done + 1, len(found.entries))
         notes = (*found.notes, *skipped(faults, len(rows), skip_unreadable), *self._notes(rows))
@@ -143,7 +142,7 @@ class ReconstructionStudy:
         self,
         ct: Volume,
         labels: Volume | None = None,
-        features: Features | None = None,
+        distance: ImageDistance | None = None,
         names: Mapping[int, str] = _NO_NAMES,
     ) -> dict[str, Any]:
         """Return the row of one CT with its label map (RAS+, one grid); None stands for an infinite PSNR.
@@ -164,7 +163,7 @@ class ReconstructionStudy:
                 "give a reconstructor that keeps the grid."
             )
         whole = compare(ct.array, made.array)
-        near = None if features is None else perceptual_distance(ct.array, made.array, features, self.config.slices)
+        near = None if distance is None else perceptual_distance(ct.array, made.array, distance, self.config.slices)
         return {
             "size": "x".join(map(str, ct.shape)),
             "spacing_mm": _spacing(ct.spacing_mm),
@@ -177,13 +176,14 @@ class ReconstructionStudy:
         }
 
     @cached_property
-    def _features(self) -> Features | None:
-        return None if self.config.features == "none" else load_features(self.config.features)
+    def _distance(self) -> ImageDistance | None:
+        config = self.config
+        return None if config.features == "none" else load_distance(config.features, config.feature_weights)
 
     def _row(self, entry: Entry, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if self.cache is None:
             return {"volume": entry.name, **compute()}
-        settings = self.config.model_dump(mode="json", include={"spacing_mm", "features", "slices"})
+        settings = self.config.model_dump(mode="json", include=_DECISIVE)
         key = ["reconstruction", dict(self.identity), settings, entry.hash]
         return {"volume": entry.name, **self.cache.json(key, compute)}
 
@@ -211,13 +211,23 @@ class ReconstructionStudy:
         if equal:
             notes.append(f"{equal} volume(s) came back without any error; their infinite PSNR is not in the mean.")
         if self.config.features != "none":
-            notes.append(
-                f"The perceptual distance is LPIPS without learned weights on features '{self.config.features}'; "
-                "it can't be compared with published LPIPS."
-            )
+            notes.append(self._perceptual_note())
         if len(rows) > 1:
             notes.append(f"Intervals: 95 %, percentile bootstrap over volumes, {self.config.draws} draws.")
         return notes
+
+    def _perceptual_note(self) -> str:
+        weights = self.config.feature_weights
+        if self.config.features == "lpips":
+            return (
+                f"The perceptual distance is LPIPS 0.1 ({weights}) of {self.config.slices} grey slices of each plane, "
+                "windowed to [-1000, 1000] HU; published numbers may be of other slices and windows."
+            )
+        features = f"'{self.config.features}'" + (f" ({weights})" if weights else "")
+        return (
+            f"The perceptual distance is LPIPS without learned weights on features {features}; "
+            "it can't be compared with published LPIPS."
+        )
 
 
 def draw(result: Result, figure: Any) -> None:

@@ -11,7 +11,7 @@ import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +104,11 @@ class SetStudy:
         if "ms-ssim" in self.config.metrics:
             summary |= {f"ms_ssim_{n}": self._likeness(n, side, report) for n, side in _by_name(made, true).items()}
         notes = (*generated.notes, *real.notes, *notes, *more, *self._notes(made, true, inside))
-        settings = {**self.config.model_dump(mode="json"), "maisi": maisi.__version__}
+        settings = {
+            **self.config.model_dump(mode="json"),
+            "slices_seen": asdict(self.config.fid.view),
+            "maisi": maisi.__version__,
+        }
         result = Result("fid", summary, _rows(made, true, inside), settings, COLUMNS, notes)
         return result, partial(_draw, result, made.vectors, true.vectors)
 
@@ -199,7 +203,9 @@ class SetStudy:
 
     def _notes(self, made: VolumeSet, real: VolumeSet, inside: PrecisionRecall | None) -> Iterator[str]:
         sides = _by_name(made, real)
-        yield f"Only distances with the same features ('{self.config.fid.features}'), slices and counts compare."
+        weights = self.config.fid.feature_weights
+        features = f"'{self.config.fid.features}'" + (f": {weights}" if weights else "")
+        yield f"Only distances with the same features ({features}), slices and counts compare."
         for name, side in sides.items():
             yield from _grid_notes(name, side, self.config.fid)
         if self.config.fid.spacing_mm is None and _spacings(made) != _spacings(real):

@@ -4,6 +4,8 @@ The released networks wrap layers in layers; ours do not, so a convolution calle
 there is `conv1.weight` here. `key_table.json` says so row by row; this module only applies it. Released
 layout: the autoencoder is a plain state dict (or stands under `unet_state_dict`), a U-Net stands under
 `unet_state_dict` beside its `scale_factor`, a ControlNet under `controlnet_state_dict`.
+
+Networks that evaluations look through (`FEATURE_NETWORKS`) come from files that others published, by `published`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
 from maisi.weights.infer import Shapes, infer_config
 from maisi.weights.load import (
+    FEATURE_NETWORKS,
     NETWORKS,
     NetworkHeader,
     build_network,
@@ -29,6 +32,7 @@ from maisi.weights.load import (
     require_shapes,
     save_network,
 )
+from maisi.weights.published import Form, form_of, head_names
 from maisi.weights.released import read_released
 
 if TYPE_CHECKING:
@@ -56,16 +60,22 @@ class _Row:
 
 
 def convert(
-    official: Path, out: Path, *, as_network: str | None = None, settings: Mapping[str, Any] | None = None
+    official: Path,
+    out: Path,
+    *,
+    as_network: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    heads: Path | None = None,
 ) -> NetworkHeader:
-    """Convert a released `.pt` file, or one of the same layout and other sizes, to safetensors.
+    """Convert a released `.pt` file, one of the same layout and other sizes, or a published feature network.
 
     Args:
         official: the `.pt` file; read without running anything that is in it.
         out: the `.safetensors` file to write.
-        as_network: one of `NETWORKS`; None to tell from the names of the tensors.
+        as_network: one of `NETWORKS` or `FEATURE_NETWORKS`; None to tell from the names of the tensors.
         settings: configuration values that shapes cannot tell, where they are not the released ones:
             `norm_groups`, `head_channels`, an autoencoder's `upsampling`.
+        heads: the file of LPIPS's learned weights, where `official` is the ImageNet network that they belong to.
 
     Returns:
         What the new file says of itself.
@@ -75,14 +85,21 @@ def convert(
             `as_network` or `settings`; nothing is written then.
     """
     official = Path(official)
+    if as_network not in (None, *NETWORKS, *FEATURE_NETWORKS):
+        words = ", ".join((*NETWORKS, *FEATURE_NETWORKS))
+        raise MaisiError(f"There is no network '{as_network}'; choose one of {words}.")
     containers = [entry["container"] for entry in key_table()["networks"].values() if entry["container"]]
     released = read_released(official, containers)
     state = released.state
-    network = _detect(state, official) if as_network is None else _checked_network(as_network)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    names = rename(network, shapes, "to_ours", str(official))
-    module = _fill(network, {names[name]: tensor for name, tensor in state.items()}, settings or {}, official)
+    form = None if as_network in NETWORKS else form_of(_shapes(state), as_network, official, heads)
     metadata = {"maisi.note": f"converted from {official.name}"}
+    if form is None:
+        network = as_network or _detect(state, official)
+        names = rename(network, _shapes(state), "to_ours", str(official))
+        module = _fill(network, {names[name]: tensor for name, tensor in state.items()}, settings or {}, official)
+    else:
+        module = _fill_published(form, state, heads, settings or {}, official)
+        metadata["maisi.note"] += f" and {heads.name}" if heads else ""
     if released.scale_factor is not None:
         metadata["maisi.scale_factor"] = repr(released.scale_factor)
     save_network(out, module, metadata=metadata)
@@ -98,6 +115,8 @@ def export_official(path: Path, out: Path) -> None:
     import torch
 
     header = read_header(path)
+    if header.network not in NETWORKS:
+        raise MaisiError(f"{path} holds '{header.network}', which others published; use the file it was made from.")
     module = load_network(path, dtype=_stored_dtype(header))
     state = module.state_dict()
     names = rename(header.network, {n: tuple(t.shape) for n, t in state.items()}, "to_released", str(path))
@@ -157,28 +176,41 @@ def _compile(template: str) -> re.Pattern[str]:
     return re.compile("".join(a + b for a, b in zip(literal, [*groups, ""], strict=True)))
 
 
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def _detect(state: Mapping[str, Tensor], path: Path) -> str:
     for network, entry in key_table()["networks"].items():
         if entry["marker"] in state:
             return str(network)
-    raise MaisiError(f"{path} holds none of the networks {', '.join(NETWORKS)}; give a released .pt file.")
-
-
-def _checked_network(name: str) -> str:
-    if name not in NETWORKS:
-        raise MaisiError(f"There is no network '{name}'; choose one of {', '.join(NETWORKS)}.")
-    return name
+    words = ", ".join((*NETWORKS, *FEATURE_NETWORKS))
+    raise MaisiError(f"{path} holds none of the networks {words}; give a released or published .pt file.")
 
 
 def _fill(network: str, state: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path) -> nn.Module:
     """Build the network that the shapes describe, check it against them, and give it the tensors."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
-        config = infer_config(network, shapes) | dict(settings)
+        config = infer_config(network, _shapes(state)) | dict(settings)
     except (KeyError, IndexError):
         raise MaisiError(f"{path} lacks tensors of the network '{network}'; get a complete copy.") from None
+    return _built(network, config, state, path)
+
+
+def _fill_published(
+    form: Form, state: Mapping[str, Tensor], heads: Path | None, settings: Mapping[str, Any], path: Path
+) -> nn.Module:
+    """So for a feature network, with its heads where they have a file of their own."""
+    tensors = {form.rename(name): tensor for name, tensor in state.items() if not form.drops(name)}
+    if heads is not None:
+        learned = read_released(heads, ()).state
+        tensors |= {new: learned[name] for name, new in head_names(learned, heads).items()}
+    return _built(form.network, {**settings, "variant": form.variant}, tensors, path)
+
+
+def _built(network: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
     module = build_network(network, config, str(path))
-    require_shapes(module, shapes, path)
+    require_shapes(module, _shapes(state), path)
     module.load_state_dict(dict(state), strict=True, assign=True)
     return module
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CUSTOM_LABELS_KEY",
+    "FEATURE_NETWORKS",
     "NETWORKS",
     "NetworkHeader",
     "build_network",
@@ -38,7 +39,11 @@ CUSTOM_LABELS_KEY = "maisi.custom_labels"
 """Entry of a ControlNet's metadata: classes of the user's own, as JSON id -> name."""
 
 NETWORKS = ("autoencoder", "unet", "controlnet")
-"""The words for what a file holds."""
+"""The words for what a file of a model holds."""
+
+FEATURE_NETWORKS = ("inception", "radimagenet", "lpips")
+"""The words for networks published by others, which evaluations look through; the `variant` in their configuration
+says which of several published forms they have."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class NetworkHeader:
     """What a network's file says of itself.
 
     Attributes:
-        network: one of `NETWORKS`.
+        network: one of `NETWORKS` or `FEATURE_NETWORKS`.
         config: the network's configuration, not yet validated.
         metadata: all of the file's text entries.
         tensors: dtype (such as "F32") and shape of each tensor, by name.
@@ -70,15 +75,21 @@ class NetworkHeader:
 
 
 def network_types() -> dict[str, tuple[type[Config], type[nn.Module]]]:
-    """Configuration and module class of each of `NETWORKS` (imports torch)."""
+    """Configuration and module class of each of `NETWORKS` and `FEATURE_NETWORKS` (imports torch)."""
     from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
     from maisi.networks.controlnet import ControlNet, ControlNetConfig
+    from maisi.networks.inception import Inception, InceptionConfig
+    from maisi.networks.lpips import Lpips, LpipsConfig
+    from maisi.networks.radimagenet import RadImageNet, RadImageNetConfig
     from maisi.networks.unet import UNet, UNetConfig
 
     return {
         "autoencoder": (AutoencoderConfig, Autoencoder),
         "unet": (UNetConfig, UNet),
         "controlnet": (ControlNetConfig, ControlNet),
+        "inception": (InceptionConfig, Inception),
+        "radimagenet": (RadImageNetConfig, RadImageNet),
+        "lpips": (LpipsConfig, Lpips),
     }
 
 
@@ -90,7 +101,7 @@ def read_header(path: Path) -> NetworkHeader:
     """
     header = read_tensor_header(path)
     network = header.metadata.get("maisi.network", "")
-    if network not in NETWORKS:
+    if network not in (*NETWORKS, *FEATURE_NETWORKS):
         raise MaisiError(f"{path} does not say which network it holds; give a file that maisi wrote or converted.")
     try:
         config = json.loads(header.metadata["maisi.config"])
@@ -129,7 +140,7 @@ def load_network(
         path: a file that `save_network` or the converter wrote.
         device: where the weights go.
         dtype: what they are cast to, however they are stored; None for float32.
-        network: what the file has to hold (one of `NETWORKS`); None for anything.
+        network: what the file has to hold (a key of `network_types`); None for anything.
 
     Returns:
         The network in evaluation mode; its configuration is `.config`.
@@ -174,7 +185,7 @@ def save_network(
     """
     names = [name for name, (_, module_type) in network_types().items() if type(module) is module_type]
     if not names:
-        raise ValueError(f"{type(module).__name__} is none of the networks {', '.join(NETWORKS)}")
+        raise ValueError(f"{type(module).__name__} is none of the networks {', '.join(network_types())}")
     config: Any = module.config
     own = {"maisi.network": names[0], "maisi.config": config.model_dump_json()}
     tensors = {name: t if dtype is None else t.to(dtype) for name, t in module.state_dict().items()}

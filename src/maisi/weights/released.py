@@ -58,8 +58,9 @@ def read_released(path: Path, containers: Collection[str]) -> ReleasedFile:
     path = Path(path)
     content = _load(path)
     inner = next((content[key] for key in containers if key in content), content)
-    _require_weights(inner, path)
-    return ReleasedFile(dict(inner), _scale_factor(content, path))
+    state = _without_counters(inner, path)
+    _require_weights(state, path)
+    return ReleasedFile(state, _scale_factor(content, path))
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -100,11 +101,16 @@ def _named(full_name: str, base: type, members: Mapping[str, Any]) -> type:
     return type(name, (base,), {**members, "__module__": module})
 
 
-def _require_weights(state: Any, path: Path) -> None:
-    import torch
-
+def _without_counters(state: Any, path: Path) -> dict[Any, Any]:
+    """A state dict but for the batches that norms have counted in training."""
     if not isinstance(state, Mapping) or not state:
         raise MaisiError(f"{path} holds no state dict; give a released .pt file.")
+    return {name: value for name, value in state.items() if not str(name).endswith(".num_batches_tracked")}
+
+
+def _require_weights(state: Mapping[Any, Any], path: Path) -> None:
+    import torch
+
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise MaisiError(f"{path}: '{name}' is not a tensor of weights; give a released .pt file.")
