@@ -107,6 +107,8 @@ AUTO3DSEG = """
 import yaml
 
 verb, words = sys.argv[1], sys.argv[2:]
+# its algorithms are run as plain `python`
+assert os.environ["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
 
 def listed(task):

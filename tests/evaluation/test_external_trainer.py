@@ -17,6 +17,7 @@ from maisi.evaluation.cache import Cache
 from maisi.evaluation.external_trainer import ExternalTrainer
 from maisi.evaluation.fidelity import agreement
 from maisi.evaluation.nnunet import CLASSES, Nnunet, NnunetConfig
+from maisi.evaluation.programs import find_program
 from maisi.evaluation.segmentation_cases import classes_of, ids_of
 from maisi.evaluation.trainer import Lesson
 from maisi.evaluation.trainers import make_trainer, open_segmenter
@@ -95,6 +96,21 @@ def test_nnunet_finds_what_it_was_shown_on_any_grid(sets, nnunet, tmp_path) -> N
     assert "nnUNetTrainer_5epochs" in found.name
     assert _calls(nnunet).count("train") == 1
     assert not list(cache.folder.glob("*.training"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_real_nnunet(sets, tmp_path) -> None:
+    """It takes what the stand-in takes and leaves what the stand-in leaves."""
+    if find_program("nnUNetv2_train") is None:
+        pytest.skip("nnU-Net is not installed (pip install nnunetv2)")
+    trainer = ExternalTrainer(Nnunet(NnunetConfig(trainer_class=CLASSES[1], device="cpu")))
+    found = trainer.trained(_lesson(sets), Cache(tmp_path / "cache"))
+    model = found.folder / "model"
+    assert {"dataset.json", "plans.json", "fold_all"} <= {path.name for path in model.iterdir()}
+    assert [path.name for path in (model / "fold_all").iterdir()] == ["checkpoint_final.pth"]
+    dice = agreement(*planted(100), found)
+    assert min(dice.values()) > 0.5, dice
 
 
 def test_an_interrupted_training_ends_its_program_and_goes_on(sets, nnunet, tmp_path) -> None:

@@ -111,7 +111,7 @@ class Auto3dseg:
             often = max(1, self.config.epochs // _VALIDATIONS)
             params = {"num_epochs": self.config.epochs, "num_epochs_per_validation": often}
             words += ["set_training_params", f"--params={json.dumps(params)}", "-"]
-        run_program([*_COMMAND, *words, "run"], work / LOG)
+        run_program([*_COMMAND, *words, "run"], work / LOG, _environment())
         if not self.weights(work):
             raise MaisiError(f"Auto3DSeg ended without a trained model; see {work / LOG}.")
         if report:
@@ -133,5 +133,10 @@ class Auto3dseg:
         (place / _INPUT).write_text(yaml.safe_dump(task), encoding="utf-8")
         words = ["EnsembleRunner", f"--data_src_cfg_name={place / _INPUT}", f"--work_dir={model / _RUNNER}"]
         words += [f"--num_fold={1 + max(case['fold'] for case in training)}", "--mgpu=False"]
-        run_program([*_COMMAND, *words, f"--output_dir={place / 'found'}", "-", "ensemble"], log)
+        run_program([*_COMMAND, *words, f"--output_dir={place / 'found'}", "-", "ensemble"], log, _environment())
         return next(iter((place / "found").rglob(f"*{_FOUND}")), None)
+
+
+def _environment() -> dict[str, str]:
+    """Its algorithms are run as `python`, which is to be the one that runs here."""
+    return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}

@@ -252,8 +252,8 @@ class ExternalSegmenter:
     @property
     def name(self) -> str:
         """See `Segmenter`."""
-        how = ", ".join(str(value) for key, value in self.about.config.items() if key != "device" and value is not None)
-        return f"{self.about.program}, {how}, {self.about.weights_sha256[:12]}"
+        how = [f"{key} {_shown(value)}" for key, value in self.about.config.items() if key != "device" and value]
+        return ", ".join([self.about.program, *how, self.about.weights_sha256[:12]])
 
     @property
     def structures(self) -> Mapping[str, frozenset[int]]:
@@ -290,6 +290,10 @@ class ExternalSegmenter:
             Path(log).unlink()
         found = upright.with_array(ids_of(classes.array, self.about.structures))
         return found if found.same_grid(ct) else resample_to_grid(found, ct, order=0)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _case_files(entry: Entry, structures: Structures, cache: Cache) -> Path:
