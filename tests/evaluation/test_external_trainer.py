@@ -155,7 +155,7 @@ def test_a_study_with_nnunet(sets, nnunet, tmp_path) -> None:
     assert values["settings"]["trainer"] == "nnunet"
     assert values["settings"]["segmenter"]["trainer_class"] == "nnUNetTrainer_5epochs"
     notes = " ".join(values["notes"])
-    assert "the same 5 epochs of nnU-Net's nnUNetTrainer_5epochs" in notes
+    assert "the same 5 epoch(s) of nnU-Net's nnUNetTrainer_5epochs" in notes
     assert "trained on together" in notes
     calls = _calls(nnunet)
     assert calls.count("plan_and_preprocess") == calls.count("train") == 6
@@ -187,7 +187,7 @@ def test_a_study_with_auto3dseg(sets, tmp_path, monkeypatch) -> None:
     assert all(row["brainstem, dice"] > 0.95 for row in values["items"])
     (model, *_) = (tmp_path / "cache").glob("*.training/runner/segresnet_0/model/model.pt")
     assert json.loads(model.read_text())["num_epochs_per_validation"] == 2
-    assert "100 epochs of Auto3DSeg (segresnet)" in " ".join(values["notes"])
+    assert "100 epoch(s) of Auto3DSeg (segresnet)" in " ".join(values["notes"])
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,10 @@ def test_what_is_missing_is_said_before_any_work(sets, nnunet, tmp_path, capsys,
     assert "for a study or fidelity alone" in capsys.readouterr().err
 
 
-def test_too_few_cases_and_one_sided_structures(sets, nnunet, tmp_path, capsys) -> None:
-    words = _words(sets, tmp_path / "out", "--trainer", "nnunet", "--real-count", "1")
-    assert run(words) == 2
-    assert "has 1 training case(s), and nnunet needs 2" in capsys.readouterr().err
+def test_too_few_cases_and_one_sided_structures(sets, nnunet, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("maisi.evaluation.auto3dseg.find_spec", lambda name: name)
+    assert run(_words(sets, tmp_path / "out", "--trainer", "auto3dseg", "--real-count", "1")) == 2
+    assert "has 1 training case(s), and auto3dseg needs 2" in capsys.readouterr().err
     trainer = make_trainer("nnunet", {"trainer_class": "nnUNetTrainer"})
     (said,) = trainer.cautions({"left parotid gland": frozenset({134}), "mandible": frozenset({BRIGHT})})
     assert "may confuse left parotid gland with the other side" in said

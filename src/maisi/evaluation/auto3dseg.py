@@ -57,7 +57,7 @@ class Auto3dseg:
     name = "auto3dseg"
     layout = "auto3dseg"
     folds = 5
-    fewest = 2
+    fewest = 2  # a fold to train on and one to validate on
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -67,9 +67,9 @@ class Auto3dseg:
     @property
     def effort(self) -> str:
         """See `Tool`."""
-        epochs = "epochs of its own choice" if self.config.epochs is None else f"{self.config.epochs} epochs"
+        epochs = "epochs of its own choice" if self.config.epochs is None else f"{self.config.epochs} epoch(s)"
         which = ", ".join(self.config.algorithms) or "all its algorithms"
-        return f"{epochs} of Auto3DSeg ({which}), in {self.folds} folds whose best models vote"
+        return f"{epochs} of Auto3DSeg ({which}), in up to {self.folds} folds whose best models are averaged"
 
     def cautions(self, structures: Structures) -> tuple[str, ...]:
         """See `Tool`."""
@@ -80,7 +80,7 @@ class Auto3dseg:
         for module in ("monai", "fire"):
             if find_spec(module) is None:
                 raise MaisiError(
-                    f"Auto3DSeg is not installed here ({module} is missing); pip install 'monai[fire,nibabel,yaml]'."
+                    f"Auto3DSeg is not installed here ({module} is missing); pip install 'monai[fire,nibabel,pyyaml]'."
                 )
         try:
             return f"Auto3DSeg of MONAI {version('monai')}"

@@ -78,7 +78,7 @@ class Nnunet:
     name = "nnunet"
     layout = "nnunet"
     folds = 1
-    fewest = 2
+    fewest = 1
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -88,7 +88,7 @@ class Nnunet:
     @property
     def effort(self) -> str:
         """See `Tool`."""
-        return f"{self._epochs} epochs of nnU-Net's {self.config.trainer_class}, which has no seed"
+        return f"{self._epochs} epoch(s) of nnU-Net's {self.config.trainer_class}, which has no seed"
 
     def cautions(self, structures: Structures) -> tuple[str, ...]:
         """See `Tool`."""
