@@ -90,7 +90,7 @@ class Tool(Protocol):
         """
 
     def keep(self, work: Path, model: Path) -> None:
-        """Put what is needed to segment at `model`, a path that is new."""
+        """Put what is needed to segment at `model`, a path that is new; `work` stays as it is."""
 
     def weights(self, model: Path) -> list[Path]:
         """The files that hold what was learned."""
@@ -182,10 +182,7 @@ class ExternalTrainer:
         return ExternalSegmenter.open(folder, self.tool)
 
     def _train(self, lesson: Lesson, cache: Cache, report: Report | None, folder: Path) -> None:
-        held = [set(structures_held(entry, lesson.structures, cache)) for entry in lesson.entries]
-        absent = [name for name in lesson.structures if not any(name in own for own in held)]
-        if absent:
-            raise MaisiError(f"No case of a training has {', '.join(absent)}; leave that --structure out.")
+        _require_held(lesson, cache)
         work = folder.resolve().with_name(f"{folder.name}.training")
         work.mkdir(exist_ok=True)
         place = self.tool.dataset_folder(work)
@@ -194,6 +191,11 @@ class ExternalTrainer:
             place.parent.mkdir(exist_ok=True)
             _write_dataset(place, dataset, lesson, cache, self.tool.layout)
         self.tool.train(work, dataset, report)
+        self._keep(folder, work, lesson)
+        if not (folder / MODEL).is_symlink():
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _keep(self, folder: Path, work: Path, lesson: Lesson) -> None:
         with new_folder(folder) as part:
             self.tool.keep(work, part / MODEL)
             about = About(
@@ -206,8 +208,6 @@ class ExternalTrainer:
             )
             write_json(part / ABOUT_FILE, about.model_dump(mode="json"))
             shutil.copyfile(work / LOG, part / LOG)
-        if not (folder / MODEL).is_symlink():
-            shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -290,6 +290,14 @@ class ExternalSegmenter:
             Path(log).unlink()
         found = upright.with_array(ids_of(classes.array, self.about.structures))
         return found if found.same_grid(ct) else resample_to_grid(found, ct, order=0)
+
+
+def _require_held(lesson: Lesson, cache: Cache) -> None:
+    """Refuse a training in which a class has no voxel: a program may count the classes in the cases alone."""
+    held = {name for entry in lesson.entries for name in structures_held(entry, lesson.structures, cache)}
+    absent = [name for name in lesson.structures if name not in held]
+    if absent:
+        raise MaisiError(f"No case of a training has {', '.join(absent)}; leave that --structure out.")
 
 
 def _shown(value: Any) -> str:

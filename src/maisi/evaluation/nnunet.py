@@ -128,11 +128,7 @@ class Nnunet:
 
     def keep(self, work: Path, model: Path) -> None:
         """See `Tool`; the model folder is whole by itself, so it may lie anywhere."""
-        trained = self._trained(work)
-        for pattern in _UNUSED:
-            for path in (trained / f"fold_{_FOLD}").glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        trained.rename(model)
+        shutil.copytree(self._trained(work), model, ignore=shutil.ignore_patterns(*_UNUSED))
 
     def weights(self, model: Path) -> list[Path]:
         """See `Tool`."""
