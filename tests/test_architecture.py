@@ -133,6 +133,7 @@ def test_the_words_know_no_torch() -> None:
         "maisi.evaluation.medians",
         *("maisi.evaluation.volumes", "maisi.evaluation.cache", "maisi.evaluation.report"),
         *("maisi.evaluation.segmentation_cases", "maisi.evaluation.sources", "maisi.evaluation.paired_tests"),
+        "maisi.evaluation.trainers",
     ],
 )
 def test_loads_without_torch(module: str) -> None:

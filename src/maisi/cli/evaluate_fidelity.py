@@ -11,9 +11,9 @@ import click
 
 from maisi.cli.evaluate_segmenter import (
     Training,
-    segmenter_config,
     structure_option,
     structures_in,
+    trainer_from,
     training_options,
 )
 from maisi.cli.options import (
@@ -88,7 +88,8 @@ def fidelity(
 
     settings: dict[str, Any] = {"generated": [str(path) for path in generated], "real": str(real) if real else None}
     if order is not None:
-        settings |= {"train": [str(path) for path in train], "training": order.config.model_dump(mode="json")}
+        settings |= {"train": [str(path) for path in train]}
+        settings |= {"trainer": order.trainer.name, "training": dict(order.trainer.settings)}
     notes: tuple[str, ...] = ()
     with cache_for(output, cache) as kept, progress() as report:
         told = partial(report, "fidelity")
@@ -109,7 +110,7 @@ def _order(train: Sequence[Path], names: Sequence[str], training: dict[str, Any]
     if not train:
         raise MaisiError("The segmenter is to be trained, and nothing says on what; give --train with real cases.")
     found = readable(find_entries(train, "train"), skip_unreadable)
-    return Training(found, structures_in(found.entries, names), segmenter_config(**training))
+    return Training(found, structures_in(found.entries, names), trainer_from(**training))
 
 
 def _require_unseen(real: Sequence[Entry], judge: Segmenter | None, order: Training | None) -> None:
@@ -137,9 +138,9 @@ def _segmenter(text: str, vocabulary: str | None) -> Segmenter:
         raise MaisiError("--from says what the ids of a command mean, and this segmenter needs none; leave it out.")
     if rules:
         return Rules()
-    from maisi.evaluation.trained_segmenter import TrainedSegmenter
+    from maisi.evaluation.trainers import open_segmenter
 
-    return TrainedSegmenter.open(Path(text))
+    return open_segmenter(Path(text))
 
 
 def _vocabulary(name: str) -> Vocabulary:

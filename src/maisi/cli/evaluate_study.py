@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from maisi.cli.evaluate_segmenter import segmenter_config, structure_option, structures_in, training_options
+from maisi.cli.evaluate_segmenter import structure_option, structures_in, trainer_from, training_options
 from maisi.cli.options import (
     FILE,
     cache_option,
@@ -23,6 +23,7 @@ from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
     from maisi.evaluation.study import StudyConfig
+    from maisi.evaluation.trainer import Trainer
 
 
 @click.command()
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--real-count", metavar="N,N,...", help="Numbers of real training patients.  [default: all]")
 @click.option("--split", default="all", show_default=True, help="Which REAL cases: train, validation or all.")
 @click.option("--tolerance", type=float, default=2.0, show_default=True, help="Of the surface Dice, in mm.")
-@click.option("--share", type=float, default=0.5, show_default=True, help="Of patches that come from added cases.")
+@click.option("--share", type=float, help="segresnet: of patches that come from added cases.  [default: 0.5]")
 @click.option("--incomplete", default="leave-out", show_default=True, help="Cases that lack a structure; or absent.")
 @click.option("--sources", type=FILE, help="JSON table, name of a pair -> patient, where no record says it.")
 @training_options
@@ -50,7 +51,7 @@ def study(
     real_count: str | None,
     split: str,
     tolerance: float,
-    share: float,
+    share: float | None,
     incomplete: str,
     sources: Path | None,
     skip_unreadable: bool,
@@ -65,11 +66,14 @@ def study(
 
     \b
     maisi evaluate study prepared/ --pairs out/ --structure mandible,brainstem --real-count 20 -o study/
+    maisi evaluate study prepared/ --pairs out/ --structure mandible --trainer nnunet --epochs 250 -o study/
     """
     require_new(output)
     if not pairs and not inpainted:
         raise MaisiError("There is nothing to add to the real cases; give --pairs or --inpainted.")
     counts = _counts(real_count)
+    config = _config(training, share, folds=folds, counts=counts, tolerance_mm=tolerance, incomplete=incomplete)
+    trainer = _trainer(training)
     from maisi.evaluation.sources import origins, read_sources
     from maisi.evaluation.volumes import find_entries, readable
 
@@ -78,9 +82,6 @@ def study(
     given = readable(find_entries([*pairs, *inpainted]), skip_unreadable)
     made_of = origins(given.entries, known.entries, told)
     structures = structures_in([*known.entries, *given.entries], structure)
-    config = _config(
-        training, folds=folds, counts=counts, tolerance_mm=tolerance, added_share=share, incomplete=incomplete
-    )
     from maisi.evaluation.cache import cache_for
     from maisi.evaluation.result import write_result
     from maisi.evaluation.study import Added, draw, plan, run_study
@@ -98,18 +99,35 @@ def study(
     settings = {"real": [str(path) for path in real], "split": split, "sources": str(sources) if sources else None}
     settings |= {"pairs": [str(path) for path in pairs], "inpainted": [str(path) for path in inpainted]}
     with cache_for(output, cache) as kept, progress() as report:
-        result = run_study(known.entries, added, structures, config, kept, settings, partial(report, "study"))
+        result = run_study(known.entries, added, structures, config, trainer, kept, settings, partial(report, "study"))
         result = result.with_notes(*known.notes, *given.notes)
         write_result(output, result, lambda figure: draw(figure, result))
     say_result(result, output)
 
 
-def _config(training: dict[str, Any], **values: Any) -> StudyConfig:
+def _config(training: Mapping[str, Any], share: float | None, **values: Any) -> StudyConfig:
     from maisi.config import parse_config
     from maisi.evaluation.study import StudyConfig
+    from maisi.evaluation.trainers import BUILT_IN
 
-    segmenter = segmenter_config(**training)
-    return parse_config(StudyConfig, {**values, "seed": segmenter.seed, "segmenter": segmenter}, "The study")
+    values["seed"] = training["seed"] or 0
+    if training["trainer"] != BUILT_IN:
+        if share is not None:
+            raise MaisiError(
+                f"--share is not for --trainer {training['trainer']}, which trains on all cases together; leave it out."
+            )
+        values["added_share"] = None
+    elif share is not None:
+        values["added_share"] = share
+    return parse_config(StudyConfig, values, "The study")
+
+
+def _trainer(training: Mapping[str, Any]) -> Trainer:
+    """The trainer; where it has no seed, that of the folds is not for it."""
+    from maisi.evaluation.trainers import BUILT_IN
+
+    others = {} if training["trainer"] == BUILT_IN else {"seed": None}
+    return trainer_from(**{**training, **others})
 
 
 def _counts(text: str | None) -> list[int]:

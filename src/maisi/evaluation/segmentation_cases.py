@@ -5,10 +5,10 @@ Patches are turned, zoomed and changed in intensity, never mirrored: left and ri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from maisi.anatomy import label_name, name_key, named_sides
 from maisi.config import Config
 from maisi.data.agreement import STRUCTURES
 from maisi.data.augment import SpatialRanges, apply, draw
-from maisi.data.label_maps import ids_in
+from maisi.data.label_maps import ids_in, translated
 from maisi.data.preprocess import HU_MIN, STORED_HU, resample, resample_to_grid
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
@@ -192,8 +192,7 @@ def _arrays(entry: Entry, structures: Structures, spacing_mm: Spacing) -> dict[s
     ct, labels = entry.pair()
     if labels is None:
         raise MaisiError(f"{entry.name} has no labels; give a label map for each image.")
-    hu = ct.with_array(np.clip(np.rint(ct.array), *STORED_HU).astype(np.int16))
-    image = resample(hu, spacing_mm)
+    image = resample(stored_hu(ct), spacing_mm)
     shares = (labels.with_array(np.isin(labels.array, sorted(ids)).astype(np.float32)) for ids in structures.values())
     return {"image": image.array, "classes": likeliest(shares, image), "source_mm": np.array(ct.spacing_mm)}
 
@@ -235,6 +234,29 @@ def draw_patch(
         parameters = replace(parameters, centre=places[int(which * len(places))] + aside)
     image = apply(case.image, parameters, order=1, fill=HU_MIN).astype(np.float32)
     return (1 + contrast) * image + shift, apply(case.classes, parameters, order=0)
+
+
+def stored_hu(ct: Volume) -> Volume:
+    """The same CT as int16, in the range of what is stored."""
+    return ct.with_array(np.clip(np.rint(ct.array), *STORED_HU).astype(np.int16))
+
+
+def classes_of(labels: NDArray[Any], structures: Structures) -> NDArray[np.uint8]:
+    """Return the class of each voxel of a label map: 1 + the place of its structure, 0 where it belongs to none."""
+    numbers = {id: number for number, ids in enumerate(structures.values(), 1) for id in ids}
+    return translated(labels, {id: numbers.get(id, 0) for id in ids_in(labels)})
+
+
+def ids_of(classes: NDArray[np.uint8], structures: Mapping[str, Collection[int]]) -> NDArray[np.uint8]:
+    """Return maisi's ids of classes; of a structure with several ids, the lowest.
+
+    Raises:
+        MaisiError: there are more classes than structures.
+    """
+    ids = np.array([0, *(min(ids) for ids in structures.values())], np.uint8)
+    if classes.max() >= len(ids):
+        raise MaisiError(f"A segmenter of {len(ids) - 1} structure(s) found class {classes.max()}; train it anew.")
+    return ids[classes]
 
 
 def resampling_note(cases: Sequence[TrainingCase]) -> tuple[str, ...]:

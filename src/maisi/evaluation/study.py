@@ -6,7 +6,7 @@ judged on real patients that neither it nor the added cases were made of. Every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,22 +20,12 @@ from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.paired_tests import holm, wilcoxon_p
 from maisi.evaluation.result import Result, Row
-from maisi.evaluation.segmentation_cases import (
-    Incomplete,
-    Structures,
-    TrainingCase,
-    complete,
-    load_case,
-    resampling_note,
-)
+from maisi.evaluation.segmentation_cases import Incomplete, Structures, complete
 from maisi.evaluation.segmenters import Segmenter
 from maisi.evaluation.sources import Origin
 from maisi.evaluation.surface_dice import surface_dice
-from maisi.evaluation.trained_segmenter import SegmenterConfig, TrainedSegmenter, trained
+from maisi.evaluation.trainer import Lesson, Report, Trainer, require_enough
 from maisi.evaluation.volumes import Entry
-
-Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 REAL = "real"
 MEASURES = ("dice", "surface dice")
@@ -53,19 +43,18 @@ class StudyConfig(Config):
         folds: parts that the patients are dealt to; each is the test set once.
         counts: numbers of real training patients, each a study of its own; () is all there are.
         tolerance_mm: of the surface Dice.
-        added_share: of the training patches that come from the added cases, however many there are.
+        added_share: of the training patches that come from the added cases, however many there are; None draws each
+            case as often as any other.
         incomplete: what was done about cases whose labels lack a structure, see `segmentation_cases.complete`.
         seed: of folds and of the choice of patients.
-        segmenter: what is trained in each arm.
     """
 
     folds: int = Field(default=5, ge=2)
     counts: tuple[int, ...] = ()
     tolerance_mm: float = Field(default=2.0, ge=0)
-    added_share: float = Field(default=0.5, gt=0, lt=1)
+    added_share: float | None = Field(default=0.5, gt=0, lt=1)
     incomplete: Incomplete = "leave-out"
     seed: int = Field(default=0, ge=0)
-    segmenter: SegmenterConfig = SegmenterConfig()
 
     @field_validator("counts")
     @classmethod
@@ -189,6 +178,7 @@ def run_study(
     added: Sequence[Added],
     structures: Structures,
     config: StudyConfig,
+    trainer: Trainer,
     cache: Cache,
     settings: Mapping[str, Any],
     report: Report | None = None,
@@ -200,12 +190,13 @@ def run_study(
         added: what the further arms add.
         structures: to find.
         config: how.
+        trainer: of each arm's segmenters.
         cache: keeps cases, segmenters and what they found.
         settings: what the record says beside `config`.
         report: told how far it is.
 
     Raises:
-        MaisiError: as `plan` and `complete`, or a file cannot be read.
+        MaisiError: as `plan`, `complete` and the trainer, or a file cannot be read.
     """
     real, notes = complete(real, structures, cache, REAL, config.incomplete)
     whole = []
@@ -213,7 +204,7 @@ def run_study(
         entries, more = complete(one.entries, structures, cache, "added", config.incomplete)
         whole.append(one.only({entry.name for entry in entries}))
         notes += more
-    return _run(real, whole, structures, config, cache, settings, report).with_notes(*notes)
+    return _run(real, whole, structures, config, trainer, cache, settings, report).with_notes(*notes)
 
 
 def _run(
@@ -221,36 +212,35 @@ def _run(
     added: Sequence[Added],
     structures: Structures,
     config: StudyConfig,
+    trainer: Trainer,
     cache: Cache,
     settings: Mapping[str, Any],
     report: Report | None,
 ) -> Result:
     runs = plan(real, added, config)
-    loaded: dict[str, TrainingCase] = {}
-
-    def case_of(entry: Entry) -> TrainingCase:
-        if entry.hash not in loaded:
-            loaded[entry.hash] = load_case(entry, structures, config.segmenter.spacing_mm, cache)
-        return loaded[entry.hash]
-
+    for run in runs:
+        require_enough(trainer, len(run.real) + len(run.added), f"Fold {run.fold + 1} ({run.label})")
     everything = [*real, *(entry for one in added for entry in one.entries)]
-    for done, entry in enumerate(everything, 1):
-        case_of(entry)
-        if report:
-            report("read cases", done, len(everything))
+    prepared = trainer.prepare(everything, structures, cache, report)
     rows: list[Row] = []
     for number, run in enumerate(runs, 1):
         told = partial(_told, report, f"{number}/{len(runs)}, fold {run.fold + 1}, {run.label}") if report else None
-        segmenter = _trained(run, structures, config, cache, case_of, told)
+        segmenter = trainer.trained(_lesson(run, structures, config), cache, told)
         rows += judged(run, segmenter, structures, config, cache, told)
     compared = comparison(rows, structures)
     return Result(
         "study",
         _summary(compared, {entry.patient for entry in real}),
         rows,
-        {**settings, "structures": list(structures), **config.model_dump(mode="json")},
+        {
+            **settings,
+            "structures": list(structures),
+            **config.model_dump(mode="json"),
+            "trainer": trainer.name,
+            "segmenter": dict(trainer.settings),
+        },
         columns=("case", "fold", "arm", "patients", *(f"{name}, dice" for name in structures)),
-        notes=(*_notes(runs, added, config), *resampling_note(list(loaded.values()))),
+        notes=(*_notes(runs, added, config, trainer), *trainer.cautions(structures), *prepared),
         tables={COMPARISON: compared},
     )
 
@@ -259,20 +249,14 @@ def _told(report: Report, label: str, stage: str, done: int, total: int) -> None
     report(f"{label}: {stage}", done, total)
 
 
-def _trained(
-    run: Run,
-    structures: Structures,
-    config: StudyConfig,
-    cache: Cache,
-    case_of: Callable[[Entry], TrainingCase],
-    report: Report | None,
-) -> TrainedSegmenter:
-    """The segmenter of one run: so much of its patches come from added cases, however many there are."""
+def _lesson(run: Run, structures: Structures, config: StudyConfig) -> Lesson:
+    """What one run's segmenter learns from: so much of its patches come from added cases, however many there are."""
     entries = (*run.real, *run.added)
+    if config.added_share is None:
+        return Lesson(entries, structures)
     share = config.added_share if run.added else 0.0
     weights = [(1 - share) / len(run.real)] * len(run.real) + [share / max(1, len(run.added))] * len(run.added)
-    cases, hashes = [case_of(entry) for entry in entries], [entry.hash for entry in entries]
-    return trained(cache, config.segmenter, structures, cases, hashes, weights, report)
+    return Lesson(entries, structures, tuple(weights))
 
 
 def judged(
@@ -380,11 +364,12 @@ def _summary(compared: Sequence[Row], patients: Iterable[str]) -> dict[str, floa
     return summary
 
 
-def _notes(runs: Sequence[Run], added: Sequence[Added], config: StudyConfig) -> list[str]:
-    steps, batch = config.segmenter.steps, config.segmenter.batch
+def _notes(runs: Sequence[Run], added: Sequence[Added], config: StudyConfig, trainer: Trainer) -> list[str]:
+    mixed = "real and added cases are trained on together, each as often as any other."
+    if config.added_share is not None:
+        mixed = f"with added cases {config.added_share:.0%} of the patches come from these."
     notes = [
-        f"Every arm takes the same {steps} steps of {batch} patch(es), with the same seed; with added cases "
-        f"{config.added_share:.0%} of the patches come from these.",
+        f"Every arm takes the same {trainer.effort}; {mixed}",
         "p is that of Wilcoxon's signed-rank test on the means of the test patients, corrected by Holm over all rows "
         "of its measure; a patient's structure that the labels lack is left out.",
         "Added cases may be made of training patients beyond the number given, and what generated them may have been "

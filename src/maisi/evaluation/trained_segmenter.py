@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,18 @@ from maisi.data.preprocess import resample
 from maisi.device import feature_layout, keep_freed_memory, placed, resolve_device, resolve_precision
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
-from maisi.evaluation.segmentation_cases import PatchConfig, Structures, TrainingCase, draw_patch, likeliest
+from maisi.evaluation.segmentation_cases import (
+    PatchConfig,
+    Structures,
+    TrainingCase,
+    draw_patch,
+    ids_of,
+    likeliest,
+    load_case,
+    resampling_note,
+)
+from maisi.evaluation.trainer import ABOUT_FILE, Lesson, Report
+from maisi.evaluation.volumes import Entry
 from maisi.io.files import new_folder, write_json
 from maisi.training.optimizer import OptimizerConfig
 from maisi.training.state import (
@@ -40,10 +51,7 @@ from maisi.training.state import (
 from maisi.volume import Volume
 from maisi.weights.tensor_file import sha256, write_tensors
 
-ABOUT_FILE, WEIGHTS_FILE = "segmenter.json", "segmenter.safetensors"
-
-Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
+WEIGHTS_FILE = "segmenter.safetensors"
 
 _WARM_UP = 0.05
 """Share of the steps in which the learning rate grows."""
@@ -166,21 +174,55 @@ def train(
     shutil.rmtree(at_work, ignore_errors=True)
 
 
-def trained(
-    cache: Cache,
-    config: SegmenterConfig,
-    structures: Structures,
-    cases: Sequence[TrainingCase],
-    hashes: Sequence[str],
-    weights: Sequence[float] | None = None,
-    report: Report | None = None,
-) -> TrainedSegmenter:
-    """Train a segmenter as `train` does, in the cache, or take the one that is there."""
-    ids = {name: sorted(ids) for name, ids in structures.items()}
-    odds = None if weights is None else list(weights)
-    key = ["segmenter", config.model_dump(mode="json"), ids, list(hashes), odds]
-    folder = cache.path(key, lambda place: train(place, config, structures, cases, hashes, weights, report))
-    return TrainedSegmenter.open(folder)
+class SegResNetTrainer:
+    """A `trainer.Trainer`: the built-in one. It keeps the cases that it read in memory."""
+
+    name = "segresnet"
+    fewest = 1
+
+    def __init__(self, config: SegmenterConfig) -> None:
+        """Train as `config` says."""
+        self.config = config
+        self._read: dict[str, TrainingCase] = {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See `Trainer`."""
+        return self.config.model_dump(mode="json")
+
+    @property
+    def effort(self) -> str:
+        """See `Trainer`."""
+        return f"{self.config.steps} steps of {self.config.batch} patch(es), with the same seed"
+
+    def cautions(self, structures: Structures) -> tuple[str, ...]:
+        """See `Trainer`."""
+        return ()
+
+    def prepare(
+        self, entries: Sequence[Entry], structures: Structures, cache: Cache, report: Report | None = None
+    ) -> tuple[str, ...]:
+        """See `Trainer`."""
+        cases = []
+        for done, entry in enumerate(entries, 1):
+            cases.append(self._case(entry, structures, cache))
+            if report:
+                report("read cases", done, len(entries))
+        return resampling_note(cases)
+
+    def trained(self, lesson: Lesson, cache: Cache, report: Report | None = None) -> TrainedSegmenter:
+        """See `Trainer`."""
+        structures, hashes, odds = lesson.structures, lesson.hashes, lesson.weights
+        cases = [self._case(entry, structures, cache) for entry in lesson.entries]
+        ids = {name: sorted(ids) for name, ids in structures.items()}
+        key = ["segmenter", self.settings, ids, hashes, odds]
+        folder = cache.path(key, lambda place: train(place, self.config, structures, cases, hashes, odds, report))
+        return TrainedSegmenter.open(folder)
+
+    def _case(self, entry: Entry, structures: Structures, cache: Cache) -> TrainingCase:
+        if entry.hash not in self._read:
+            self._read[entry.hash] = load_case(entry, structures, self.config.spacing_mm, cache)
+        return self._read[entry.hash]
 
 
 class _Training:
@@ -341,8 +383,7 @@ class TrainedSegmenter:
         coarse = resample(hu, self.about.config.spacing_mm)
         shares = self._shares(coarse.array)
         classes = likeliest((Volume(share, coarse.affine) for share in shares[1:]), ct)
-        ids = np.array([0, *(min(ids) for ids in self.about.structures.values())], np.uint8)
-        return Volume(ids[classes], ct.affine)
+        return Volume(ids_of(classes, self.about.structures), ct.affine)
 
     @torch.inference_mode()
     def _shares(self, hu: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -66,6 +66,7 @@ class Dataset:
         folds: fold of each case, see `folds_of`.
         labels: names of the labels: the first has the value 1.
         suffix: of an image's file name, before its ending.
+        description: what it holds, for people.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Dataset:
     folds: tuple[int, ...]
     labels: tuple[str, ...]
     suffix: str
+    description: str = DESCRIPTION
 
     def image(self, case: str) -> str:
         """Path of a case's image in the data set."""
@@ -327,7 +329,7 @@ def _nnunet(dataset: Dataset) -> str:
             "numTraining": len(dataset.cases),
             "file_ending": ".nii.gz",
             "name": dataset.name,
-            "description": DESCRIPTION,
+            "description": dataset.description,
         }
     )
 
@@ -336,7 +338,7 @@ def _about(dataset: Dataset) -> dict[str, Any]:
     """Entries of the Decathlon's index, which MONAI's lists may have, too."""
     return {
         "name": dataset.name,
-        "description": DESCRIPTION,
+        "description": dataset.description,
         "reference": "",
         "licence": "",
         "release": f"maisi {maisi.__version__}",
