@@ -29,7 +29,7 @@ from maisi.evaluation.segmentation_cases import (
     stored_hu,
     structures_held,
 )
-from maisi.evaluation.trainer import ABOUT_FILE, Lesson, Report
+from maisi.evaluation.trainer import ABOUT_FILE, Lesson, Report, Way
 from maisi.evaluation.volumes import Entry
 from maisi.generation.export import IMAGES_FOLDER, LABELS_FOLDER, LAYOUTS, Dataset, folds_of
 from maisi.io.files import new_folder, write_json
@@ -42,12 +42,8 @@ _IMAGE, _LABELS, _CASES = "image.nii.gz", "labels.nii.gz", "cases.json"
 _DESCRIPTION = "Cases that maisi trains a segmenter on; real patients may be among them."
 
 
-class Tool(Protocol):
+class Tool(Way, Protocol):
     """Somebody else's program."""
-
-    @property
-    def name(self) -> str:
-        """As on the command line."""
 
     @property
     def layout(self) -> str:
@@ -56,21 +52,6 @@ class Tool(Protocol):
     @property
     def folds(self) -> int:
         """Parts that it deals its training cases to."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """See `Trainer`."""
-
-    @property
-    def effort(self) -> str:
-        """See `Trainer`."""
-
-    @property
-    def fewest(self) -> int:
-        """See `Trainer`."""
-
-    def cautions(self, structures: Structures) -> tuple[str, ...]:
-        """See `Trainer`."""
 
     def version(self) -> str:
         """Name and version of the program, as far as it is known.

@@ -47,8 +47,8 @@ class FolderSegmenter(Segmenter, Protocol):
         """Copy all that it is made of into an empty folder."""
 
 
-class Trainer(Protocol):
-    """Trains segmenters, always in the same way."""
+class Way(Protocol):
+    """A way to train, always the same."""
 
     @property
     def name(self) -> str:
@@ -68,6 +68,10 @@ class Trainer(Protocol):
 
     def cautions(self, structures: Structures) -> tuple[str, ...]:
         """Sentences for the reader of a result: what these structures suffer from."""
+
+
+class Trainer(Way, Protocol):
+    """Trains segmenters in one way."""
 
     def prepare(
         self, entries: Sequence[Entry], structures: Structures, cache: Cache, report: Report | None = None
