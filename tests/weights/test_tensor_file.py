@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from maisi.errors import MaisiError
-from maisi.weights.tensor_file import read_tensor_header, sha256, write_tensors
+from maisi.io.files import sha256
+from maisi.weights.tensor_file import read_tensor_header, write_tensors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 NAMES = st.text("abc.", min_size=1, max_size=4)

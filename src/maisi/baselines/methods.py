@@ -14,9 +14,9 @@ from maisi.config import Config, parse_config
 from maisi.device import peak_memory, resolve_device, resolve_precision
 from maisi.errors import MaisiError
 from maisi.generation.output import Item
+from maisi.io.files import sha256
 from maisi.request import Request, item_seed
 from maisi.volume import Volume
-from maisi.weights.tensor_file import sha256
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,6 @@ a file name, a date or a place of the original. It holds labels only, no image.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from maisi.data.mask_deform import DeformationRanges, deform, draw_deformation
 from maisi.data.preprocess import resample_to_grid
 from maisi.data.regions import regions_of
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume, new_folder, write_json
+from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume, new_folder, sha256, write_json
 from maisi.io.nifti import read_labels, write_volume
 from maisi.volume import Volume
 
@@ -111,7 +110,7 @@ def build(source: Path | Sequence[Path], out: Path, note: str = "") -> MaskIndex
             mask = _cropped(checked_mask(file).to_ras())
             path = part / "masks" / f"{number:04d}.nii.gz"
             write_volume(path, mask, description="label map of a library, made by maisi", synthetic=False)
-            rows.append(_row(f"{number:04d}", f"masks/{path.name}", mask, note, _sha256(path)))
+            rows.append(_row(f"{number:04d}", f"masks/{path.name}", mask, note, sha256(path)))
         index = MaskIndex(masks=tuple(rows))
         write_json(part / INDEX, index.model_dump(mode="json"))
     return index
@@ -162,11 +161,6 @@ def _row(id: str, file: str, mask: Volume, note: str, sha256: str) -> MaskRow:
         note=note,
         sha256=sha256,
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class MaskLibrary:
@@ -262,7 +256,7 @@ class MaskLibrary:
             MaisiError: the file is missing, not the one of the index, or holds nothing to centre on.
         """
         path = self.folder / row.file
-        if not path.is_file() or _sha256(path) != row.sha256:
+        if not path.is_file() or sha256(path) != row.sha256:
             raise MaisiError(f"{path} is missing or was changed after the library was built; build the library again.")
         mask = read_labels(path).to_ras()
         if deformation is not None:

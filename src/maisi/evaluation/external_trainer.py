@@ -6,7 +6,6 @@ A program is a `Tool`. What it trained is a folder with `segmenter.json` and, in
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -29,13 +28,12 @@ from maisi.evaluation.segmentation_cases import (
     stored_hu,
     structures_held,
 )
-from maisi.evaluation.trainer import ABOUT_FILE, Lesson, Report, Way
+from maisi.evaluation.trainer import ABOUT_FILE, Lesson, Report, Way, read_about
 from maisi.evaluation.volumes import Entry
 from maisi.generation.export import IMAGES_FOLDER, LABELS_FOLDER, LAYOUTS, Dataset, folds_of
-from maisi.io.files import new_folder, write_json
+from maisi.io.files import new_folder, sha256, write_json
 from maisi.io.nifti import read_labels, write_volume
 from maisi.volume import Volume
-from maisi.weights.tensor_file import sha256
 
 MODEL, LOG = "model", "log.txt"
 _IMAGE, _LABELS, _CASES = "image.nii.gz", "labels.nii.gz", "cases.json"
@@ -213,7 +211,7 @@ class ExternalSegmenter:
             MaisiError: its files do not belong together, or the program is not installed.
         """
         path = folder / ABOUT_FILE
-        about = parse_config(About, json.loads(path.read_text(encoding="utf-8")), str(path))
+        about = parse_config(About, read_about(folder), str(path))
         tool.version()
         weights = tool.weights(folder / MODEL)
         if not weights or not all(file.is_file() for file in weights) or _digest(weights) != about.weights_sha256:

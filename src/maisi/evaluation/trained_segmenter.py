@@ -35,9 +35,9 @@ from maisi.evaluation.segmentation_cases import (
     load_case,
     resampling_note,
 )
-from maisi.evaluation.trainer import ABOUT_FILE, Lesson, Report
+from maisi.evaluation.trainer import ABOUT_FILE, Lesson, Report, read_about
 from maisi.evaluation.volumes import Entry
-from maisi.io.files import new_folder, write_json
+from maisi.io.files import new_folder, sha256, write_json
 from maisi.training.optimizer import OptimizerConfig
 from maisi.training.state import (
     Checkpoint,
@@ -49,7 +49,7 @@ from maisi.training.state import (
     step_rng,
 )
 from maisi.volume import Volume
-from maisi.weights.tensor_file import sha256, write_tensors
+from maisi.weights.tensor_file import write_tensors
 
 WEIGHTS_FILE = "segmenter.safetensors"
 
@@ -343,13 +343,7 @@ class TrainedSegmenter:
             MaisiError: it is no segmenter, its files do not belong together, or MONAI is not there.
         """
         path, weights = folder / ABOUT_FILE, folder / WEIGHTS_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise MaisiError(
-                f"{folder} holds no readable {ABOUT_FILE}; give a folder made by `maisi evaluate segmenter`."
-            ) from None
-        about = parse_config(About, values, str(path))
+        about = parse_config(About, read_about(folder), str(path))
         if not weights.is_file() or sha256(weights) != about.weights_sha256:
             raise MaisiError(f"{weights} is missing or is not the one that {path} describes; train it anew.")
         require_monai()

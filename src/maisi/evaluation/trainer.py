@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,20 @@ class Lesson:
     def hashes(self) -> list[str]:
         """Of the cases."""
         return [entry.hash for entry in self.entries]
+
+
+def read_about(folder: Path) -> Any:
+    """Read what a trained segmenter says of itself, as JSON gives it.
+
+    Raises:
+        MaisiError: the folder is none of a segmenter.
+    """
+    try:
+        return json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise MaisiError(
+            f"{folder} holds no readable {ABOUT_FILE}; give a folder made by `maisi evaluate segmenter`."
+        ) from None
 
 
 class FolderSegmenter(Segmenter, Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from maisi.errors import MaisiError
 from maisi.evaluation.auto3dseg import Auto3dseg, Auto3dsegConfig
 from maisi.evaluation.external_trainer import ExternalSegmenter, ExternalTrainer, Tool
 from maisi.evaluation.nnunet import Nnunet, NnunetConfig
-from maisi.evaluation.trainer import ABOUT_FILE, FolderSegmenter, Trainer
+from maisi.evaluation.trainer import FolderSegmenter, Trainer, read_about
 
 BUILT_IN = "segresnet"
 
@@ -56,12 +55,7 @@ def open_segmenter(folder: Path) -> FolderSegmenter:
     Raises:
         MaisiError: it is no segmenter, its files do not belong together, or its program is not installed.
     """
-    try:
-        values = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise MaisiError(
-            f"{folder} holds no readable {ABOUT_FILE}; give a folder made by `maisi evaluate segmenter`."
-        ) from None
+    values = read_about(folder)
     name = values.get("trainer") if isinstance(values, dict) else None
     if isinstance(name, str) and name in _TOOLS:
         return ExternalSegmenter.open(folder, _TOOLS[name](values.get("config", {})))

@@ -9,7 +9,6 @@ of. Beside it stands `export.json` with what all formats lack: that the images a
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -29,7 +28,7 @@ from maisi.data.label_maps import ids_in, translated
 from maisi.errors import MaisiError
 from maisi.generation.masks import without_tumors
 from maisi.generation.output import IMAGE, LABELS, RECORD
-from maisi.io.files import atomic_path, new_folder, write_json
+from maisi.io.files import atomic_path, new_folder, sha256, write_json
 from maisi.io.nifti import read_header, read_labels, write_volume
 from maisi.volume import Volume
 
@@ -151,7 +150,7 @@ def export(
         name=out.name,
         modality=_one_modality(pairs),
         cases=tuple(pair.name for pair in pairs),
-        folds=folds_of([_digest(pair.folder / LABELS) for pair in pairs], folds),
+        folds=folds_of([sha256(pair.folder / LABELS) for pair in pairs], folds),
         labels=tuple(label_name(id) for id in ids),
         suffix=layout.suffix,
     )
@@ -295,11 +294,6 @@ def _unused(stem: str, taken: set[str]) -> str:
         name = f"{stem}-{number}"
     taken.add(name)
     return name
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _note(pairs: Iterable[Pair], ids: Mapping[int, int], to: str) -> dict[str, Any]:

@@ -39,6 +39,18 @@ def is_volume(path: Path) -> bool:
     return name.endswith(VOLUME_ENDINGS) and (path.is_dir() if name.endswith(".zarr") else path.is_file())
 
 
+def sha256(path: Path) -> str:
+    """Return the file's SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        MaisiError: it cannot be read.
+    """
+    try:
+        return _digest(Path(path))
+    except OSError as error:
+        raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a file.") from None
+
+
 def volume_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, or of the names and contents of all files below a folder, as 64 digits.
 
@@ -47,15 +59,15 @@ def volume_sha256(path: Path) -> str:
     """
     try:
         if not path.is_dir():
-            return _sha256(path)
+            return _digest(path)
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        listed = [[file.relative_to(path).as_posix(), _sha256(file)] for file in files]
+        listed = [[file.relative_to(path).as_posix(), _digest(file)] for file in files]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     except OSError as error:
         raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a volume.") from None
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

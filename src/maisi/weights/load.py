@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
-from maisi.weights.tensor_file import read_tensor_header, sha256, write_tensors
+from maisi.io.files import sha256
+from maisi.weights.tensor_file import read_tensor_header, write_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -174,8 +174,7 @@ class ModelFolder:
         Raises:
             MaisiError: they differ.
         """
-        self.path(part)  # says so where the model has none
-        self._pinned(self.config.files[part])
+        self._pinned(self.path(part).name)
 
     def ranges(self) -> Path | None:
         """Where the file of its quality ranges is, compared with its hash; None for a model without.

@@ -6,7 +6,6 @@ the header, JSON, which gives each tensor's type, shape and place; the tensors' 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -96,15 +95,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
-
-
-def sha256(path: Path) -> str:
-    """Return the file's SHA-256 as 64 hexadecimal digits."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a file.") from None
 
 
 def _parse(raw: bytes) -> tuple[TensorHeader, int]:
