@@ -33,6 +33,7 @@ from maisi.volume import Volume
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
 Triple = tuple[int, int, int]
 Progress = Callable[[str, int, int], None]
 VolumeFeatures = Callable[[Volume], NDArray[np.floating[Any]]]
@@ -52,6 +53,9 @@ FLAT = 1e-6
 
 STEADY = 0.01
 """A feature that spreads less than this share of the median spread is left out: that may be rounding alone."""
+
+ROUNDING = 1e-9
+"""A shift is not lost because the overlap that it must leave came out that much above a whole number."""
 
 FLIPS: tuple[tuple[int, ...], ...] = tuple(
     tuple(axis for axis in range(3) if chosen[axis]) for chosen in product((False, True), repeat=3)
@@ -114,38 +118,75 @@ class Correlator:
 
     def matches(self, a: Floats, others: Iterable[Floats]) -> Iterator[Match]:
         """Yield the best match of `a`, in all its flips, with each of the others."""
-        box_a = np.conj(self._transform(np.ones_like(a)))
-        turned = [np.flip(a, flipped) for flipped in FLIPS]
-        spectra = [(np.conj(self._transform(t)), np.conj(self._transform(t * t))) for t in turned]
+        spectra = [np.conj(self._transform(np.flip(a, flipped))) for flipped in FLIPS]
+        sums_a, squares_a = _Sums(a), _Sums(a * a)
         for b in others:
-            box_b, of_b = self._transform(np.ones_like(b)), self._transform(b)
-            count = np.rint(self._back(box_a * box_b))
+            shifts = self._shifts(a.shape, b.shape)
+            sizes = zip(shifts, a.shape, b.shape, strict=True)
+            in_b = tuple((np.maximum(0, s), np.minimum(nb, na + s)) for s, na, nb in sizes)
+            in_a = tuple((low - s, high - s) for s, (low, high) in zip(shifts, in_b, strict=True))
+            along_x, along_y, along_z = np.ix_(*(high - low for low, high in in_b))
+            count = along_x * along_y * along_z
             allowed = count >= self.overlap * min(a.size, b.size)
-            count = np.maximum(count, 1)
-            sum_b = self._back(box_a * of_b)
-            scatter_b = self._back(box_a * self._transform(b * b)) - sum_b**2 / count
+            of_b, sum_b = self._transform(b), _Sums(b).over(in_b)
+            scatter_b = _Sums(b * b).over(in_b) - sum_b**2 / count
             found = []
-            for flipped, (of_a, of_squares) in zip(FLIPS, spectra, strict=True):
-                sum_a = self._back(of_a * box_b)
-                scatter_a = self._back(of_squares * box_b) - sum_a**2 / count
-                both = self._back(of_a * of_b) - sum_a * sum_b / count
+            for flipped, of_a in zip(FLIPS, spectra, strict=True):
+                mirrored = _mirrored(in_a, a.shape, flipped)
+                sum_a = sums_a.over(mirrored)
+                scatter_a = squares_a.over(mirrored) - sum_a**2 / count
+                both = self._back(of_a * of_b, shifts) - sum_a * sum_b / count
                 judged = allowed & (np.minimum(scatter_a, scatter_b) > FLAT * count)
                 norm = np.sqrt(np.where(judged, scatter_a * scatter_b, 1.0))
-                found.append(self._match(np.where(judged, both / norm, -1.0), flipped))
+                score = np.where(judged, both / norm, -1.0)
+                place = np.unravel_index(int(np.argmax(score)), score.shape)
+                x, y, z = (int(s[i]) for s, i in zip(shifts, place, strict=True))
+                found.append(Match(float(np.clip(score[place], -1, 1)), flipped, (x, y, z)))
             yield max(found, key=lambda match: match.correlation)
 
-    def _match(self, score: Array, flipped: tuple[int, ...]) -> Match:
-        place = np.unravel_index(int(np.argmax(score)), score.shape)
-        x, y, z = (int(i) if i < n / 2 else int(i) - n for i, n in zip(place, self.shape, strict=True))
-        return Match(float(np.clip(score[place], -1, 1)), flipped, (x, y, z))
+    def _shifts(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Indices, ...]:
+        """The shifts along each axis that can leave the overlap."""
+        shared = np.minimum(a, b)
+        share = min(1.0, self.overlap * min(np.prod(a), np.prod(b)) / np.prod(shared))
+        least = np.ceil(share * shared - ROUNDING).astype(int)
+        return tuple(np.arange(o - na, nb - o + 1) for na, nb, o in zip(a, b, least, strict=True))
 
     def _transform(self, values: Array) -> Array:
         transformed: Array = fft.rfftn(values.astype(np.float32, copy=False), self.shape)
         return transformed
 
-    def _back(self, values: Array) -> Array:
-        back: Array = fft.irfftn(values, self.shape)
+    def _back(self, values: Array, shifts: tuple[Indices, ...]) -> Array:
+        """The inverse transform at these shifts alone: each axis is cut as soon as it is done."""
+        for axis in (0, 1):
+            values = fft.ifft(values, axis=axis, overwrite_x=True).take(shifts[axis], axis=axis, mode="wrap")
+        back: Array = fft.irfft(values, self.shape[2], axis=2).take(shifts[2], axis=2, mode="wrap")
         return back
+
+
+class _Sums:
+    """Sums over boxes of an image, from its integral image (Lewis 1995, "Fast normalized cross-correlation")."""
+
+    def __init__(self, values: Array) -> None:
+        self.integral = np.pad(values.astype(np.float64), ((1, 0),) * 3)
+        for axis in range(3):
+            np.cumsum(self.integral, axis=axis, out=self.integral)
+
+    def over(self, spans: tuple[tuple[Indices, Indices], ...]) -> Array:
+        """Sums over all boxes of one span (first, behind the last) along each axis."""
+        found = self.integral
+        for axis, (low, high) in enumerate(spans):
+            found = found.take(high, axis=axis) - found.take(low, axis=axis)
+        return found
+
+
+def _mirrored(
+    spans: tuple[tuple[Indices, Indices], ...], shape: tuple[int, ...], flipped: tuple[int, ...]
+) -> tuple[tuple[Indices, Indices], ...]:
+    """Where spans of an image that is flipped lie in the one that is not."""
+    return tuple(
+        (n - high, n - low) if axis in flipped else (low, high)
+        for axis, ((low, high), n) in enumerate(zip(spans, shape, strict=True))
+    )
 
 
 def slice_mean_features(name: str, spacing_mm: float, weights: FeatureWeights | None = None) -> VolumeFeatures:
