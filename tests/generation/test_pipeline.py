@@ -14,6 +14,7 @@ from maisi.generation.job import Job
 from maisi.generation.pipeline import Model, RememberingEncoder
 from maisi.request import item_seed
 from maisi.splitting import plan
+from maisi.weights.load import load_network, save_network, sha256
 from maisi.weights.registry import ModelFolder
 
 CHEST = {"region": ("chest",), "size": (32, 32, 16), "spacing": (8.0, 8.0, 8.0)}
@@ -119,6 +120,24 @@ def test_a_mask_is_followed_on_its_own_grid(model, chest_labels) -> None:
     assert not np.array_equal(model.generate(mask=other).image.array, item.image.array)
     turned = model.generate(mask=chest_labels.to_ras()).image
     assert np.array_equal(turned.array, item.image.to_ras().array)
+
+
+def test_a_mask_is_told_in_the_ids_that_the_network_knows(model, model_folder, tmp_path, chest_labels) -> None:
+    """Lobes that a network is told as one lung make one image; the labels written name them as they were given."""
+    folder = tmp_path / "grouped"
+    shutil.copytree(model_folder, folder)
+    net = load_network(folder / "controlnet.safetensors")
+    net.config = net.config.model_copy(update={"told_as": {28: (28, 29)}})
+    save_network(folder / "controlnet.safetensors", net)
+    settings = json.loads((folder / "model.json").read_text())
+    settings["sha256"]["controlnet.safetensors"] = sha256(folder / "controlnet.safetensors")
+    (folder / "model.json").write_text(json.dumps(settings))
+    grouped = maisi.load(folder, device="cpu", precision="fp32")
+    lower = chest_labels.with_array(np.where(chest_labels.array == 28, 29, chest_labels.array).astype(np.uint8))
+    found = grouped.generate(mask=lower)
+    assert np.array_equal(found.image.array, model.generate(mask=chest_labels).image.array)
+    assert not np.array_equal(found.image.array, model.generate(mask=lower).image.array)
+    assert np.array_equal(found.labels.array, lower.array)
 
 
 def test_guidance_goes_away_from_the_mask_without_tumors(model, chest_labels) -> None:

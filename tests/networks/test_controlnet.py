@@ -1,7 +1,10 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.extra.numpy import arrays
 
 from maisi.networks.controlnet import ControlNet, ControlNetConfig
 from maisi.networks.unet import UNet, UNetConfig
@@ -100,3 +103,19 @@ def test_wider_mask_encoder_compresses_more():
     assert config.mask_compression == 8
     residuals = ControlNet(config)(latent(), TIMES, torch.ones(2, 3, 32, 16, 32))
     assert residuals.middle.shape == (2, 16, 2, 1, 2)
+
+
+@given(labels=arrays(np.uint8, (3, 4, 5)))
+def test_ids_are_told_as_the_group_that_names_them(labels: np.ndarray):
+    told = ControlNetConfig(**NARROW, told_as={95: (133, 33, 95), 79: (138,)}).told(labels)
+    for id in range(256):
+        group = {133: 95, 33: 95, 138: 79}.get(id, id)
+        assert (told[labels == id] == group).all()
+    assert np.array_equal(ControlNetConfig(**NARROW).told(labels), labels)
+
+
+def test_an_id_cannot_be_told_as_two():
+    with pytest.raises(ValueError, match="more than once: 33"):
+        ControlNetConfig(**NARROW, told_as={95: (33,), 28: (33, 29)})
+    with pytest.raises(ValueError, match="less than or equal to 255"):
+        ControlNetConfig(**NARROW, told_as={95: (256,)})

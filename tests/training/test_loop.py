@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,26 @@ def test_controlnet_leaves_the_unet_alone(controlnet_run: ControlNetRun) -> None
         metrics = stage.update(stage.batch(step), step)
     assert "contrastive" in metrics
     assert all(torch.equal(value, before[name]) for name, value in stage.unet.state_dict().items())
+
+
+def test_a_controlnet_learns_from_what_it_will_be_told(controlnet_run: ControlNetRun, tmp_path: Path) -> None:
+    grouped = controlnet_run.model_copy(update={"told_as": {1: (26,)}})  # told its tumours as the liver
+    stage = ControlNetStage(grouped)
+    batch = stage.batch(0)[0]
+    assert batch.labels is not None
+    assert (batch.labels == 26).any()
+    liver = replace(batch, labels=torch.where(batch.labels == 26, 1, batch.labels))
+    for parameter in stage.network.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.2)
+    times = torch.full((len(batch.z),), 500.0)
+    told = stage.predict(stage.network, batch.z, times, batch)
+    assert torch.equal(told, stage.predict(stage.network, batch.z, times, liver))
+    plain = ControlNetStage(controlnet_run)
+    plain.network.load_state_dict(stage.network.state_dict())
+    assert not torch.equal(told, plain.predict(plain.network, batch.z, times, batch))
+    run(stage, grouped.loop, grouped, tmp_path)
+    goes_on = ControlNetStage(controlnet_run.model_copy(update={"init": tmp_path / "controlnet.safetensors"}))
+    assert goes_on.network.config.told_as == {1: (26,)}
 
 
 def test_a_decoder_trained_alone_keeps_latents_valid(autoencoder_run: AutoencoderRun) -> None:

@@ -370,7 +370,7 @@ class Model:
         """What the ControlNet is told: label bits, and the known image if it looks at one."""
         if labels is None:
             return None
-        told = torch.from_numpy(mask_bits(labels))[None]
+        told = torch.from_numpy(mask_bits(self.controlnet.config.told(labels)))[None]
         if self.controlnet.config.image_channels:
             told = inpainting_mask(told, *(() if known is None else (known.image, known.region)))
         return told.to(self.device, self.dtype).contiguous(memory_format=self.layout)

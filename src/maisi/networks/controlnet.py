@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
-from pydantic import PositiveInt
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maisi.layers.attention import zeroed
 from maisi.layers.blocks import conv3
 from maisi.networks.unet import ControlResiduals, Trunk, TrunkConfig, UNet
+
+LabelId = Annotated[int, Field(ge=1, le=255)]
+
+
+def _each_id_once(told_as: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    ids = [id for group in told_as.values() for id in group]
+    twice = sorted({id for id in ids if ids.count(id) > 1})
+    if twice:
+        raise ValueError(f"these ids are named more than once: {', '.join(map(str, twice))}; name each once")
+    return told_as
+
+
+ToldAs = Annotated[dict[LabelId, tuple[LabelId, ...]], AfterValidator(_each_id_once)]
+"""Id -> ids that a network is told as this one."""
 
 
 class ControlNetConfig(TrunkConfig):
@@ -24,11 +40,22 @@ class ControlNetConfig(TrunkConfig):
             0 for one that is told the mask alone, as the released ones.
         mask_encoder_channels: each entry after the first halves the axes; three of them bring the mask from
             image to latent resolution (factor 4).
+        told_as: id -> ids of a label map that the network is told as this id instead of as themselves. A narrow
+            network tells groups (any bone, any lobe) apart better than a hundred ids that share most of their bits.
     """
 
     mask_channels: PositiveInt = 8
     image_channels: Literal[0, 2] = 0
     mask_encoder_channels: tuple[PositiveInt, ...] = (8, 32, 64)
+    told_as: ToldAs = Field(default={})
+
+    def told(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Replace the ids of a label map, of any shape, by what the network is told in their place."""
+        table = np.arange(256, dtype=np.uint8)
+        for id, group in self.told_as.items():
+            table[list(group)] = id
+        told: NDArray[np.uint8] = table[labels]
+        return told
 
     @property
     def mask_compression(self) -> int:
@@ -102,8 +129,8 @@ class ControlNet(Trunk):
         Args:
             x: noisy latent, `B C X Y Z`; axes multiples of `config.size_multiple`.
             times: (B,), in [0, 1000].
-            mask: label ids as bits, `B 8 4X 4Y 4Z`, zeros and ones; a network with `image_channels` takes
-                `B 10 4X 4Y 4Z`, see `inpainting_mask`.
+            mask: label ids, as `config.told` gives them, in bits, `B 8 4X 4Y 4Z`, zeros and ones; a network with
+                `image_channels` takes `B 10 4X 4Y 4Z`, see `inpainting_mask`.
             modality: (B,) int64; not used by a network without that input.
 
         Raises:

@@ -20,7 +20,7 @@ from maisi.data.tumor_examples import inpainting_region
 from maisi.data.views import LatentFolder
 from maisi.device import placed
 from maisi.errors import MaisiError
-from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask, with_image_input
+from maisi.networks.controlnet import ControlNet, ControlNetConfig, ToldAs, inpainting_mask, with_image_input
 from maisi.networks.unet import TrunkConfig, UNet
 from maisi.training.denoising import DenoisingRun, DenoisingStage, latent_sources
 from maisi.training.latents import LatentBatch, mask_tensor
@@ -36,6 +36,7 @@ class ControlNetRun(DenoisingRun):
     Attributes:
         unet: trained U-Net; it stays frozen.
         mask_encoder_channels: widths of the mask encoder; none takes the released ones.
+        told_as: see `ControlNetConfig`; none takes what `init` has, or tells all ids as themselves.
         weighted_labels: ids whose voxels count `label_weight` times in the loss (the paper: tumours, x100).
         contrastive_weight: of the region-contrastive loss; 0 is off. It acts where label maps have tumours.
         contrastive_bound: a difference beyond it inside a tumour earns nothing more.
@@ -45,6 +46,7 @@ class ControlNetRun(DenoisingRun):
 
     unet: Path
     mask_encoder_channels: tuple[int, ...] | None = None
+    told_as: ToldAs | None = None
     weighted_labels: tuple[int, ...] = tuple(TUMORS)
     label_weight: float = Field(default=100.0, ge=1)
     contrastive_weight: float = Field(default=0.01, ge=0)
@@ -75,6 +77,7 @@ class ControlNetStage(DenoisingStage):
         told = read_header(run.unet).metadata.get("maisi.scale_factor")
         sources = latent_sources(run, with_labels=True, scale_factor=None if told is None else float(told))
         super().__init__(run, control, ControlNet(control.config), sources, run.autoencoder)
+        self.told = control.config.told
         self.unet = placed(unet.requires_grad_(False), self.device, self.layout)
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
@@ -104,7 +107,7 @@ class ControlNetStage(DenoisingStage):
         return replace(batch, region=torch.from_numpy(np.stack(regions))[:, None])
 
     def _controlled(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch, labels: Tensor) -> Tensor:
-        bits = mask_tensor(labels).to(self.device)
+        bits = mask_tensor(torch.from_numpy(self.told(labels.cpu().numpy()))).to(self.device)
         if self.run.inpainting:
             bits = inpainting_mask(bits, batch.image, batch.region)
         bits = bits.contiguous(memory_format=self.layout)
@@ -170,9 +173,14 @@ def _initial(run: ControlNetRun, unet: UNet) -> ControlNet:
         loaded = load_network(run.init, network="controlnet")
         assert isinstance(loaded, ControlNet)
         widen = bool(run.inpainting) and not loaded.config.image_channels
-        return (with_image_input(loaded) if widen else loaded).train()
+        loaded = with_image_input(loaded) if widen else loaded
+        if run.told_as is not None:
+            loaded.config = loaded.config.model_copy(update={"told_as": run.told_as})
+        return loaded.train()
     shared = {name: getattr(unet.config, name) for name in TrunkConfig.model_fields}
     shared["image_channels"] = 2 if run.inpainting else 0
     if run.mask_encoder_channels is not None:
         shared["mask_encoder_channels"] = run.mask_encoder_channels
+    if run.told_as is not None:
+        shared["told_as"] = run.told_as
     return ControlNet.from_unet(unet, ControlNetConfig(**shared)).train()
