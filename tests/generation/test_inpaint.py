@@ -12,9 +12,7 @@ from maisi.data.phantom import phantom
 from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.generation.inpaint import (
-    GUIDANCE_RANGE,
     MARGIN_MM,
-    Attempt,
     changed_parts,
     inpaint_item,
     make_crop,
@@ -22,6 +20,7 @@ from maisi.generation.inpaint import (
     painted,
 )
 from maisi.generation.inpaint_job import make_inpaint_job
+from maisi.generation.tumor_contrast import GUIDANCE_RANGE, Setting
 from maisi.networks.controlnet import ControlNet, inpainting_mask, with_image_input
 from maisi.request import Request
 from maisi.volume import Volume
@@ -78,7 +77,7 @@ def test_two_tumours_far_apart_are_painted_on_two_crops(model, abdomen) -> None:
     assert [tumor.kind for tumor in placed] == ["liver", "kidney"]
     seen = []
     changed = labels.array != job.labels.array
-    result = painted(model, job, labels, changed, 0, 0, 0.0, lambda stage, done, total: seen.append((stage, total)))
+    result = painted(model, job, labels, changed, 0, Setting(), lambda stage, done, total: seen.append((stage, total)))
     assert ("inpaint", 2) in seen
     assert (result.array != job.image.array)[labels.array == 140].any()
 
@@ -182,22 +181,6 @@ def test_parts_cover_what_changed_and_keep_their_distance(seed, margin) -> None:
             away = ndimage.distance_transform_edt(~rest, sampling=(1.0, 1.5, 2.0))
             assert away[part.box][part.inside].min() > margin
     assert np.array_equal(again, changed)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "guidance", "following"),
-    [
-        (0.5, 0.0, (-0.5, 3)),
-        (2.0, 0.5, (2.0, 3)),
-        (0.01, 0.0, (-0.8, 3)),
-        (50.0, 0.0, (6.0, 3)),
-        (0.0, 1.0, (2.5, 4)),
-        (1.0, 0.5, (0.5, 4)),
-    ],
-)
-def test_the_next_guidance_sets_the_contrast_or_other_noise_is_drawn(abdomen, ratio, guidance, following) -> None:
-    image, _ = abdomen
-    assert Attempt(image, {26: -100.0}, 0.3, ratio, guidance, 3).next() == pytest.approx(following)
 
 
 def test_ranges_of_real_tumours_decide_on_attempts_too(model, abdomen, tmp_path) -> None:

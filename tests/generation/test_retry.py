@@ -11,11 +11,14 @@ import maisi
 from maisi import cli
 from maisi.data.phantom import phantom
 from maisi.data.quality import carried_ranges, judge
+from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation import retry
 from maisi.generation.output import Item
 from maisi.generation.retry import best_of
+from maisi.generation.tumor_contrast import Contrasts, Setting
 from maisi.request import Request, item_seed
+from maisi.tumors import parse_tumor
 from maisi.volume import Volume
 from maisi.weights.load import sha256
 
@@ -32,7 +35,8 @@ def maker(chest: tuple[Volume, Volume], liver_off: list[int], masked: bool = Tru
     image, labels = chest
     asked: list[int] = []
 
-    def make(attempt: int) -> Item:
+    def make(setting: Setting) -> Item:
+        attempt = setting.noise
         asked.append(attempt)
         array = np.where(labels.array == 1, image.array + liver_off[attempt], image.array)
         request = Request.parse(seed=4, modality=modality)
@@ -62,7 +66,7 @@ def test_the_best_attempt_is_kept(chest, liver_off, retries, attempts, kept) -> 
     assert (told["attempts"], told["kept"]) == (attempts, kept)
     assert told["passed"] == (liver_off[kept] == 0)
     assert item.seed == item_seed(4, 2, kept)
-    assert np.array_equal(item.image.array, make(kept).image.array)
+    assert np.array_equal(item.image.array, make(Setting(noise=kept)).image.array)
     assert item.timings_s["denoise"] == 1 + kept
     assert item.timings_s["quality"] > 0
     assert item.details["a"] == 1
@@ -71,7 +75,7 @@ def test_the_best_attempt_is_kept(chest, liver_off, retries, attempts, kept) -> 
 def test_the_score_kept_is_the_least_by_exhaustion(chest) -> None:
     liver_off = [int(off) for off in np.random.default_rng(0).integers(150, 900, 6)]
     make, _ = maker(chest, liver_off)
-    scores = [judge(make(n).image, chest[1]).score for n in range(6)]
+    scores = [judge(make(Setting(noise=n)).image, chest[1]).score for n in range(6)]
     told = best_of(make, 5).details["quality"]
     assert told["kept"] == int(np.argmin(scores))
     assert told["score"] == pytest.approx(min(scores), abs=1e-3)
@@ -83,6 +87,27 @@ def test_without_a_mask_it_is_judged_once(chest) -> None:
     assert asked == [0]
     assert not told["passed"]
     assert {finding["kind"] for finding in told["findings"]} == {"not finite", "not HU", "saturated", "seam"}
+
+
+def test_a_faint_tumour_is_made_again_from_the_same_noise_with_more_guidance(chest) -> None:
+    image, labels = chest
+    grown, _ = grow_tumors(labels, [parse_tumor("liver:35mm")], np.random.default_rng(0))
+    asked = []
+
+    def make(setting: Setting) -> Item:
+        asked.append((round(setting.guidance, 2), setting.noise))
+        host = np.median(image.array[labels.array == 1])
+        faint = np.where(grown.array == 26, host - 4 * (1 + setting.guidance), image.array)
+        return Item(image.with_array(faint), grown, Request.parse(seed=4), 0, item_seed(4, 0, setting.noise))
+
+    item = best_of(make, 2, guidance=0.5)
+    assert len(asked) == 2
+    assert asked[0] == (0.5, 0)
+    assert asked[1][0] > 1
+    assert asked[1][1] == 0
+    told = item.details
+    assert (told["quality"]["kept"], told["contrast_as_usual"], round(told["guidance"], 2)) == (1, True, asked[1][0])
+    assert best_of(make, 0).details["contrast_as_usual"] is False
 
 
 def test_mr_is_not_judged_as_hu(chest) -> None:
@@ -113,21 +138,28 @@ def test_a_model_tries_again_and_repeats_itself(model, model_folder, chest_label
     alone = again.generate(mask=chest_labels, seed=7, item=3, retries=1)
     assert np.array_equal(among.image.array, alone.image.array)
     plan = model.prepare(job).decode
-    by_hand = [model._attempt(job, plan, 3, attempt, lambda *told: None) for attempt in range(2)]
+    setting, by_hand, scores = Setting(), [], []
+    for _ in range(2):
+        made = model._attempt(job, plan, 3, setting, lambda *told: None)
+        contrasts = Contrasts.of(made.image, made.labels, {23})
+        by_hand.append(made)
+        scores.append(judge(made.image, made.labels).score + contrasts.shortfall)
+        setting = contrasts.next(setting)
     assert not np.array_equal(by_hand[0].image.array, by_hand[1].image.array)
-    kept = int(np.argmin([judge(made.image, made.labels).score for made in by_hand]))
+    kept = int(np.argmin(scores))
     assert (alone.details["quality"]["attempts"], alone.details["quality"]["kept"]) == (2, kept)
-    assert alone.seed == among.seed == item_seed(7, 3, kept)
+    assert alone.seed == among.seed == by_hand[kept].seed
     assert np.array_equal(alone.image.array, by_hand[kept].image.array)
 
 
 def test_the_first_attempt_is_what_was_made_without_retries(model, chest_labels, monkeypatch) -> None:
-    first = model.generate(mask=chest_labels, seed=7, retries=0)
+    healthy = chest_labels.with_array(np.where(chest_labels.array == 23, 28, chest_labels.array).astype(np.uint8))
+    first = model.generate(mask=healthy, seed=7, retries=0)
     assert first.details["quality"]["attempts"] == 1
     assert first.seed == item_seed(7, 0)
     report = judge(first.image, first.labels)
     monkeypatch.setattr(retry, "judge", lambda *told: replace(report, findings=()))
-    content = model.generate(mask=chest_labels, seed=7)
+    content = model.generate(mask=healthy, seed=7)
     assert np.array_equal(content.image.array, first.image.array)
     assert content.details["quality"] == {
         **{"passed": True, "score": 0, "findings": [], "attempts": 1, "kept": 0},

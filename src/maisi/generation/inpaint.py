@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from maisi.data.label_maps import ids_in
 from maisi.data.preprocess import HU_MIN, resample_to_grid, robust_deviation, wider_box
 from maisi.data.quality import QualityRanges, QualityReport, carried_ranges
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
-from maisi.data.tumor_texture import MOST_GRAIN_HU, contrast, paint_tumors, unlikeness, usual_contrast_hu
+from maisi.data.tumor_texture import MOST_GRAIN_HU, paint_tumors
 from maisi.device import peak_memory
 from maisi.diffusion.sampler import sample
 from maisi.generation import codec
@@ -38,6 +38,7 @@ from maisi.generation.job import Job, padded_size, weights_used
 from maisi.generation.masks import without_tumors
 from maisi.generation.output import Item
 from maisi.generation.pipeline import Known, Model, Progress, load, silent
+from maisi.generation.tumor_contrast import Contrasts, Setting
 from maisi.request import Request, item_seed
 from maisi.splitting.plan import Plan, Task
 from maisi.tumors import KINDS
@@ -54,12 +55,6 @@ CONTEXT_MM = 30.0
 
 LEAST_CROP = 48
 """Voxels along each axis of a crop, at least."""
-
-STRONGER = 1.5
-"""Added to the guidance where a tumour shows no contrast of the right sign, for an attempt with other noise."""
-
-GUIDANCE_RANGE = (-0.8, 6.0)
-"""What an attempt may set the guidance to."""
 
 
 @dataclass(frozen=True)
@@ -83,34 +78,20 @@ class Attempt:
 
     Attributes:
         image: the CT with its tumours.
-        contrast_hu: id of a tumour -> its contrast to its host.
-        shortfall: 0 where every tumour has the contrast of its kind (see `unlikeness`), and that of real cases.
-        ratio: what the contrasts should be multiplied by to be usual; 0 where one has the wrong sign.
-        guidance: what it was painted with.
-        noise: number of the noise it was painted from.
-        report: its contrasts against those of real cases, for the tumours of which the ranges know such.
+        made_with: what it was painted with.
+        contrasts: of the kinds of tumour that were placed.
+        report: the contrasts against those of real cases, for the tumours of which the ranges know such.
     """
 
     image: Volume
-    contrast_hu: Mapping[int, float]
-    shortfall: float
-    ratio: float
-    guidance: float
-    noise: int
-    report: QualityReport = field(default_factory=lambda: QualityReport(()))
+    made_with: Setting
+    contrasts: Contrasts
+    report: QualityReport
 
-    def next(self) -> tuple[float, int]:
-        """Guidance and noise of another attempt.
-
-        A tumour's contrast grows about with 1 + guidance: from the same noise it can be set, up or down. Where it is as
-        usual, and only unlike that of the real cases, it is drawn anew.
-        """
-        low, high = GUIDANCE_RANGE
-        if self.ratio == 1:
-            return self.guidance, self.noise + 1
-        if self.ratio == 0:
-            return min(self.guidance + STRONGER, high), self.noise + 1
-        return min(max((1 + self.guidance) * self.ratio - 1, low), high), self.noise
+    @property
+    def shortfall(self) -> float:
+        """0 where every tumour has the contrast of its kind, and that of real cases."""
+        return self.contrasts.shortfall + self.report.score
 
 
 def inpaint(
@@ -156,18 +137,18 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
     started = time.perf_counter()
     labels, placed = new_labels(job, number)
     changed = labels.array != job.labels.array
-    guidance, noise = job.request.guidance, 0
+    setting = Setting(job.request.guidance)
     ranges = job.ranges or (carried_ranges() if model is None else model.ranges)
     attempts: list[Attempt] = []
     for attempt in range(1 + (0 if job.removal else job.request.retries)):
         if model is None:
             image = paint_tumors(job.image, _only(labels, changed), _rng(job, number, attempt, 2))
         else:
-            image = painted(model, job, labels, changed, number, noise, guidance, progress)
-        attempts.append(_measured(image, labels, placed, guidance, noise, ranges))
+            image = painted(model, job, labels, changed, number, setting, progress)
+        attempts.append(_measured(image, labels, placed, setting, ranges))
         if attempts[-1].shortfall == 0:
             break
-        guidance, noise = attempts[-1].next()
+        setting = attempts[-1].contrasts.next(setting)
     best = min(attempts, key=lambda a: a.shortfall)
     seconds = time.perf_counter() - started
     details = {
@@ -176,11 +157,9 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         "regions": list(regions_present(ids_in(labels.array))),
         "tumors": [asdict(tumor) for tumor in placed],
         "removed": job.removal,
-        "contrast_hu": {str(id): round(hu, 1) for id, hu in best.contrast_hu.items()},
-        "contrast_as_usual": best.shortfall == 0,
+        **best.contrasts.as_details(best.made_with),
         "quality": {**best.report.as_json(), "ranges": ranges.source},
         "attempts": len(attempts),
-        "guidance": best.guidance,
         "painted_by": "rules" if model is None else "network",
         "painted_voxels": int((best.image.array != job.image.array).sum()),
         "notes": list(job.notes),
@@ -211,18 +190,17 @@ def painted(
     labels: Volume,
     changed: Mask,
     number: int,
-    noise: int,
-    guidance: float,
+    setting: Setting,
     progress: Progress,
 ) -> Volume:
-    """The CT with each changed part of its labels repainted by the networks, from the noise of this number."""
+    """The CT with each changed part of its labels repainted by the networks."""
     result = job.image.array.copy()
     margin = max(MARGIN_MM, 2 * max(labels.spacing_mm))
     parts = changed_parts(changed, margin, labels.spacing_mm)
     for index, part in enumerate(parts, start=1):
         crop = make_crop(model, job, labels, part, margin)
-        seed = item_seed(item_seed(job.request.seed, number), noise * 1000 + index)
-        values = _paint_crop(model, crop, seed, guidance, progress)
+        seed = item_seed(item_seed(job.request.seed, number), setting.noise * 1000 + index)
+        values = _paint_crop(model, crop, seed, setting.guidance, progress)
         _blend(result, job.image, part, crop, values, margin, np.random.default_rng(seed))
         progress("inpaint", index, len(parts))
     return job.image.with_array(result)
@@ -363,29 +341,14 @@ def _blend(
 
 
 def _measured(
-    image: Volume,
-    labels: Volume,
-    placed: tuple[PlacedTumor, ...],
-    guidance: float,
-    noise: int,
-    ranges: QualityRanges,
+    image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], made_with: Setting, ranges: QualityRanges
 ) -> Attempt:
-    """Contrast of each kind that was placed, how unlike the usual one it is and by what factor, and in which range."""
-    found: dict[int, float] = {}
-    shortfall, ratios = 0.0, [1.0]
-    for kind in {tumor.kind: KINDS[tumor.kind] for tumor in placed}.values():
-        measured = contrast(image.array, labels.array, kind.id, labels.spacing_mm)
-        if measured is not None:
-            found[kind.id] = measured.hu
-            unlike = unlikeness(measured, kind)
-            shortfall += unlike
-            if unlike:
-                ratios.append(max(usual_contrast_hu(measured, kind) / measured.hu, 0.0) if measured.hu else 0.0)
-    ratio = ratios[-1] if len(ratios) < 3 else math.prod(ratios) ** (1 / (len(ratios) - 1))
-    names = {id: label_name(id) for id in found}
+    """An attempt with the contrast of each kind that was placed, and in which range it lies."""
+    contrasts = Contrasts.of(image, labels, {KINDS[tumor.kind].id for tumor in placed})
+    names = {id: label_name(id) for id in contrasts.hu}
     known = {name for name, entry in ranges.tumors.items() if entry.cases}
-    report = QualityReport(tuple(ranges.contrast(names[id], hu) for id, hu in found.items() if names[id] in known))
-    return Attempt(image, found, shortfall + report.score, ratio, guidance, noise, report)
+    judged = [ranges.contrast(names[id], hu) for id, hu in contrasts.hu.items() if names[id] in known]
+    return Attempt(image, made_with, contrasts, QualityReport(tuple(judged)))
 
 
 def _crop_spacing(model: Model, ras: Volume) -> tuple[float, float, float]:

@@ -31,6 +31,7 @@ from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
 from maisi.generation.output import Item
 from maisi.generation.retry import best_of, ranges_of
+from maisi.generation.tumor_contrast import Setting
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet, inpainting_mask
 from maisi.networks.unet import UNet, UNetConfig
@@ -298,16 +299,22 @@ class Model:
         """Make one item of a prepared job, the best of its attempts; `plan` is how `prepare` said it is decoded."""
         own = job.of_item(number)
         ranges = job.ranges or self.ranges
-        best = best_of(lambda attempt: self._attempt(own, plan, number, attempt, progress), job.request.retries, ranges)
+        best = best_of(
+            lambda setting: self._attempt(own, plan, number, setting, progress),
+            job.request.retries,
+            ranges,
+            job.request.guidance,
+        )
         return replace(best, labels=own.kept_labels())
 
     @torch.inference_mode()
-    def _attempt(self, job: Job, plan: Plan, number: int, attempt: int, progress: Progress) -> Item:
+    def _attempt(self, job: Job, plan: Plan, number: int, setting: Setting, progress: Progress) -> Item:
         started = time.perf_counter()
-        noise, generator = self.noise(job.padded, item_seed(job.request.seed, number, attempt))
+        seed = item_seed(job.request.seed, number, setting.noise)
+        noise, generator = self.noise(job.padded, seed)
         latent = sample(
             self.process,
-            self.denoiser(job),
+            self.denoiser(job, guidance=setting.guidance),
             noise.to(self.device),
             steps=job.steps,
             solver=job.solver,
@@ -321,10 +328,10 @@ class Model:
         image = image if codec.is_mr(job.conditions.modality) else job.outside_body(image)
         progress("decode", 1, 1)
         timings = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
-        return self._finished(job, plan, number, attempt, image, timings)
+        return self._finished(job, plan, number, seed, image, timings)
 
     def _finished(
-        self, job: Job, plan: Plan, number: int, attempt: int, image: Volume, timings: Mapping[str, float]
+        self, job: Job, plan: Plan, number: int, seed: int, image: Volume, timings: Mapping[str, float]
     ) -> Item:
         details = {
             "regions": list(job.conditions.regions),
@@ -344,7 +351,7 @@ class Model:
             labels=job.labels,
             request=job.request,
             number=number,
-            seed=item_seed(job.request.seed, number, attempt),
+            seed=seed,
             timings_s={**timings, "total": sum(timings.values())},
             weights_sha256=weights_used(self.folder, job.labels is not None),
             peak_memory_bytes=peak_memory(self.device),

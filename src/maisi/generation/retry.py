@@ -1,17 +1,21 @@
 """Made again until it passes: the quality check of a generated item, within bounds. Imports no torch.
 
 An item with a mask whose report does not pass is made again from other noise, as often as the request allows, and the
-best is kept. Without a mask there is nothing that other noise would have to follow: it is judged once.
+best is kept; where a tumour lacks the contrast of its kind, from the same noise with the guidance that mends it.
+Without a mask there is nothing that other noise would have to follow: it is judged once.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from maisi.anatomy import TUMORS
+from maisi.data.label_maps import ids_in
 from maisi.data.quality import QualityRanges, QualityReport, carried_ranges, judge, read_ranges
 from maisi.generation.output import Item
+from maisi.generation.tumor_contrast import Contrasts, Setting
 from maisi.weights.registry import ModelFolder
 
 
@@ -25,35 +29,64 @@ def ranges_of(folder: ModelFolder) -> QualityRanges:
     return carried_ranges() if path is None else read_ranges(path)
 
 
-def best_of(make: Callable[[int], Item], retries: int, ranges: QualityRanges | None = None) -> Item:
+def best_of(
+    make: Callable[[Setting], Item], retries: int, ranges: QualityRanges | None = None, guidance: float = 0.0
+) -> Item:
     """Make an item, judge it, and make it anew where that is of use.
 
     Args:
-        make: attempt, from 0 -> the item made so; the attempt decides the noise.
+        make: makes the item with what an attempt is given.
         retries: attempts after the first, at most.
         ranges: what passes; None: the carried ranges.
+        guidance: of the first attempt.
 
     Returns:
-        The first item that passes, or the one with the best score, the earliest of equals. Its details have its report
-        as 'quality', with the attempts made, the number of the one kept and where the ranges are from; its timings are
-        its own, and how long the judging took.
+        The first item that passes, its tumours with the contrast of their kind, or the one with the best score, the
+        earliest of equals. Its details have its report as 'quality', with the attempts made, the number of the one kept
+        and where the ranges are from, and its tumours' contrasts; its timings are its own, and how long the judging
+        took.
     """
     ranges = ranges or carried_ranges()
-    best: tuple[Item, QualityReport, int] | None = None
+    setting = Setting(guidance)
+    attempts: list[_Judged] = []
     judging = 0.0
-    attempt = 0
     while True:
-        item = make(attempt)
+        item = make(setting)
         started = time.perf_counter()
+        attempts.append(_Judged.of(item, setting, ranges))
+        judging += time.perf_counter() - started
+        if attempts[-1].passed or item.labels is None or len(attempts) > retries:
+            break
+        setting = attempts[-1].contrasts.next(setting)
+    kept = min(range(len(attempts)), key=lambda number: attempts[number].score)
+    best = attempts[kept]
+    quality = {**best.report.as_json(), "attempts": len(attempts), "kept": kept, "ranges": ranges.source}
+    details = {**best.item.details, "quality": quality, **best.contrasts.as_details(best.made_with)}
+    return replace(best.item, timings_s={**best.item.timings_s, "quality": judging}, details=details)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """An attempt with what was found in it."""
+
+    item: Item
+    made_with: Setting
+    report: QualityReport
+    contrasts: Contrasts
+
+    @classmethod
+    def of(cls, item: Item, made_with: Setting, ranges: QualityRanges) -> _Judged:
         in_hu = item.request.modality.startswith("ct")
         report = judge(item.image, item.labels, ranges, in_hu)
-        judging += time.perf_counter() - started
-        if best is None or report.score < best[1].score:
-            best = (item, report, attempt)
-        attempt += 1
-        if report.passed or item.labels is None or attempt > retries:
-            break
-    item, report, kept = best
-    quality = {**report.as_json(), "attempts": attempt, "kept": kept, "ranges": ranges.source}
-    timings = {**item.timings_s, "quality": judging}
-    return replace(item, timings_s=timings, details={**item.details, "quality": quality})
+        if item.labels is None or not in_hu:
+            return cls(item, made_with, report, Contrasts({}, 0.0, 1.0))
+        tumors = TUMORS.keys() & ids_in(item.labels.array)
+        return cls(item, made_with, report, Contrasts.of(item.image, item.labels, tumors))
+
+    @property
+    def score(self) -> float:
+        return self.report.score + self.contrasts.shortfall
+
+    @property
+    def passed(self) -> bool:
+        return self.report.passed and self.contrasts.shortfall == 0

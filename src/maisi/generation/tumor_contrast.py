@@ -1,0 +1,85 @@
+"""How a tumour gets the contrast of its kind: one attempt sets the guidance of the next. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from maisi.data.tumor_texture import contrast, unlikeness, usual_contrast_hu
+from maisi.tumors import kind_of
+from maisi.volume import Volume
+
+STRONGER = 1.5
+"""Added to the guidance where a tumour shows no contrast of the right sign, for an attempt with other noise."""
+
+GUIDANCE_RANGE = (-0.8, 6.0)
+"""What an attempt may set the guidance to."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an attempt is made with.
+
+    Attributes:
+        guidance: its scale, see `maisi.diffusion.guided`.
+        noise: number of the noise it starts from.
+    """
+
+    guidance: float = 0.0
+    noise: int = 0
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """The tumours of an attempt against their hosts.
+
+    Attributes:
+        hu: id of a tumour -> its contrast.
+        shortfall: 0 where every tumour has the contrast of its kind (see `unlikeness`).
+        ratio: what the contrasts should be multiplied by to be usual; 0 where one has the wrong sign.
+    """
+
+    hu: Mapping[int, float]
+    shortfall: float
+    ratio: float
+
+    @classmethod
+    def of(cls, image: Volume, labels: Volume, ids: Collection[int]) -> Contrasts:
+        """Measure the tumours `ids` in an image (HU) with labels on the same grid."""
+        found: dict[int, float] = {}
+        shortfall, ratios = 0.0, []
+        for id in sorted(ids):
+            measured = contrast(image.array, labels.array, id, labels.spacing_mm)
+            if measured is not None:
+                kind = kind_of(id)
+                found[id] = measured.hu
+                unlike = unlikeness(measured, kind)
+                shortfall += unlike
+                if unlike:
+                    ratios.append(max(usual_contrast_hu(measured, kind) / measured.hu, 0.0) if measured.hu else 0.0)
+        return cls(found, shortfall, math.prod(ratios) ** (1 / len(ratios)) if ratios else 1.0)
+
+    def next(self, made_with: Setting) -> Setting:
+        """What another attempt is to be made with.
+
+        A tumour's contrast grows about with 1 + guidance: from the same noise it can be set, up or down. Where it is as
+        usual, or can't be set further, the image is drawn anew.
+        """
+        low, high = GUIDANCE_RANGE
+        if self.ratio == 1:
+            return replace(made_with, noise=made_with.noise + 1)
+        if self.ratio == 0:
+            return Setting(min(made_with.guidance + STRONGER, high), made_with.noise + 1)
+        guidance = min(max((1 + made_with.guidance) * self.ratio - 1, low), high)
+        return Setting(guidance, made_with.noise + (guidance == made_with.guidance))
+
+    def as_details(self, made_with: Setting) -> dict[str, object]:
+        """For an item's record; nothing where there are no tumours."""
+        if not self.hu:
+            return {}
+        return {
+            "contrast_hu": {str(id): round(hu, 1) for id, hu in self.hu.items()},
+            "contrast_as_usual": self.shortfall == 0,
+            "guidance": made_with.guidance,
+        }

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maisi.data.phantom import phantom
+from maisi.data.tumor_masks import grow_tumors
+from maisi.data.tumor_texture import contrast, unlikeness, usual_contrast_hu
+from maisi.generation.tumor_contrast import GUIDANCE_RANGE, Contrasts, Setting
+from maisi.tumors import KINDS, parse_tumor
+from maisi.volume import Volume
+
+LIVER = KINDS["liver"]
+
+
+@pytest.fixture(scope="module")
+def abdomen() -> tuple[Volume, Volume]:
+    """A phantom with a tumour in its liver, which looks like the liver yet."""
+    image, labels = phantom((60, 50, 36), (5.0, 5.0, 5.0), ("abdomen",), seed=1)
+    return image, grow_tumors(labels, [parse_tumor("liver:35mm")], np.random.default_rng(0))[0]
+
+
+def shown(abdomen: tuple[Volume, Volume], hu: float) -> Volume:
+    """The phantom with its tumour set to so many HU against the liver around it."""
+    image, labels = abdomen
+    tumor = labels.array == LIVER.id
+    found = contrast(image.array, labels.array, LIVER.id, labels.spacing_mm)
+    assert found is not None
+    return image.with_array(np.where(tumor, found.host_hu + hu, image.array))
+
+
+def test_a_contrast_is_brought_to_where_it_is_usual(abdomen) -> None:
+    weak, strong, wrong = (Contrasts.of(shown(abdomen, hu), abdomen[1], {LIVER.id}) for hu in (-10, -400, 60))
+    for contrasts in (weak, strong):
+        assert contrasts.shortfall > 0
+        mended = Contrasts.of(shown(abdomen, contrasts.hu[LIVER.id] * contrasts.ratio), abdomen[1], {LIVER.id})
+        assert mended.shortfall == 0
+        assert mended.ratio == 1
+    assert weak.ratio > 1 > strong.ratio
+    assert wrong.ratio == 0
+
+
+def test_it_is_the_measure_of_the_tumour_table(abdomen) -> None:
+    image, labels = shown(abdomen, -12), abdomen[1]
+    found = Contrasts.of(image, labels, {LIVER.id, 23})  # no lung tumour is there
+    one = contrast(image.array, labels.array, LIVER.id, labels.spacing_mm)
+    assert one is not None
+    assert found.hu == {LIVER.id: one.hu}
+    assert found.shortfall == unlikeness(one, LIVER)
+    assert found.ratio == pytest.approx(usual_contrast_hu(one, LIVER) / one.hu)
+    assert Contrasts.of(image, labels, ()) == Contrasts({}, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "guidance", "following"),
+    [
+        (0.5, 0.0, (-0.5, 3)),
+        (2.0, 0.5, (2.0, 3)),
+        (0.01, 0.0, (-0.8, 3)),
+        (50.0, 0.0, (6.0, 3)),
+        (50.0, 6.0, (6.0, 4)),
+        (0.0, 1.0, (2.5, 4)),
+        (1.0, 0.5, (0.5, 4)),
+    ],
+)
+def test_the_next_guidance_sets_the_contrast_or_other_noise_is_drawn(ratio, guidance, following) -> None:
+    found = Contrasts({26: -100.0}, 0.3, ratio).next(Setting(guidance, 3))
+    assert (found.guidance, found.noise) == pytest.approx(following)
+
+
+@given(ratio=st.floats(0, 100), guidance=st.floats(-0.8, 6), noise=st.integers(0, 10))
+def test_no_attempt_repeats_another_and_none_leaves_the_range(ratio, guidance, noise) -> None:
+    now = Setting(guidance, noise)
+    following = Contrasts({26: 1.0}, 0.1, ratio).next(now)
+    assert following != now
+    assert noise <= following.noise <= noise + 1
+    assert GUIDANCE_RANGE[0] <= following.guidance <= GUIDANCE_RANGE[1]
+
+
+def test_records_tell_of_tumours_alone() -> None:
+    told = Contrasts({26: -41.26}, 0.0, 1.0).as_details(Setting(1.5))
+    assert told == {"contrast_hu": {"26": -41.3}, "contrast_as_usual": True, "guidance": 1.5}
+    assert Contrasts({}, 0.0, 1.0).as_details(Setting(1.5)) == {}
