@@ -213,7 +213,6 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--region", "knee"], "Unknown region"),
         (["--solver", "euler"], "no solver for ddpm"),
         (["--first", "-1"], "numbered from 0"),
-        (["--model", "tiny"], "makes no label maps"),
     ],
 )
 def test_refusals(
@@ -221,6 +220,15 @@ def test_refusals(
 ) -> None:
     assert run(["mask", "generate", "--model", str(folder), *words, "-o", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_mask_networks_makes_none(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["mask", "generate", "--model", str(model_folder), "--region", "chest", "-o", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert "makes no label maps" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
