@@ -9,6 +9,7 @@ maisi prepare work/cases.json -o work/prepared
 maisi prepare work/prepared --views "$here/views.yaml" -o work/latents
 maisi train controlnet "$here/controlnet.yaml" -o work/controlnet
 [ -d work/model ] || maisi weights assemble --autoencoder work/tiny/autoencoder.safetensors \
-    --unet work/tiny/unet.safetensors --controlnet work/controlnet/controlnet.safetensors --name mine --half -o work/model
+    --unet work/tiny/unet.safetensors --controlnet work/controlnet/controlnet.safetensors \
+    --name mine --storage float16 -o work/model
 mask=$(ls work/masks/*.nii.gz | head -n 1)
 maisi generate --model work/model --mask "$mask" -n 2 -o work/pairs

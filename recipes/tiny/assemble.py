@@ -47,7 +47,7 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         "tiny",
         views=VIEWS,
         steps=20,
-        half=True,
+        storage="float16",
         crop_spacing_mm=(1.8, 3.2),
         ranges=ranges,
         library=library,

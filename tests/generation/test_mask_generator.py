@@ -253,7 +253,7 @@ def test_assembling_wants_both_networks_and_the_right_ones(networks: dict[str, P
 
 def test_assembled_by_command(networks: dict[str, Path], folder: Path, tmp_path: Path) -> None:
     options = [word for part, path in networks.items() for word in (f"--{part.replace('_', '-')}", str(path))]
-    assert run(["weights", "assemble", *options, "--name", "x", "--half", "-o", str(tmp_path / "x")]) == 0
+    assert run(["weights", "assemble", *options, "--name", "x", "--storage", "float16", "-o", str(tmp_path / "x")]) == 0
     masks = find_model(tmp_path / "x").config.masks
     assert masks is not None
     assert masks == find_model(folder).config.masks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from maisi.cli import run
 from maisi.data.mask_library import build
@@ -13,6 +14,7 @@ from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.generation.pipeline import load
 from maisi.io.nifti import write_volume
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.weights.assemble import assemble, process_of
 from maisi.weights.load import load_network, read_header, save_network
 from maisi.weights.registry import find_model
@@ -79,9 +81,39 @@ def test_label_maps_come_along_and_are_followed_where_they_show_what_is_asked(
 
 def test_half_is_half_the_size(parts: dict[str, Path], tmp_path: Path) -> None:
     assemble(parts, tmp_path / "whole", "whole")  # type: ignore[arg-type]
-    assemble(parts, tmp_path / "half", "half", half=True)  # type: ignore[arg-type]
+    assemble(parts, tmp_path / "half", "half", storage="float16")  # type: ignore[arg-type]
     sizes = [sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("whole", "half")]
     assert sizes[1] < 0.7 * sizes[0]
+    headers = [read_header(tmp_path / n / "unet.safetensors") for n in ("whole", "half")]
+    assert [header.storage for header in headers] == ["float32", "float16"]
+    assert headers[0].metadata == headers[1].metadata
+
+
+def test_eight_bits_generate_nearly_the_same(parts: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = Autoencoder(AutoencoderConfig(channels=(16, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4))
+    save_network(tmp_path / "wide.safetensors", wide)
+    parts["autoencoder"] = tmp_path / "wide.safetensors"
+    options = [word for part, path in parts.items() for word in (f"--{part}", str(path))]
+    command = ["weights", "assemble", *options, "--name", "mine"]
+    assert run([*command, "-o", str(tmp_path / "whole")]) == 0
+    assert run([*command, "--storage", "int8", "-o", str(tmp_path / "small")]) == 0
+    assert run([*command, "--storage", "int4", "-o", str(tmp_path / "none")]) == 2
+    assert read_header(tmp_path / "small" / "autoencoder.safetensors").storage == "int8"
+    wanted = {"region": "chest", "size": (32, 32, 32), "spacing": (8, 8, 8), "steps": 2, "solver": "euler"}
+    first, second = (load(tmp_path / n, device="cpu").generate(**wanted).image.array for n in ("whole", "small"))
+    assert abs(first.astype(float) - second).mean() < 0.05 * first.std()
+
+
+def test_what_is_stored_so_already_is_copied(parts: dict[str, Path], tmp_path: Path) -> None:
+    assemble(parts, tmp_path / "half", "half", storage="float16")  # type: ignore[arg-type]
+    halved = {part: tmp_path / "half" / f"{part}.safetensors" for part in parts}
+    for storage in ("float16", None):
+        assemble(halved, tmp_path / str(storage), "again", storage=storage)  # type: ignore[arg-type]
+        for part, path in halved.items():
+            assert (tmp_path / str(storage) / f"{part}.safetensors").read_bytes() == path.read_bytes()
+    assemble(halved, tmp_path / "whole", "whole", storage="float32")  # type: ignore[arg-type]
+    assert read_header(tmp_path / "whole" / "unet.safetensors").storage == "float32"
 
 
 def test_the_released_inputs_tell_the_process(parts: dict[str, Path]) -> None:

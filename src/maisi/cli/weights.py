@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import click
 
 from maisi.cli.options import FILE, output_option, require_new
+from maisi.weights.storage import STORAGES, Storage
 
 
 @click.group()
@@ -36,7 +36,7 @@ def convert(official: Path, network: str | None, heads: Path | None, output: Pat
     given = {name: value for name, value in settings.items() if value is not None}
     header = convert_file(official, output, as_network=network, settings=given, heads=heads)
     kind = " ".join([header.network, *([header.config["variant"]] if "variant" in header.config else [])])
-    click.echo(f"{output}: {kind}, {_millions(header.tensors)} M parameters")
+    click.echo(f"{output}: {kind}, {header.parameters / 1e6:.1f} M parameters")
 
 
 @weights.command()
@@ -58,12 +58,16 @@ def export(file: Path, output: Path) -> None:
 @click.option("--mask-autoencoder", type=FILE, help="Its safetensors, for a model that also makes label maps.")
 @click.option("--mask-unet", type=FILE, help="Its safetensors; goes with --mask-autoencoder.")
 @click.option("--name", required=True, help="What the model is called; ddpm-ct or rflow-ct for the released weights.")
-@click.option("--half", is_flag=True, help="Store float16.")
+@click.option(
+    "--storage",
+    type=click.Choice(STORAGES),
+    help="How to store weights; int8: 8 bits, with a scale for each output channel.  [default: as the files do]",
+)
 @click.option("--ranges", type=FILE, help="What its images are judged by, made by `maisi quality learn`.")
 @click.option("--library", type=FILE, help="Label maps that come with it, made by `maisi mask library build`.")
 @output_option("Model folder to make.")
 def assemble(
-    name: str, half: bool, ranges: Path | None, library: Path | None, output: Path, **given: Path | None
+    name: str, storage: Storage | None, ranges: Path | None, library: Path | None, output: Path, **given: Path | None
 ) -> None:
     """Put networks that belong together into a model folder, to be used as `--model FOLDER`."""
     from maisi.data.mask_library import MaskLibrary
@@ -75,7 +79,7 @@ def assemble(
     if library is not None:
         MaskLibrary(library)
     files = {part: path for part, path in given.items() if path is not None}
-    config = assemble_model(cast(Any, files), output, name, half=half, ranges=ranges, library=library)
+    config = assemble_model(cast(Any, files), output, name, storage=storage, ranges=ranges, library=library)
     click.echo(
         f"{output}: {', '.join(config.files)}; {config.process['kind']}, images in steps of {config.size_multiple}"
     )
@@ -84,23 +88,13 @@ def assemble(
 @weights.command()
 @click.argument("file", type=FILE)
 def show(file: Path) -> None:
-    """Tell what FILE holds: network, configuration, notes, hash."""
+    """Tell what FILE holds: network, parameters and how they are stored, configuration, notes, hash."""
     from maisi.weights.load import read_header, sha256
 
     header = read_header(file)
     notes = {k: v for k, v in header.metadata.items() if k not in ("maisi.network", "maisi.config")}
-    facts = {"network": header.network, "parameters": _parameters(header.tensors), "config": header.config}
-    click.echo(json.dumps(facts | notes | {"sha256": sha256(file)}, indent=2))
-
-
-def _parameters(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    import math
-
-    return sum(math.prod(shape) for _, shape in tensors.values())
-
-
-def _millions(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    return f"{_parameters(tensors) / 1e6:.1f}"
+    facts = {"network": header.network, "parameters": header.parameters, "storage": header.storage}
+    click.echo(json.dumps({**facts, "config": header.config, **notes, "sha256": sha256(file)}, indent=2))
 
 
 COMMANDS = (weights,)

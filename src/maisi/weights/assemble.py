@@ -13,6 +13,7 @@ from maisi.errors import MaisiError
 from maisi.io.files import INDEX, new_folder, write_json
 from maisi.weights.load import CUSTOM_LABELS_KEY, NetworkHeader, load_network, read_header, save_network, sha256
 from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, Part, network_of
+from maisi.weights.storage import Storage
 
 DEFAULT_STEPS = {"rectified_flow": (30, "euler"), "ddpm": (50, "dpm++")}
 """Steps and solver by process: the release's for flow; for DDPM few steps in place of its 1000."""
@@ -32,7 +33,7 @@ def assemble(
     views: Sequence[FieldOfView] = (),
     steps: int | None = None,
     solver: str | None = None,
-    half: bool = False,
+    storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
     ranges: Path | None = None,
     library: Path | None = None,
@@ -46,7 +47,7 @@ def assemble(
         views: what the model was trained on.
         steps: default number of denoising steps.
         solver: default solver.
-        half: store float16, half the size.
+        storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
         ranges: quality ranges that its images are to be judged by, as `maisi quality learn` makes them.
         library: folder of label maps that come with it, as `maisi mask library build` makes it.
@@ -64,7 +65,7 @@ def assemble(
     masks = _mask_model(headers["mask_unet"], files["mask_unet"]) if "mask_unet" in files else None
     with new_folder(folder) as part_folder:
         for part, path in files.items():
-            _store(part, path, part_folder, half)
+            _store(path, headers[part], part_folder / f"{part}.safetensors", storage)
         if ranges is not None:
             shutil.copyfile(ranges, part_folder / RANGES)
         if library is not None:
@@ -153,12 +154,10 @@ def size_multiple(autoencoder: NetworkHeader, unet: NetworkHeader) -> int:
     return int(2**levels)
 
 
-def _store(part: Part, path: Path, folder: Path, half: bool) -> None:
-    target = folder / f"{part}.safetensors"
-    if not half:
+def _store(path: Path, header: NetworkHeader, target: Path, storage: Storage | None) -> None:
+    """Copy a file bit by bit where it has that storage already, else write it anew."""
+    if storage in (None, header.storage):
         shutil.copyfile(path, target)
         return
-    import torch
-
-    kept = {k: v for k, v in read_header(path).metadata.items() if k not in ("maisi.network", "maisi.config")}
-    save_network(target, load_network(path, network=network_of(part)), metadata=kept, dtype=torch.float16)
+    kept = {k: v for k, v in header.metadata.items() if k not in ("maisi.network", "maisi.config")}
+    save_network(target, load_network(path, network=header.network), metadata=kept, storage=storage)

@@ -216,8 +216,9 @@ def _built(network: str, config: Mapping[str, Any], state: Mapping[str, Tensor],
 
 
 def _stored_dtype(header: NetworkHeader) -> Any:
-    """The dtype of the file's tensors, so that an export does not change what was stored."""
+    """A dtype that holds all of the file's tensors, so that an export does not change what was stored."""
     import torch
 
-    words = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    return words.get(next(iter(header.tensors.values()))[0], torch.float32)
+    if "float64" in header.storage:
+        return torch.float64
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(header.storage, torch.float32)

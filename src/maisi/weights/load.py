@@ -1,7 +1,8 @@
 """Networks on disk: one safetensors file each, which says what network it is and how it is configured.
 
 Metadata of a file: `maisi.network` (a key of `network_types`), `maisi.config` (JSON), and where they apply
-`maisi.scale_factor` (a number), `maisi.process` (JSON), `maisi.custom_labels` (JSON) and `maisi.note`.
+`maisi.scale_factor` (a number), `maisi.process` (JSON), `maisi.custom_labels` (JSON) and `maisi.note`. How numbers
+are stored is the business of `storage`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
 from maisi.io.files import sha256
-from maisi.weights.tensor_file import read_tensor_header, write_tensors
+from maisi.weights.storage import Storage, packed, unpacked, without_scales
+from maisi.weights.tensor_file import DTYPE_WORDS, read_tensor_header, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +57,8 @@ class NetworkHeader:
         network: one of `NETWORKS` or `FEATURE_NETWORKS`.
         config: the network's configuration, not yet validated.
         metadata: all of the file's text entries.
-        tensors: dtype (such as "F32") and shape of each tensor, by name.
+        tensors: dtype (such as "F32") and shape of each tensor of the network, by name; scales of those in 8 bits are
+            left out.
     """
 
     network: str
@@ -67,6 +70,13 @@ class NetworkHeader:
     def parameters(self) -> int:
         """How many numbers the tensors hold altogether."""
         return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+    @property
+    def storage(self) -> str:
+        """How the file stores the tensors: one of `storage.STORAGES`, or the names of other types, or of several."""
+        known = {word: name for name, word in DTYPE_WORDS.items()}
+        names = sorted({known.get(word, word) for word, _ in self.tensors.values()})
+        return "int8" if "int8" in names else ", ".join(names)
 
     @property
     def scale_factor(self) -> float | None:
@@ -98,7 +108,8 @@ def read_header(path: Path) -> NetworkHeader:
     """Read what network a file holds, without torch and without its tensors.
 
     Raises:
-        MaisiError: the file is missing, foreign, damaged or truncated, or no network written by maisi.
+        MaisiError: the file is missing, foreign, damaged or truncated, or no network written by maisi; tensors in 8
+            bits do not fit their scales.
     """
     header = read_tensor_header(path)
     network = header.metadata.get("maisi.network", "")
@@ -111,7 +122,7 @@ def read_header(path: Path) -> NetworkHeader:
         raise MaisiError(f"{path} has damaged metadata; get a fresh copy or convert it again.") from None
     if not isinstance(config, dict) or not (math.isfinite(scale) and scale > 0):
         raise MaisiError(f"{path} has damaged metadata; get a fresh copy or convert it again.")
-    return NetworkHeader(network, config, header.metadata, header.tensors)
+    return NetworkHeader(network, config, header.metadata, without_scales(header.tensors, path))
 
 
 def build_network(network: str, config: Mapping[str, Any], source: str) -> nn.Module:
@@ -159,9 +170,8 @@ def load_network(
     module = build_network(header.network, header.config, str(path))
     require_shapes(module, {name: shape for name, (_, shape) in header.tensors.items()}, path)
     _require_floats(header, path)
-    stored = load_file(path, device=str(device))
-    cast = {name: tensor.to(dtype or torch.float32) for name, tensor in stored.items()}
-    module.load_state_dict(cast, strict=True, assign=True)
+    tensors = unpacked(load_file(path, device=str(device)), dtype or torch.float32)
+    module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
 
 
@@ -170,7 +180,7 @@ def save_network(
     module: nn.Module,
     *,
     metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
+    storage: Storage | None = None,
 ) -> None:
     """Write a network, atomically; the same weights and metadata always give the same bytes.
 
@@ -178,10 +188,10 @@ def save_network(
         path: the file to write, ending in `.safetensors`.
         module: a network of `network_types`, with its configuration as `.config`.
         metadata: further text entries, such as `maisi.scale_factor` or `maisi.note`.
-        dtype: what to store the weights as; None for what they are.
+        storage: how to store the weights; None for the types that they are.
 
     Raises:
-        MaisiError: the place cannot be written to.
+        MaisiError: the place cannot be written to; weights to be stored in 8 bits are not finite.
         ValueError: the module is of another class.
     """
     names = [name for name, (_, module_type) in network_types().items() if type(module) is module_type]
@@ -189,7 +199,7 @@ def save_network(
         raise ValueError(f"{type(module).__name__} is none of the networks {', '.join(network_types())}")
     config: Any = module.config
     own = {"maisi.network": names[0], "maisi.config": config.model_dump_json()}
-    tensors = {name: t if dtype is None else t.to(dtype) for name, t in module.state_dict().items()}
+    tensors = module.state_dict() if storage is None else packed(module.state_dict(), storage)
     write_tensors(path, tensors, {**(metadata or {}), **own})
 
 
@@ -210,6 +220,6 @@ def require_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], path
 
 
 def _require_floats(header: NetworkHeader, path: Path) -> None:
-    foreign = sorted(name for name, (dtype, _) in header.tensors.items() if not dtype.startswith(("F", "BF")))
+    foreign = sorted(name for name, (dtype, _) in header.tensors.items() if not dtype.startswith(("F", "BF", "I8")))
     if foreign:
         raise MaisiError(f"{path}: {foreign[0]} is not floating-point; get a fresh copy.")

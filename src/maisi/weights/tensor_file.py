@@ -29,7 +29,8 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 
-_WRITABLE = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPE_WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+"""The format's word for each type that can be written, by torch's name of it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def read_tensor_header(path: Path) -> TensorHeader:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write floating-point tensors and text, atomically; the same content always gives the same bytes.
+    """Write tensors (of `DTYPE_WORDS`) and text, atomically; the same content always gives the same bytes.
 
     The library's own writer puts metadata in random order, which changes the file's hash from run to run.
     """
@@ -86,7 +87,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = _WRITABLE[str(tensor.dtype).removeprefix("torch.")]
+        dtype = DTYPE_WORDS[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

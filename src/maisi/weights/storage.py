@@ -1,0 +1,114 @@
+"""How weights are stored: as float32, as float16, or in 8 bits with a scale for each output channel.
+
+In 8 bits a tensor NAME of two or more axes and at least `MIN_ELEMENTS` elements is int8, and NAME.scale holds, in
+float32, what one step is worth in each entry of the first axis. Smaller tensors are float16 then. This module knows
+tensors by name, neither networks nor how a file is laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from maisi.errors import MaisiError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Storage = Literal["float32", "float16", "int8"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+
+SCALE = ".scale"
+"""Ends the name of the tensor of scales that belongs to a tensor in 8 bits."""
+
+MIN_ELEMENTS = 4096
+"""Tensors with fewer elements are not worth a scale for each channel."""
+
+STEPS = 127
+"""The largest whole number used; -128 is not, so that both signs reach as far."""
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a tensor to whole steps, at most half a step off.
+
+    Args:
+        weight: finite numbers, output channels along the first of at least two axes.
+
+    Returns:
+        The numbers of steps (int8) and what a step is worth in each channel (float32): a 127th of the channel's
+        largest magnitude. Zeros stay zeros.
+    """
+    import torch
+
+    wide = weight.detach().double()
+    scale = (wide.abs().flatten(1).amax(1) / STEPS).float().clamp_min(torch.finfo(torch.float32).tiny)
+    steps = (wide / _along_channels(scale, wide)).round().clamp(-STEPS, STEPS)
+    return steps.to(torch.int8), scale
+
+
+def dequantise(steps: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 tensor that `quantise` made these of."""
+    return steps.float() * _along_channels(scale.float(), steps)
+
+
+def packed(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
+    """Return what a file of that storage holds, by name.
+
+    Raises:
+        MaisiError: a tensor that would be rounded to steps has numbers that are not finite.
+    """
+    import torch
+
+    if storage != "int8":
+        dtype = torch.float32 if storage == "float32" else torch.float16
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2 or tensor.numel() < MIN_ELEMENTS:
+            held[name] = tensor.to(torch.float16)
+            continue
+        if not torch.isfinite(tensor).all():
+            raise MaisiError(f"{name} has numbers that are not finite; train or convert the network again.")
+        held[name], held[name + SCALE] = quantise(tensor)
+    return held
+
+
+def unpacked(held: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors that a file holds, whatever its storage, in one dtype; scales are multiplied in."""
+    import torch
+
+    eight_bits = {name for name, tensor in held.items() if tensor.dtype == torch.int8}
+    scales = {name + SCALE for name in eight_bits}
+    return {
+        name: (dequantise(tensor, held[name + SCALE]) if name in eight_bits else tensor).to(dtype)
+        for name, tensor in held.items()
+        if name not in scales
+    }
+
+
+def without_scales(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], path: Path
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Leave the scales out of what a header says (type and shape by name); they are no parameters.
+
+    Raises:
+        MaisiError: a tensor in 8 bits has no scale, or not one number for each channel.
+    """
+    kept = dict(tensors)
+    for name, (word, shape) in tensors.items():
+        if word != "I8":
+            continue
+        if name + SCALE not in kept:
+            raise MaisiError(f"{path}: {name} is stored in 8 bits without {name}{SCALE}; get a fresh copy.")
+        scale_word, scale_shape = kept.pop(name + SCALE)
+        if scale_word not in ("F32", "F16") or not shape or scale_shape != shape[:1]:
+            raise MaisiError(
+                f"{path}: {name}{SCALE} is not one floating-point number for each channel of {name}; get a fresh copy."
+            )
+    return kept
+
+
+def _along_channels(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.reshape(-1, *[1] * (like.dim() - 1))
