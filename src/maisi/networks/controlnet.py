@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maisi.layers.attention import zeroed
-from maisi.layers.blocks import conv3
+from maisi.layers.blocks import conv1, conv3
 from maisi.networks.unet import ControlResiduals, Trunk, TrunkConfig, UNet
 
 LabelId = Annotated[int, Field(ge=1, le=255)]
@@ -51,11 +51,15 @@ class ControlNetConfig(TrunkConfig):
 
     def told(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Replace the ids of a label map, of any shape, by what the network is told in their place."""
+        told: NDArray[np.uint8] = self.told_table()[labels]
+        return told
+
+    def told_table(self) -> NDArray[np.uint8]:
+        """What each of the 256 ids is told as."""
         table = np.arange(256, dtype=np.uint8)
         for id, group in self.told_as.items():
             table[list(group)] = id
-        told: NDArray[np.uint8] = table[labels]
-        return told
+        return table
 
     @property
     def mask_compression(self) -> int:
@@ -96,8 +100,8 @@ class ControlNet(Trunk):
         super().__init__(config, config.time_width)
         self.config = config
         self.mask_encoder = MaskEncoder(config)
-        self.zero_convs = nn.ModuleList(zeroed(nn.Conv3d(c, c, kernel_size=1)) for c in config.skip_channels)
-        self.zero_conv_middle = zeroed(nn.Conv3d(config.channels[-1], config.channels[-1], kernel_size=1))
+        self.zero_convs = nn.ModuleList(zeroed(conv1(c, c)) for c in config.skip_channels)
+        self.zero_conv_middle = zeroed(conv1(config.channels[-1], config.channels[-1]))
 
     @classmethod
     def from_unet(cls, unet: UNet, config: ControlNetConfig | None = None) -> ControlNet:

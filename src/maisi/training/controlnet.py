@@ -77,7 +77,7 @@ class ControlNetStage(DenoisingStage):
         told = read_header(run.unet).metadata.get("maisi.scale_factor")
         sources = latent_sources(run, with_labels=True, scale_factor=None if told is None else float(told))
         super().__init__(run, control, ControlNet(control.config), sources, run.autoencoder)
-        self.told = control.config.told
+        self.told = torch.from_numpy(control.config.told_table()).to(self.device)
         self.unet = placed(unet.requires_grad_(False), self.device, self.layout)
 
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
@@ -107,7 +107,7 @@ class ControlNetStage(DenoisingStage):
         return replace(batch, region=torch.from_numpy(np.stack(regions))[:, None])
 
     def _controlled(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch, labels: Tensor) -> Tensor:
-        bits = mask_tensor(torch.from_numpy(self.told(labels.cpu().numpy()))).to(self.device)
+        bits = mask_tensor(self.told[labels.to(self.device).long()])
         if self.run.inpainting:
             bits = inpainting_mask(bits, batch.image, batch.region)
         bits = bits.contiguous(memory_format=self.layout)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from maisi.conditions import Conditions, mask_bits, stack
+from maisi.conditions import MASK_BITS, Conditions, stack
 from maisi.config import Config
 from maisi.data.prepared import Split
 from maisi.data.views import LatentFolder, LatentView
@@ -80,8 +80,9 @@ def condition_tensors(conditions: list[Conditions]) -> dict[str, Tensor]:
 
 
 def mask_tensor(labels: Tensor) -> Tensor:
-    """Label maps `B X Y Z` -> `B 8 X Y Z` bits, on the CPU."""
-    return torch.stack([torch.from_numpy(mask_bits(item.numpy())) for item in labels.cpu()])
+    """Label maps `B X Y Z` uint8 -> `B 8 X Y Z` float32 bits, the least significant first, where the labels are."""
+    bits = torch.arange(MASK_BITS, dtype=torch.uint8, device=labels.device)
+    return ((labels[:, None] >> bits[:, None, None, None]) & 1).float()
 
 
 class LatentSource:

@@ -51,24 +51,32 @@ class MuonAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Make one step with the gradients that are there."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if group["muon"]:
-                    self._muon(parameter, group)
-                else:
+            given = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not group["muon"]:
+                for parameter in given:
                     self._adam(parameter, group)
+                continue
+            alike: dict[tuple[int, ...], list[Tensor]] = {}
+            for parameter in given:
+                alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+            for parameters in alike.values():
+                self._muon(parameters, group)
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(state["momentum"], group["momentum"])
-        matrix = orthogonal(update.reshape(update.shape[0], -1))
-        scale = 0.2 * max(matrix.shape) ** 0.5
-        parameter.add_(matrix.reshape(parameter.shape), alpha=-group["lr"] * scale)
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update weights that are matrices of one size together: on a GPU each product costs a launch."""
+        updates = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(state["momentum"], group["momentum"])
+            updates.append(update.reshape(update.shape[0], -1))
+        matrices = orthogonal(torch.stack(updates))
+        scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+        for parameter, matrix in zip(parameters, matrices, strict=True):
+            parameter.add_(matrix.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
     def _adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad
@@ -96,18 +104,18 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Return about the nearest matrix with orthonormal rows or columns: singular values come to 0.7 to 1.2.
 
     Every iterate is a polynomial in the small Gram matrix times `matrix`, so the iterations run on Gram matrices and
-    the long side is multiplied twice in all, not in each of them.
+    the long side is multiplied twice in all, not in each of them. Matrices `... M N` are treated one by one.
     """
     a, b, c = NEWTON_SCHULZ
-    x: Tensor = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    gram = x @ x.T
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    x: Tensor = matrix / (torch.linalg.matrix_norm(matrix, keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     product = identity
     for _ in range(iterations):
         factor = a * identity + b * gram + c * gram @ gram
         product = factor @ product
         gram = factor @ gram @ factor
     x = product @ x
-    return x.T if tall else x
+    return x.mT if tall else x
