@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from maisi.layers.blocks import conv3, convolved
+from maisi.layers.blocks import Upsample, conv1, conv3, convolved, doubling_kernel, folded_kernel, repeated
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
@@ -50,3 +50,46 @@ def test_training_autocast_and_forecasts_are_left_alone() -> None:
         assert conv(x).dtype == torch.bfloat16
     weight = torch.empty(4, 4, 3, 3, 3, device="meta")
     assert convolved(x.to("meta"), weight, None, (1, 1, 1), (1, 1, 1)).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_convolution_of_single_voxels_is_a_product(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    conv, twin = conv1(12, 20).to(dtype), nn.Conv3d(12, 20, 1).to(dtype)
+    twin.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 12, 5, 6, 7).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    made, true = conv(x), twin(y)
+    torch.testing.assert_close(made, true, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+    assert made.is_contiguous(memory_format=layout)
+    made.float().square().sum().backward()
+    true.float().square().sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(x.grad, y.grad, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(conv.weight.grad, twin.weight.grad, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_repeated_voxels_are_nearest_interpolation(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 4, 1, 5).contiguous(memory_format=layout)
+    made = repeated(x)
+    assert torch.equal(made, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert made.is_contiguous(memory_format=layout)
+
+
+def test_a_kernel_is_folded_once_and_anew_when_its_weights_change() -> None:
+    up = Upsample(8, "nearest").requires_grad_(False)
+    weight = up.conv.weight
+    assert isinstance(weight, torch.Tensor)
+    first = doubling_kernel(weight)
+    assert doubling_kernel(weight) is first
+    assert torch.equal(first, folded_kernel(weight))
+    weight.mul_(2)
+    assert torch.equal(doubling_kernel(weight), folded_kernel(weight))
+    up.requires_grad_(True)
+    x = torch.randn(1, 8, 3, 3, 3)
+    up(x).sum().backward()
+    assert weight.grad is not None, "weights in training are folded where the gradient sees it"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maisi.splitting.forecast import forecast, scratch_of
+from maisi.splitting.forecast import counted, forecast, scratch_of
 
 SHAPE = (1, 4, 8, 8, 8)
 BYTES = 4 * 4 * 8**3
@@ -27,6 +27,14 @@ def test_what_lives_at_once_is_the_peak() -> None:
             x = x + 1  # the old one lives until the new one is there
 
     assert forecast(run, nothing) == 2 * BYTES
+
+
+def test_the_largest_tensor_is_measured_in_values() -> None:
+    def run() -> None:
+        x = given()
+        _ = (torch.cat([x, x]), x[:, :2])
+
+    assert counted(run, nothing).largest == 2 * BYTES // 4
 
 
 def test_views_cost_nothing() -> None:

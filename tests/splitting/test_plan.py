@@ -11,7 +11,7 @@ import torch
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import AutoencoderConfig
 from maisi.splitting import plan as planning
-from maisi.splitting.plan import FIXED_BYTES, Plan, make_plan, peak_bytes
+from maisi.splitting.plan import CUDA_VALUES, FIXED_BYTES, Plan, largest_tensor, make_plan, peak_bytes
 
 CPU = torch.device("cpu")
 CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4, upsampling="nearest")
@@ -48,6 +48,26 @@ def test_the_refusal_names_a_budget_that_does() -> None:
     named = re.search(r"at least ([\d.]+) GiB", str(refusal.value))
     assert named is not None
     assert plan((float(named[1]) + 0.01) * 2**30).storage == "disk"
+
+
+def test_on_cuda_no_tensor_has_more_values_than_32_bits_count() -> None:
+    """16 channels of 2**28 voxels are 2**32 values; two parts have rows of each other, so it takes three."""
+    size = (1024, 512, 512)
+
+    def made(device: str) -> Plan:
+        return make_plan(CONFIG, "decode", size, 10**15, device=torch.device(device), dtype=torch.bfloat16)
+
+    there = made("cuda")
+    assert made("cpu").parts == 1
+    assert (there.parts, there.storage) == (3, "device")
+    two, three = (largest_tensor(CONFIG, replace(there, parts=n), torch.device("cuda"), torch.bfloat16) for n in (2, 3))
+    assert three < CUDA_VALUES <= two
+
+
+def test_what_cuda_cannot_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "CUDA_VALUES", 1000)
+    with pytest.raises(MaisiError, match=r"more than 1000 values, .* use a smaller size, or the CPU"):
+        make_plan(CONFIG, "decode", SIZE, 10**12, device=torch.device("cuda"), dtype=torch.float32)
 
 
 def test_the_longest_axis_is_cut() -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maisi.layers.blocks import conv1
+from maisi.layers.norm import GroupNorm
+
 
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves, or to context tokens of another width."""
@@ -51,7 +54,7 @@ class SpatialAttention(nn.Module):
         self, channels: int, head_channels: int, norm_groups: int, norm_eps: float, *, out_projection: bool
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, norm_eps)
+        self.norm = GroupNorm(norm_groups, channels, norm_eps)
         self.attn = Attention(channels, head_channels, qkv_bias=True, out_projection=out_projection)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -117,13 +120,13 @@ class SpatialTransformer(nn.Module):
         out_projection: bool,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, norm_eps)
-        self.proj_in = nn.Conv3d(channels, channels, kernel_size=1)
+        self.norm = GroupNorm(norm_groups, channels, norm_eps)
+        self.proj_in = conv1(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, head_channels, context_channels, out_projection=out_projection)
             for _ in range(num_blocks)
         )
-        self.proj_out = zeroed(nn.Conv3d(channels, channels, kernel_size=1))
+        self.proj_out = zeroed(conv1(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """`B C X Y Z`, `B M Cctx` -> `B C X Y Z`."""

@@ -14,7 +14,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from maisi.config import Config
-from maisi.layers.blocks import Downsample, ResidualBlock, Upsample, Upsampling, conv3
+from maisi.layers.blocks import Downsample, ResidualBlock, Upsample, Upsampling, conv1, conv3
+from maisi.layers.norm import GroupNorm
 
 
 class AutoencoderConfig(Config):
@@ -91,7 +92,7 @@ class Encoder(nn.Module):
                 width = channels
             if level < len(config.channels) - 1:
                 blocks.append(Downsample(width))
-        blocks.append(nn.GroupNorm(groups, width, eps))
+        blocks.append(GroupNorm(groups, width, eps))
         blocks.append(conv3(width, config.latent_channels))
         self.blocks = nn.ModuleList(blocks)
 
@@ -116,7 +117,7 @@ class Decoder(nn.Module):
                 width = config.channels[level]
             if level > 0:
                 blocks.append(Upsample(width, config.upsampling))
-        blocks.append(nn.GroupNorm(groups, width, eps))
+        blocks.append(GroupNorm(groups, width, eps))
         blocks.append(conv3(width, config.out_channels))
         self.blocks = nn.ModuleList(blocks)
 
@@ -136,9 +137,9 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         latent = config.latent_channels
-        self.quant_conv_mu = nn.Conv3d(latent, latent, kernel_size=1)
-        self.quant_conv_log_sigma = nn.Conv3d(latent, latent, kernel_size=1)
-        self.post_quant_conv = nn.Conv3d(latent, latent, kernel_size=1)
+        self.quant_conv_mu = conv1(latent, latent)
+        self.quant_conv_log_sigma = conv1(latent, latent)
+        self.post_quant_conv = conv1(latent, latent)
 
     def encode(self, x: Tensor) -> LatentDistribution:
         """Image in [0, 1] (or label bits), `B in X Y Z` -> distribution over latents."""

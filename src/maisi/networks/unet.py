@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from maisi.config import Config
 from maisi.layers.attention import SpatialAttention, SpatialTransformer, zeroed
-from maisi.layers.blocks import Upsample, conv3
+from maisi.layers.blocks import Upsample, conv1, conv3, repeated
 from maisi.layers.embeddings import embedding_mlp, timestep_embedding
+from maisi.layers.norm import GroupNorm
 
 
 class TrunkConfig(Config):
@@ -135,20 +136,20 @@ class ConditionedBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, config.norm_eps)
+        self.norm1 = GroupNorm(config.norm_groups, in_channels, config.norm_eps)
         self.conv1 = conv3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(embedding_width, out_channels)
-        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, config.norm_eps)
+        self.norm2 = GroupNorm(config.norm_groups, out_channels, config.norm_eps)
         self.conv2 = zeroed(conv3(out_channels, out_channels))
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        self.shortcut = nn.Identity() if same else conv1(in_channels, out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`B Cin X Y Z`, `B E` -> `B Cout X Y Z` (axes halved or doubled if this block resamples)."""
-        h = F.silu(self.norm1(x))
+        h = self.norm1.activated(x)
         x, h = self._resize(x), self._resize(h)
         h = self.conv1(h) + self.time_emb_proj(F.silu(embedding))[:, :, None, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2.activated(h))
         out: Tensor = self.shortcut(x) + h
         return out
 
@@ -158,7 +159,7 @@ class ConditionedBlock(nn.Module):
             wide = x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
             return F.avg_pool3d(wide, kernel_size=2).to(x.dtype)
         if self.resample == "up":
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return repeated(x)
         return x
 
 
@@ -309,7 +310,7 @@ class UNet(Trunk):
         if config.spacing_input:
             self.spacing_embed = embedding_mlp(3, config.time_width)
         self.up_blocks = nn.ModuleList(self._up_levels(config))
-        norm = nn.GroupNorm(config.norm_groups, config.channels[0], config.norm_eps)
+        norm = GroupNorm(config.norm_groups, config.channels[0], config.norm_eps)
         self.out = nn.Sequential(norm, nn.SiLU(), zeroed(conv3(config.channels[0], config.out_channels)))
 
     def forward(
@@ -355,7 +356,9 @@ class UNet(Trunk):
             h = h + residuals.middle
         for level in self.up_blocks:
             h = level(h, skips, embedding, context)
-        out: Tensor = self.out(h)
+        norm, _, conv = self.out  # the norm does the SiLU too, where it can
+        assert isinstance(norm, GroupNorm)
+        out: Tensor = conv(norm.activated(h))
         return out
 
     def _embed(

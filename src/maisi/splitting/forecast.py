@@ -28,6 +28,8 @@ CONVOLUTIONS = frozenset({"aten::convolution", "aten::conv3d", "aten::conv_trans
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of living tensors while it is active; `peak` is the most there were.
 
+    `largest` is how many values the largest tensor has.
+
     Args:
         scratch: see `Scratch`.
     """
@@ -35,7 +37,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, scratch: Scratch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scratch = scratch
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -46,6 +48,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in made:
             self._count(tensor.untyped_storage())
+            self.largest = max(self.largest, tensor.numel())
         self.peak = max(self.peak, self.live + self._scratch_in(func.name(), args, made[0] if made else None))
         return result
 
@@ -70,10 +73,15 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def forecast(run: Callable[[], object], scratch: Scratch) -> int:
     """Peak bytes of what `run` makes of tensors on the meta device; what lived before is not counted."""
+    return counted(run, scratch).peak
+
+
+def counted(run: Callable[[], object], scratch: Scratch) -> Counter:
+    """Run on the meta device under a counter, as `forecast` does, and return it."""
     counter = Counter(scratch)
     with counter:
         run()
-    return counter.peak
+    return counter
 
 
 def scratch_of(device: torch.device) -> Scratch:

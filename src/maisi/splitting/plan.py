@@ -19,7 +19,7 @@ from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import decoded, encoded
 from maisi.splitting.execution import Execution, Group
-from maisi.splitting.forecast import forecast, scratch_of
+from maisi.splitting.forecast import counted, scratch_of
 from maisi.splitting.layers import Moments
 from maisi.splitting.maps import Pulled, Storage, Store
 
@@ -29,6 +29,9 @@ Task = Literal["encode", "decode"]
 AXES = "XYZ"
 PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of parts that are tried; with more of them a plan saves little, and edges are computed twice more often."""
+
+CUDA_VALUES = 2**31
+"""A tensor on CUDA has fewer values: cuDNN counts them in 32 bits."""
 
 FIXED_BYTES = 48 * 2**20
 """What PyTorch's kernels keep beside the tensors (rearranged weights, threads), whatever the size: measured."""
@@ -107,16 +110,24 @@ def make_plan(
         plan = Plan(task, size, axis, parts, storage, recompute, streamed=streamed, processes=processes)
         return replace(plan, peak_bytes=peak_bytes(config, plan, device, dtype))
 
+    def can_be_counted(plan: Plan) -> bool:
+        return device.type != "cuda" or largest_tensor(config, plan, device, dtype) < CUDA_VALUES
+
     counts = sorted({min(n, rows) for n in PARTS})
     again = task == "decode" and (processes == 1 or config.upsampling != "trilinear")
     for storage, recompute in _ways(again, device):
         for parts in counts:
             plan = candidate(storage, recompute, parts)
-            if plan.peak_bytes <= budget:
+            if plan.peak_bytes <= budget and can_be_counted(plan):
                 return plan
     smallest = candidate("disk", again, rows)
     if smallest.peak_bytes <= budget:
-        return smallest
+        if can_be_counted(smallest):
+            return smallest
+        raise MaisiError(
+            f"To {task} {' x '.join(str(n) for n in size)} voxels makes maps of more than {CUDA_VALUES} values, too "
+            "many for CUDA's convolutions however they are cut; use a smaller size, or the CPU (--device cpu)."
+        )
     raise MaisiError(
         f"To {task} {' x '.join(str(n) for n in size)} voxels takes at least {gib(smallest.peak_bytes)} and "
         f"{gib(max(budget, 0))} are given beside the weights; give more memory (--memory) or a smaller size."
@@ -152,9 +163,19 @@ def budget_beside(taken: int, memory: int | None, device: torch.device, processe
     return free_memory(device) // (1 if device.type == "cuda" else processes) - taken
 
 
-@lru_cache(maxsize=512)
 def peak_bytes(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> int:
     """Forecast of the memory that a plan takes beside the weights; its own `peak_bytes` is not looked at."""
+    return _foreseen(config, replace(plan, peak_bytes=0), device, dtype)[0]
+
+
+def largest_tensor(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> int:
+    """Values of the largest tensor that a plan makes."""
+    return _foreseen(config, replace(plan, peak_bytes=0), device, dtype)[1]
+
+
+@lru_cache(maxsize=512)
+def _foreseen(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Peak bytes beside the weights and values of the largest tensor."""
     layout, nowhere = feature_layout(device, dtype), torch.device("meta")
     with nowhere:
         model = Autoencoder(config).to(dtype).requires_grad_(False)
@@ -175,7 +196,8 @@ def peak_bytes(config: AutoencoderConfig, plan: Plan, device: torch.device, dtyp
             pass
 
     with torch.inference_mode():
-        return FIXED_BYTES + forecast(run, scratch_of(device))
+        counter = counted(run, scratch_of(device))
+    return FIXED_BYTES + counter.peak, counter.largest
 
 
 @dataclass
