@@ -11,7 +11,6 @@ import numpy as np
 import reference
 import torch
 
-from maisi.device import keep_freed_memory
 from maisi.generation import codec
 from maisi.splitting import autoencoder as split
 from maisi.splitting.plan import Task
@@ -45,8 +44,6 @@ def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndar
     limit = None if memory is None else int(memory * 2**30)
     plan = codec.coding_plan(ours.config, task, tuple(settings["size"]), place, dtype, limit)
     print(plan, file=sys.stderr)
-    if memory is None and device.type == "cpu":
-        keep_freed_memory()
     execution = plan.execution(place)
 
     def work() -> torch.Tensor:

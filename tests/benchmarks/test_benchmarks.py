@@ -84,6 +84,35 @@ def test_splitting(task: str, load, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (tmp_path / "results" / f"splitting-{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_gpu_script_on_the_cpu(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results" / "gpu.json"
+    arguments = ["--device", "cpu", "--small", "--sizes", "32,32x32x48", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments, "--seconds", "0", "-o", str(out)])
+    load("gpu").main()
+    result = json.loads(out.read_text())
+    rows = result["measurements"]
+    assert [(row["kind"], row["phase"]) for row in rows[:4]] == [
+        (kind, phase) for phase in ("steps", "decode") for kind in ("bf16", "reference")
+    ]
+    assert len(rows) == 8
+    assert all(row["finite"] and row["seconds"] > 0 and row["peak_bytes"] is None for row in rows)
+    parts, precision, seams = result["exactness"]
+    assert parts["largest_difference"] < 1e-4 < precision["relative_error"] < 0.1
+    assert 0 < seams["relative_error"] < 0.5
+    assert "| 32x32x48 | decoding |" in out.with_suffix(".md").read_text()
+
+
+def test_gpu_script_tells_of_what_fails(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--small", "--sizes", "16", "--steps", "1", "--warm-up", "16"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments, "--seconds", "0.01", "-o", str(out)])
+    script = load("gpu")
+    script.main()
+    result = json.loads(out.read_text())
+    assert all(row["failed"].startswith("not run: out of time") for row in result["measurements"])
+    assert "not run" in out.with_suffix(".md").read_text()
+
+
 def test_a_process_of_its_own_counts_its_own_memory(load, tmp_path: Path) -> None:
     """The peak is what the work takes, not what was there before, nor a peak that has passed."""
     load("decode")

@@ -1,0 +1,809 @@
+"""Train the carried model's autoencoder, U-Net and ControlNet on one GPU in the minutes given.
+
+    python recipes/tiny/on_gpu.py PREPARED OUT --seconds 470
+
+PREPARED is a folder that `maisi prepare` made. Everything that can wait for the GPU is done beside it: processes draw
+views of the cases (with simulated tumours) from the first second on, while patches for the autoencoder are cut on the
+GPU itself. A stage's length is a share of the time, and its learning rate follows the clock, so a slower GPU trains
+less and still finishes. `--autoencoder` and `--unet` leave out what is trained already. Networks, losses, optimizer and
+process are the package's own; only the way the data comes differs from `maisi train`. OUT gets float16 weights (files
+over 15 MiB in parts) and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maisi.anatomy import TUMORS
+from maisi.conditions import Conditions
+from maisi.config import read_yaml
+from maisi.data.prepared import PreparedCase, PreparedFolder
+from maisi.data.preprocess import window_ct
+from maisi.data.tumor_examples import inpainting_region
+from maisi.data.views import TumorViews, ViewConfig, body_extent_mm, draw_view, plan_view, region_extents, varied
+from maisi.diffusion.rectified_flow import RectifiedFlow
+from maisi.diffusion.sampler import sample
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask
+from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
+from maisi.networks.unet import TrunkConfig, UNet, UNetConfig
+from maisi.training.autoencoder import quieten
+from maisi.training.controlnet import ControlNetRun
+from maisi.training.diffusion import soften_conditions
+from maisi.training.latents import condition_tensors, mask_tensor
+from maisi.training.losses import adversarial, perceptual, weighted_l1
+from maisi.training.optimizer import OptimizerConfig, Trainee
+from maisi.training.perceptual import load_features
+from maisi.weights.load import load_network, read_header, save_network
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+
+AUTOENCODER = AutoencoderConfig(channels=(32, 64, 128), num_res_blocks=(1, 2, 2), norm_groups=8, upsampling="nearest")
+UNET = UNetConfig(
+    channels=(48, 96, 160),
+    num_res_blocks=(1, 2, 2),
+    attention_levels=(False, False, True),
+    norm_groups=8,
+    region_input=True,
+    spacing_input=True,
+    num_modalities=34,
+)
+PROCESS = RectifiedFlow(base_voxels=2048)
+HEADS, TRUNKS = ("head-neck",), ("chest", "abdomen")
+WHOLE_HEAD, WHOLE_TRUNK = (390.0, 0.0, 200.0), (240.0, 0.0, 180.0)
+
+
+def heads(size: tuple[int, int, int], least: float, most: float, tumors: float = 0.35) -> ViewConfig:
+    """Whole heads, necks and shoulders."""
+    return ViewConfig(
+        size=size, spacing_mm=(least, most), stretch=1.05, rotate_degrees=8, mirror=True, regions=HEADS,
+        min_body_mm=WHOLE_HEAD, tumors=TumorViews(share=tumors),
+    )  # fmt: skip
+
+
+def trunks(size: tuple[int, int, int], least: float, most: float) -> ViewConfig:
+    """Whole trunks."""
+    return ViewConfig(
+        size=size, spacing_mm=(least, most), rotate_degrees=8, regions=TRUNKS, min_body_mm=WHOLE_TRUNK,
+        tumors=TumorViews(share=0.5),
+    )  # fmt: skip
+
+
+def crops(regions: tuple[str, ...], least: float, most: float) -> ViewConfig:
+    """Close to tumours, as inpainting works on a crop."""
+    return ViewConfig(
+        size=(64, 64, 64), spacing_mm=(least, most), rotate_degrees=8, regions=regions,
+        tumors=TumorViews(share=1.0, most=3),
+    )  # fmt: skip
+
+
+KINDS = (
+    (0.37, heads((144, 112, 112), 3.1, 3.6)),
+    (0.13, heads((112, 80, 80), 4.0, 4.9)),
+    (0.07, heads((80, 64, 64), 5.2, 6.6)),
+    (0.11, trunks((128, 128, 128), 2.8, 3.3)),
+    (0.05, trunks((128, 96, 64), 2.7, 3.3)),
+    (0.09, trunks((96, 80, 80), 3.6, 4.8)),
+    (0.05, trunks((80, 64, 64), 5.0, 6.6)),
+    (0.09, crops(TRUNKS, 1.8, 3.2)),
+    (0.04, crops(HEADS, 2.5, 3.5)),
+)
+"""How often each kind of view is drawn. The crops are for the ControlNet alone, and so are views with tumours."""
+
+STARTED = time.monotonic()
+
+
+def say(*words: object) -> None:
+    """Print with the time."""
+    print(f"[{time.monotonic() - STARTED:6.1f} s]", *words, flush=True)
+
+
+# --- views, drawn by processes beside the GPU
+
+
+@dataclass(frozen=True)
+class DrawnView:
+    """One view as its file holds it: image in [0, 1] float16, labels, the region to paint, what it is told."""
+
+    image: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    region: np.ndarray[Any, Any]
+    conditions: Conditions
+    crop: bool
+    tumors: bool
+
+
+def draw_views(prepared: Path, folder: Path, worker: int, workers: int, facts: dict[str, Any]) -> None:
+    """Draw views number worker, worker + workers, ... until the folder holds a file `stop`."""
+    torch.set_num_threads(1)
+    os.nice(5)
+    source = PreparedFolder(prepared)
+    cases = [case for case in source.cases("train") if case.id in facts]
+    fitting = [(share, kind, _fitting(cases, kind, facts)) for share, kind in KINDS]
+    fitting = [entry for entry in fitting if entry[2]]
+    shares = np.array([share for share, _, _ in fitting])
+    number = worker
+    while not (folder / "stop").exists():
+        rng = np.random.default_rng([7, number])
+        index = int(rng.choice(len(fitting), p=shares / shares.sum()))
+        _, kind, choice = fitting[index]
+        weights = np.array([case.weight for case in choice])
+        case = choice[int(rng.choice(len(choice), p=weights / weights.sum()))]
+        extents = {name: (low, high) for name, (low, high) in facts[case.id]["extents"].items()}
+        plan = plan_view(case, kind, extents, rng, "")
+        image, labels = varied(*draw_view(source, case, plan), case, kind, rng)
+        part = folder / f"{number:06d}.part.npz"
+        np.savez(
+            part,
+            image=window_ct(image.array).astype(np.float16),
+            labels=labels,
+            region=np.packbits(inpainting_region(labels, rng)),
+            facts=np.frombuffer(
+                json.dumps(
+                    {
+                        "spacing_mm": plan.row.spacing_mm,
+                        "regions": plan.row.regions,
+                        "crop": kind.size == (64, 64, 64),
+                        "tumors": bool(np.isin(labels, list(TUMORS)).any()),
+                    }
+                ).encode(),
+                np.uint8,
+            ),
+        )
+        part.rename(folder / f"{number:06d}.npz")
+        number += workers
+
+
+def _fitting(cases: list[PreparedCase], kind: ViewConfig, facts: dict[str, Any]) -> list[PreparedCase]:
+    return [
+        case
+        for case in cases
+        if set(kind.regions) & set(case.regions)
+        and all(have >= least for have, least in zip(facts[case.id]["body_mm"], kind.min_body_mm, strict=True))
+    ]
+
+
+def facts_of(job: tuple[Path, str]) -> tuple[str, dict[str, Any]]:
+    """What views need to know of a case, found once."""
+    prepared, name = job
+    source = PreparedFolder(prepared)
+    case = next(case for case in source.index.cases if case.id == name)
+    labels = np.asarray(source.labels(case))
+    extents = region_extents(labels, np.array(case.affine), case.regions)
+    return name, {"body_mm": body_extent_mm(labels, case.spacing_mm), "extents": extents}
+
+
+def read_view(path: Path) -> DrawnView:
+    """Load a view's file."""
+    with np.load(path) as stored:
+        labels = stored["labels"]
+        facts = json.loads(stored["facts"].tobytes())
+        region = np.unpackbits(stored["region"], count=labels.size).reshape(labels.shape).astype(bool)
+        told = Conditions(tuple(facts["spacing_mm"]), tuple(facts["regions"]), "ct")
+        return DrawnView(stored["image"], labels, region, told, facts["crop"], facts["tumors"])
+
+
+# --- patches for the autoencoder, cut on the GPU
+
+
+class Patches:
+    """Random cubes of the training images: turned, mirrored, at any spacing; mostly around voxels of the body."""
+
+    def __init__(self, source: PreparedFolder, device: torch.device, size: int) -> None:
+        self.cases = source.cases("train")
+        self.size, self.device = size, device
+        weights = np.array([case.weight for case in self.cases])
+        self.chances = weights / weights.sum()
+        with ThreadPoolExecutor(8) as pool:
+            loaded = list(pool.map(lambda case: self._loaded(source, case), self.cases))
+        self.images = [torch.from_numpy(image)[None, None].to(device) for image, _ in loaded]
+        self.inside = [places for _, places in loaded]
+
+    @staticmethod
+    def _loaded(source: PreparedFolder, case: PreparedCase) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        image = window_ct(np.asarray(source.image(case)))
+        body = np.flatnonzero(np.asarray(source.labels(case)).reshape(-1)[::53]) * 53
+        return image, body
+
+    def batch(self, count: int, rng: np.random.Generator) -> Tensor:
+        """`B 1 n n n` in [0, 1]."""
+        return torch.cat([self._patch(rng) for _ in range(count)])
+
+    def _patch(self, rng: np.random.Generator) -> Tensor:
+        index = int(rng.choice(len(self.cases), p=self.chances))
+        case, image, places = self.cases[index], self.images[index], self.inside[index]
+        native = np.array(case.spacing_mm)
+        least = max(1.4, 0.75 * float(native.max()))
+        spacing = math.exp(rng.uniform(math.log(least), math.log(6.4)))
+        shape = np.array(image.shape[2:])
+        if rng.random() < 0.9 and len(places):
+            centre = np.array(np.unravel_index(int(rng.choice(places)), shape), float)
+        else:
+            centre = rng.uniform(0, shape)
+        angle = math.radians(rng.uniform(-12, 12))
+        turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+        turn = turn @ np.diag(rng.choice([-1.0, 1.0], 3))
+        # finer than asked for, then averaged, where that would alias
+        factor = 2 if spacing > 1.5 * float(native.min()) else 1
+        n = self.size * factor
+        to_voxels = np.diag(1 / native) @ turn * (spacing / factor)
+        theta = np.concatenate(
+            [
+                (np.diag(2 / (shape - 1)) @ to_voxels * (n - 1) / 2)[::-1, ::-1],
+                (2 * centre / (shape - 1) - 1)[::-1, None],
+            ],
+            1,
+        )
+        placed = torch.from_numpy(np.ascontiguousarray(theta)).float()[None].to(self.device, non_blocking=True)
+        grid = F.affine_grid(placed, [1, 1, n, n, n], align_corners=True)
+        patch = F.grid_sample(image, grid, align_corners=True)
+        return F.avg_pool3d(patch, 2) if factor == 2 else patch
+
+
+# --- training by the clock
+
+
+@dataclass
+class Clock:
+    """Steps for a number of seconds; yields how many steps were made, and the share of the time that is over."""
+
+    seconds: float
+    name: str
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        started, step, told = time.monotonic(), 0, 0.0
+        while (over := (time.monotonic() - started) / self.seconds) < 1:
+            yield step, over
+            step += 1
+            if over - told > 0.1:
+                told = over
+                say(f"{self.name}: step {step}, {(time.monotonic() - started) / step * 1000:.0f} ms a step")
+        say(f"{self.name}: {step} steps in {time.monotonic() - started:.0f} s")
+
+
+NOMINAL = 10_000
+"""Schedules are told the time as steps of this many."""
+
+
+class Student(Trainee):
+    """A `Trainee` that never waits for the GPU: what is not finite counts as no gradient."""
+
+    def apply_at(self, over: float) -> None:
+        """One optimizer step at a share of the time."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(int(over * NOMINAL), NOMINAL)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        finite = norm.isfinite()
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = torch.where(finite, parameter.grad, 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def average(self, step: int) -> None:
+        """Let the moving average follow; all tensors in one launch."""
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        values = self.module.state_dict()
+        own = [self.ema.values[name] for name in values]
+        torch._foreach_lerp_(own, [value.detach() for value in values.values()], 1 - decay)
+
+    def averaged(self, fresh: nn.Module) -> nn.Module:
+        """A copy with the averaged weights."""
+        fresh = placed(fresh, self.parameters[0].device)
+        fresh.load_state_dict(self.ema.values)
+        return fresh.eval().requires_grad_(False)
+
+
+def placed(net: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, channels last."""
+    moved: nn.Module = net.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return moved
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def last(x: Tensor) -> Tensor:
+    """Channels last."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+@dataclass
+class Losses:
+    """Running means, read only when somebody looks."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Note the terms of a step."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self.count += 1
+
+    def read(self) -> str:
+        """Say the means since the last time, in words."""
+        words = " ".join(f"{name} {float(value) / max(self.count, 1):.4g}" for name, value in self.sums.items())
+        self.sums, self.count = {}, 0
+        return words
+
+
+def train_autoencoder(
+    source: PreparedFolder,
+    device: torch.device,
+    seconds: float,
+    batch: int,
+    size: int,
+    out: Path,
+    ready: Callable[[], None],
+) -> Autoencoder:
+    """L1, KL and equivariance for the first part; then the decoder alone, with perceptual and adversarial losses."""
+    patches = Patches(source, device, size)
+    say(f"{len(patches.cases)} cases on the device")
+    ready()
+    torch.manual_seed(0)
+    model = Autoencoder(AUTOENCODER)
+    quieten(model)
+    placed(model, device)
+    muon = {"kind": "muon", "schedule": "cosine", "final_fraction": 0.02, "ema_decay": 0.998}
+    student = Student("autoencoder", model, OptimizerConfig(learning_rate=2e-3, warmup_steps=300, **muon), NOMINAL)
+    rng, losses = np.random.default_rng(0), Losses()
+    kl = 1e-7 * (40 / size) ** 3
+    for step, over in Clock(0.62 * seconds, "autoencoder"):
+        x = last(patches.batch(batch, rng))
+        halved = bool(rng.random() < 0.25)
+        with autocast(device):
+            found = model.encode(x)
+            z = found.mean + torch.exp(0.5 * found.log_variance) * torch.randn_like(found.mean)
+            made = model.decode(F.avg_pool3d(z, 2) if halved else z)
+        target = F.avg_pool3d(x, 2) if halved else x
+        terms = {"l1": F.l1_loss(made.float(), target), "kl": kl * found.kl().float()}
+        (terms["l1"] + terms["kl"]).backward()
+        student.apply_at(over)
+        student.average(step)
+        losses.add({"halved_l1" if halved else "l1": terms["l1"], "kl": terms["kl"]})
+        if step % 400 == 399:
+            say(losses.read())
+    model.load_state_dict(student.ema.values)
+    say("autoencoder, before its decoder is sharpened:", judged(model, source, device))
+    for part in (model.encoder, model.quant_conv_mu, model.quant_conv_log_sigma):
+        part.requires_grad_(False)
+    judge = placed(PatchDiscriminator(DiscriminatorConfig(channels=32, num_layers=2)), device)
+    features = load_features("efficientnet-lite0")
+    if isinstance(features, nn.Module):
+        features.to(device)
+    sharper = {**muon, "ema_decay": 0.995}
+    student = Student("autoencoder", model, OptimizerConfig(learning_rate=6e-4, warmup_steps=300, **sharper), NOMINAL)
+    critic = Student("judge", judge, OptimizerConfig(learning_rate=2e-4, betas=(0.5, 0.9), ema_decay=0.0), NOMINAL)
+    for step, over in Clock(0.38 * seconds, "decoder"):
+        x = last(patches.batch(batch, rng))
+        weight = 0.1 * min(1.0, max(0.0, (over - 0.08) / 0.15))
+        with torch.no_grad(), autocast(device):
+            found = model.encode(x)
+            z = found.mean + torch.exp(0.5 * found.log_variance) * torch.randn_like(found.mean)
+        with autocast(device):
+            made = model.decode(z).float()
+            seen = perceptual(features, made, x, torch.rand(3))
+            terms = {"l1": F.l1_loss(made, x), "perceptual": 0.3 * seen.float()}
+            judge.requires_grad_(False)
+            if weight:
+                terms["adversarial"] = weight * adversarial(judge(made).float(), True)
+        sum(terms.values(), torch.zeros((), device=device)).backward()
+        student.apply_at(over)
+        student.average(step)
+        judge.requires_grad_(True)
+        if weight:
+            with autocast(device):
+                on_real, on_made = judge(x).float(), judge(made.detach()).float()
+            terms["judge"] = 0.5 * (adversarial(on_real, True) + adversarial(on_made, False))
+            terms["judge"].backward()
+            critic.apply_at(0.1)
+        losses.add(terms)
+        if step % 300 == 299:
+            say(losses.read())
+    model.load_state_dict(student.ema.values)
+    say("autoencoder:", judged(model, source, device, out / "reconstructions.png"))
+    save_network(out / "autoencoder.safetensors", model.half().cpu())
+    return placed(model.float(), device).eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def judged(model: Autoencoder, source: PreparedFolder, device: torch.device, picture: Path | None = None) -> str:
+    """PSNR of held-out cases, whole or their middle 160^3, and a picture of them."""
+    words, columns = [], []
+    for case in source.cases("validation"):
+        image = source.image(case)
+        cut = tuple(slice((n - m) // 2, (n - m) // 2 + m) for n in image.shape for m in [min(n, 160) // 4 * 4])
+        x = torch.from_numpy(window_ct(np.asarray(image[cut])))[None, None].to(device)
+        with autocast(device):
+            y = model.decode(model.encode(last(x)).mean).float().clamp(0, 1)
+        words.append(f"{case.id} {-10 * math.log10(float((x - y).square().mean())):.2f} dB")
+        columns.append([t[0, 0, :, t.shape[3] // 2].flip(1).T.cpu() for t in (x, y)])
+    if picture is not None:
+        save_picture(picture, columns)
+    return ", ".join(words)
+
+
+def save_picture(path: Path, columns: list[list[Tensor]]) -> None:
+    """Columns of gray pictures, padded to one size."""
+    from PIL import Image
+
+    high = max(t.shape[0] for column in columns for t in column)
+    wide = max(t.shape[1] for column in columns for t in column)
+    padded = [torch.cat([F.pad(t, (0, wide - t.shape[1], 0, high - t.shape[0])) for t in column]) for column in columns]
+    pixels = (torch.cat(padded, 1).clamp(0, 1) * 255).byte().numpy()
+    Image.fromarray(pixels).save(path)
+
+
+@dataclass
+class Bank:
+    """Views of one size on the device: latents float16, and what goes with them."""
+
+    mean: Tensor
+    log_variance: Tensor
+    labels: Tensor
+    image: Tensor
+    region: Tensor
+    told: dict[str, Tensor]
+    untold: dict[str, Tensor]
+    clean: Tensor
+    crop: bool
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+@torch.no_grad()
+def encoded(model: Autoencoder, views: list[DrawnView], device: torch.device) -> dict[tuple[int, ...], Bank]:
+    """Encode views, those of one size together."""
+    groups: dict[tuple[int, ...], list[DrawnView]] = {}
+    for view in views:
+        groups.setdefault(view.labels.shape, []).append(view)
+    banks = {}
+    for size, members in groups.items():
+        means, spreads, images = [], [], []
+        count = max(1, 8 * 1_000_000 // math.prod(size))
+        for start in range(0, len(members), count):
+            x = torch.from_numpy(np.stack([v.image for v in members[start : start + count]]))[:, None].to(device)
+            with autocast(device):
+                found = model.encode(last(x.float()))
+            means.append(found.mean.half())
+            spreads.append(found.log_variance.half())
+            images.append(x)
+        hidden = [Conditions(v.conditions.spacing_mm, (), "ct") for v in members]
+        told = condition_tensors([v.conditions for v in members])
+        banks[size] = Bank(
+            torch.cat(means),
+            torch.cat(spreads),
+            torch.from_numpy(np.stack([v.labels for v in members])).to(device),
+            torch.cat(images),
+            torch.from_numpy(np.stack([v.region for v in members])).to(device),
+            {name: value.to(device) for name, value in told.items()},
+            {name: value.to(device) for name, value in condition_tensors(hidden).items()},
+            torch.tensor([i for i, v in enumerate(members) if not v.tumors]),
+            members[0].crop,
+        )
+    return banks
+
+
+def share_of(size: tuple[int, ...]) -> float:
+    """How often views of a size are drawn."""
+    return sum(share for share, kind in KINDS if tuple(kind.size) == tuple(size))
+
+
+def drawn(bank: Bank, chosen: Tensor, hide: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents drawn from their distributions, scaled, and what they are told (no regions where `hide`)."""
+    mean, spread = bank.mean[chosen].float(), torch.exp(0.5 * bank.log_variance[chosen].float())
+    told = {
+        name: torch.where(hide.view(-1, *[1] * (value.ndim - 1)), bank.untold[name][chosen], value[chosen])
+        for name, value in bank.told.items()
+    }
+    return (mean + spread * torch.randn_like(mean)) * scale, told
+
+
+def perturbed(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, times, target."""
+    times = PROCESS.draw_times(len(z), z[0, 0].numel(), generator)
+    alpha, sigma = (level.float().to(z.device).view(-1, 1, 1, 1, 1) for level in PROCESS.levels(times))
+    noise = torch.randn_like(z)
+    return alpha * z + sigma * noise, times.to(z.device), PROCESS.target(z, noise)
+
+
+def train_unet(
+    banks: dict[tuple[int, ...], Bank], device: torch.device, seconds: float, voxels: int, out: Path
+) -> tuple[UNet, float]:
+    """On views without tumours, crops left out. Returns the network and the scale factor."""
+    torch.manual_seed(1)
+    net = UNet(UNET)
+    soften_conditions(net)
+    placed(net, device)
+    config = OptimizerConfig(
+        kind="muon", learning_rate=2e-3, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
+    )
+    student = Student("unet", net, config, NOMINAL)
+    whole = {size: bank for size, bank in banks.items() if not bank.crop and len(bank.clean)}
+    pooled = [bank.mean[bank.clean.to(device)].float().square().sum().double() for bank in whole.values()]
+    centre = [bank.mean[bank.clean.to(device)].float().sum().double() for bank in whole.values()]
+    count = sum(bank.mean[0].numel() * len(bank.clean) for bank in whole.values())
+    average = float(sum(centre)) / count
+    scale = 1 / math.sqrt(float(sum(pooled)) / count - average**2)
+    say(f"scale factor {scale:.4f};", ", ".join(f"{s}: {len(b.clean)} of {len(b)} views" for s, b in banks.items()))
+    sizes = list(whole)
+    chances = np.array([share_of(size) for size in sizes])
+    rng, generator, losses = np.random.default_rng(1), torch.Generator().manual_seed(1), Losses()
+    for step, over in Clock(seconds, "unet"):
+        size = sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]
+        bank = whole[size]
+        batch = max(2, voxels * 64 // math.prod(size))
+        chosen = bank.clean[torch.from_numpy(rng.integers(0, len(bank.clean), batch))].to(device)
+        hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
+        z, told = drawn(bank, chosen, hide, scale)
+        noisy, times, target = perturbed(z, generator)
+        with autocast(device):
+            prediction = net(last(noisy), times, **told)
+        loss = weighted_l1(prediction.float(), target)
+        loss.backward()
+        student.apply_at(over)
+        student.average(step)
+        losses.add({"loss": loss})
+        if step % 400 == 399:
+            say(losses.read())
+    averaged = student.averaged(UNet(UNET))
+    metadata = {"maisi.scale_factor": repr(scale), "maisi.process": json.dumps(PROCESS.config())}
+    in_parts(averaged, out / "unet.safetensors", metadata)
+    return averaged, scale  # type: ignore[return-value]
+
+
+def train_controlnet(
+    unet: UNet,
+    scale: float,
+    banks: dict[tuple[int, ...], Bank],
+    device: torch.device,
+    seconds: float,
+    voxels: int,
+    out: Path,
+) -> ControlNet:
+    """On all views; half of the items inpaint."""
+    run = read_yaml(ControlNetRun, Path(__file__).with_name("controlnet.yaml"))
+    shared = {name: getattr(unet.config, name) for name in TrunkConfig.model_fields}
+    config = ControlNetConfig(
+        **shared, image_channels=2, mask_encoder_channels=run.mask_encoder_channels, told_as=run.told_as or {}
+    )
+    torch.manual_seed(2)
+    net = ControlNet.from_unet(unet, config)
+    net.requires_grad_(True).train()
+    placed(net, device)
+    settings = OptimizerConfig(
+        kind="muon", learning_rate=2e-3, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.997
+    )
+    student = Student("controlnet", net, settings, NOMINAL)
+    table = torch.from_numpy(config.told_table()).to(device)
+    weighty = torch.zeros(256, device=device)
+    weighty[list(run.weighted_labels)] = 1
+    sizes = list(banks)
+    chances = np.array([share_of(size) for size in sizes])
+    rng, generator, losses = np.random.default_rng(2), torch.Generator().manual_seed(2), Losses()
+    for step, over in Clock(seconds, "controlnet"):
+        size = sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]
+        bank = banks[size]
+        batch = max(2, voxels * 64 // math.prod(size))
+        chosen = torch.from_numpy(rng.integers(0, len(bank), batch)).to(device)
+        hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
+        z, told = drawn(bank, chosen, hide, scale)
+        noisy, times, target = perturbed(z, generator)
+        labels = bank.labels[chosen]
+        everywhere = torch.from_numpy(rng.random(batch) >= run.inpainting).to(device).view(-1, 1, 1, 1, 1)
+        region = bank.region[chosen][:, None] | everywhere
+        bits = inpainting_mask(mask_tensor(table[labels.long()]).bfloat16(), bank.image[chosen], region)
+        heavy = F.adaptive_max_pool3d(weighty[labels.long()][:, None], tuple(z.shape[2:]))
+        with autocast(device):
+            x = last(noisy)
+            residuals = net(x, times, last(bits), modality=told["modality"])
+            prediction = unet(x, times, residuals=residuals, **told)
+        loss = weighted_l1(prediction.float(), target, 1 + (run.label_weight - 1) * heavy)
+        loss.backward()
+        student.apply_at(over)
+        student.average(step)
+        losses.add({"loss": loss})
+        if step % 200 == 199:
+            say(losses.read())
+    averaged = student.averaged(ControlNet(config))
+    metadata = {"maisi.scale_factor": repr(scale), "maisi.process": json.dumps(PROCESS.config())}
+    in_parts(averaged, out / "controlnet.safetensors", metadata)
+    return averaged  # type: ignore[return-value]
+
+
+PART_BYTES = 15 * 2**20
+
+
+def in_parts(net: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Write float16 weights, as files of at most 15 MiB (`cat` joins them)."""
+    copy = type(net)(net.config)  # type: ignore[call-arg]
+    copy.load_state_dict(net.state_dict())
+    save_network(path, copy.half(), metadata=metadata)
+    data = path.read_bytes()
+    if len(data) > PART_BYTES:
+        for number, start in enumerate(range(0, len(data), PART_BYTES)):
+            path.with_name(f"{path.name}.{number}").write_bytes(data[start : start + PART_BYTES])
+        path.unlink()
+    say(f"{path.name}: {len(data) / 1e6:.1f} MB")
+
+
+@torch.no_grad()
+def pictures(
+    model: Autoencoder,
+    unet: UNet,
+    control: ControlNet | None,
+    scale: float,
+    banks: dict[tuple[int, ...], Bank],
+    device: torch.device,
+    out: Path,
+) -> None:
+    """Samples: of the U-Net alone, and under label maps with the real image above."""
+    table = torch.from_numpy(control.config.told_table()).to(device) if control else None
+    columns = []
+    for size, count in (((144, 112, 112), 4), ((128, 128, 128), 2), ((112, 80, 80), 2)):
+        bank = banks.get(size)
+        for index in range(0 if bank is None else min(count, len(bank))):
+            assert bank is not None
+            told = {name: value[index : index + 1] for name, value in bank.told.items()}
+            noise = torch.randn(1, 4, *(n // 4 for n in size), generator=torch.Generator().manual_seed(index))
+            rows = [bank.image[index, 0].float()]
+            for guide in (None, control):
+                residual_of: Callable[[Tensor, Tensor], Any] = lambda x, t: None  # noqa: E731
+                if guide is not None:
+                    assert table is not None
+                    bits = last(inpainting_mask(mask_tensor(table[bank.labels[index : index + 1].long()])))
+                    residual_of = lambda x, t, bits=bits: guide(x, t, bits, modality=told["modality"])  # noqa: B023, E731
+                elif control is None and guide is not None:
+                    continue
+
+                def denoise(x: Tensor, t: Tensor, told: Any = told, residual_of: Any = residual_of) -> Tensor:
+                    with autocast(device):
+                        return unet(last(x), t, residuals=residual_of(last(x), t), **told).float()
+
+                z = sample(PROCESS, denoise, noise.to(device), steps=20)
+                with autocast(device):
+                    rows.append(model.decode(last(z / scale))[0, 0].float())
+            columns.append([r[:, r.shape[1] // 2].flip(1).T.cpu() for r in rows])
+    save_picture(out / "samples.png", columns)
+
+
+def main() -> None:
+    """See the module's description."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=470, help="in all, from the start of the program")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shares", default="0.36,0.44,0.20", help="of the time: autoencoder, U-Net, ControlNet")
+    parser.add_argument("--batch", type=int, default=16, help="patches of the autoencoder")
+    parser.add_argument("--patch", type=int, default=64)
+    parser.add_argument("--voxels", type=int, default=900_000, help="latent voxels of a batch of the U-Net")
+    parser.add_argument("--autoencoder", type=Path, help="one trained already; its share of the time draws views")
+    parser.add_argument("--unet", type=Path, help="one trained already")
+    parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    a.views.mkdir(parents=True, exist_ok=True)
+    device = torch.device(a.device)
+    source = PreparedFolder(a.prepared)
+    spawn = multiprocessing.get_context("spawn")
+    cases = [case for case in source.cases("train")]
+    warming = spawn.Process(target=warm_up, args=(device,), daemon=True)
+    warming.start()
+    with spawn.Pool(a.workers) as pool:
+        facts = dict(pool.map(facts_of, [(a.prepared, case.id) for case in cases], chunksize=4))
+    say(f"facts of {len(facts)} cases")
+    jobs = [
+        spawn.Process(target=draw_views, args=(a.prepared, a.views, n, a.workers, facts), daemon=True)
+        for n in range(a.workers)
+    ]
+    for job in jobs:
+        job.start()
+    views: dict[str, DrawnView] = {}
+
+    def gather() -> None:
+        for path in sorted(a.views.glob("??????.npz")):
+            if path.name not in views:
+                views[path.name] = read_view(path)
+                path.unlink()
+
+    gathering = [True]
+
+    def keep_gathering() -> None:
+        while gathering[0]:
+            gather()
+            time.sleep(1.0)
+
+    reader = ThreadPoolExecutor(1)
+    reading = reader.submit(keep_gathering)
+    try:
+        share = [float(s) for s in a.shares.split(",")]
+        left = a.seconds - (time.monotonic() - STARTED) - 45
+        if a.autoencoder:
+            model = trained(a.autoencoder, device, Autoencoder)
+            time.sleep(share[0] * left)  # for views to be drawn
+        else:
+            model = train_autoencoder(source, device, share[0] * left, a.batch, a.patch, a.out, warming.join)
+        say(f"{len(views)} views so far")
+        banks = encoded(model, list(views.values()), device)
+        known = set(views)
+        say(f"encoded {len(known)} views")
+        left = a.seconds - (time.monotonic() - STARTED) - 25
+        if a.unet:
+            unet = trained(a.unet, device, UNet)
+            scale = float(read_header(a.unet).metadata["maisi.scale_factor"])
+        else:
+            unet, scale = train_unet(banks, device, left * share[1] / (share[1] + share[2]), a.voxels, a.out)
+        fresh = [view for name, view in list(views.items()) if name not in known]
+        more = encoded(model, fresh[: 2 * len(known)], device)
+        say(f"encoded {len(fresh)} more views")
+        for size, bank in more.items():
+            banks[size] = joined(banks[size], bank) if size in banks else bank
+        left = a.seconds - (time.monotonic() - STARTED) - 12
+        control = train_controlnet(unet, scale, banks, device, left, a.voxels // 2, a.out)
+        pictures(model, unet, control, scale, banks, device, a.out)
+    finally:
+        (a.views / "stop").touch()
+        gathering[0] = False
+    reading.result()
+    say("done")
+
+
+def trained(path: Path, device: torch.device, kind: type[NetworkT]) -> NetworkT:
+    """Load a network that an earlier run trained."""
+    net = load_network(path, device)
+    assert isinstance(net, kind)
+    return placed(net.float(), device).eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def warm_up(device: torch.device) -> None:
+    """One step of each network on small maps, so that Triton's kernels lie on the disk when they are needed."""
+    if device.type != "cuda":
+        return
+    told = {name: value.to(device) for name, value in condition_tensors([Conditions((3.0,) * 3, HEADS, "ct")]).items()}
+    model, unet = placed(Autoencoder(AUTOENCODER), device), placed(UNet(UNET), device)
+    x, times = last(torch.rand(1, 4, 16, 16, 16, device=device)), torch.full((1,), 500.0, device=device)
+    with autocast(device):
+        made, _ = model(last(torch.rand(1, 1, 32, 32, 32, device=device)))
+        made.float().mean().backward()
+        unet(x, times, **told).float().mean().backward()
+    with torch.no_grad(), autocast(device):
+        model(last(torch.rand(1, 1, 32, 32, 32, device=device)))
+    torch.cuda.synchronize()
+
+
+def joined(first: Bank, second: Bank) -> Bank:
+    """Two banks of one size as one."""
+    values: dict[str, Any] = {
+        name: torch.cat([getattr(first, name), getattr(second, name)])
+        for name in ("mean", "log_variance", "labels", "image", "region")
+    }
+    for name in ("told", "untold"):
+        one, other = getattr(first, name), getattr(second, name)
+        values[name] = {key: torch.cat([one[key], other[key]]) for key in one}
+    values["clean"] = torch.cat([first.clean, second.clean + len(first)])
+    return Bank(**values, crop=first.crop)
+
+
+if __name__ == "__main__":
+    main()
