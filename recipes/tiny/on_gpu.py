@@ -105,6 +105,9 @@ KINDS = (
 )
 """How often each kind of view is drawn. The crops are for the ControlNet alone, and so are views with tumours."""
 
+WAITING = 300
+"""Views on the disk beyond which no more are drawn."""
+
 STARTED = time.monotonic()
 
 
@@ -139,6 +142,9 @@ def draw_views(prepared: Path, folder: Path, worker: int, workers: int, facts: d
     shares = np.array([share for share, _, _ in fitting])
     number = worker
     while not (folder / "stop").exists():
+        if len(os.listdir(folder)) > WAITING:
+            time.sleep(1)
+            continue
         rng = np.random.default_rng([7, number])
         index = int(rng.choice(len(fitting), p=shares / shares.sum()))
         _, kind, choice = fitting[index]
@@ -700,6 +706,7 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, default=900_000, help="latent voxels of a batch of the U-Net")
     parser.add_argument("--autoencoder", type=Path, help="one trained already; its share of the time draws views")
     parser.add_argument("--unet", type=Path, help="one trained already")
+    parser.add_argument("--most", type=int, default=3000, help="views of each of two rounds; 8 MB of the GPU each")
     parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -723,7 +730,7 @@ def main() -> None:
 
     def gather() -> None:
         for path in sorted(a.views.glob("??????.npz")):
-            if path.name not in views:
+            if path.name not in views and len(views) < 2 * a.most:
                 views[path.name] = read_view(path)
                 path.unlink()
 
@@ -745,8 +752,8 @@ def main() -> None:
         else:
             model = train_autoencoder(source, device, share[0] * left, a.batch, a.patch, a.out, warming.join)
         say(f"{len(views)} views so far")
-        banks = encoded(model, list(views.values()), device)
-        known = set(views)
+        known = set(list(views)[: a.most])
+        banks = encoded(model, [views[name] for name in sorted(known)], device)
         say(f"encoded {len(known)} views")
         left = a.seconds - (time.monotonic() - STARTED) - 25
         if a.unet:
@@ -754,8 +761,8 @@ def main() -> None:
             scale = float(read_header(a.unet).metadata["maisi.scale_factor"])
         else:
             unet, scale = train_unet(banks, device, left * share[1] / (share[1] + share[2]), a.voxels, a.out)
-        fresh = [view for name, view in list(views.items()) if name not in known]
-        more = encoded(model, fresh[: 2 * len(known)], device)
+        fresh = [view for name, view in list(views.items()) if name not in known][: a.most]
+        more = encoded(model, fresh, device)
         say(f"encoded {len(fresh)} more views")
         for size, bank in more.items():
             banks[size] = joined(banks[size], bank) if size in banks else bank

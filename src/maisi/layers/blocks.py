@@ -15,6 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from maisi.layers.norm import GroupNorm, usable
 
+FEW_VOXELS = 128
+"""Of a map on a CPU, up to which doubling and then convolving is quicker than one transposed convolution."""
+
 Upsampling = Literal["trilinear", "nearest", "transposed"]
 
 
@@ -117,9 +120,11 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`B C X Y Z` -> `B C 2X 2Y 2Z`."""
-        if self.mode == "nearest":
+        if self.mode == "nearest" and (x.device.type != "cpu" or x[0, 0].numel() > FEW_VOXELS):
             kernel = doubling_kernel(self.conv.weight)  # type: ignore[arg-type]
             return F.conv_transpose3d(x, kernel, self.conv.bias, stride=2, padding=1)  # type: ignore[arg-type]
+        if self.mode == "nearest":
+            x = repeated(x)
         if self.mode == "trilinear":
             x = doubled(x)
         return torch.as_tensor(self.conv(x))
