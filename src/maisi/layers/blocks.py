@@ -39,15 +39,27 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
     of the time in float32.
     """
     if _is_product(x, weight, stride, padding):
-        return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+        return _product(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
     if _left_to_slow_kernel(x, weight):
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 
 
+def _product(voxels: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`; where nothing is trained the bias is added in place: PyTorch would write it everywhere first."""
+    if bias is None or torch.is_grad_enabled():
+        return F.linear(voxels, matrix, bias)
+    return F.linear(voxels, matrix).add_(bias)
+
+
 def _is_product(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
     alone = set(weight.shape[2:]) == set(stride) == {1} and not any(padding)
-    return alone and x.device.type != "cuda" and x.is_contiguous(memory_format=torch.channels_last_3d)
+    return (
+        alone
+        and x.dtype == torch.float32
+        and x.device.type != "cuda"
+        and x.is_contiguous(memory_format=torch.channels_last_3d)
+    )
 
 
 def _left_to_slow_kernel(x: Tensor, weight: Tensor) -> bool:
