@@ -533,12 +533,15 @@ def perturbed(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
 
 
 def train_unet(
-    banks: dict[tuple[int, ...], Bank], device: torch.device, seconds: float, voxels: int, out: Path
+    banks: dict[tuple[int, ...], Bank], device: torch.device, seconds: float, voxels: int, out: Path, begun: Path | None
 ) -> tuple[UNet, float]:
-    """On views without tumours, crops left out. Returns the network and the scale factor."""
+    """On views without tumours, crops left out. Returns the network and the scale factor (of what was `begun`, its)."""
     torch.manual_seed(1)
-    net = UNet(UNET)
-    soften_conditions(net)
+    if begun is None:
+        net = UNet(UNET)
+        soften_conditions(net)
+    else:
+        net = loaded(begun, device, UNet).requires_grad_(True).train()
     placed(net, device)
     config = OptimizerConfig(
         kind="muon", learning_rate=2e-3, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
@@ -549,7 +552,7 @@ def train_unet(
     centre = [bank.mean[bank.clean.to(device)].float().sum().double() for bank in whole.values()]
     count = sum(bank.mean[0].numel() * len(bank.clean) for bank in whole.values())
     average = float(sum(centre)) / count
-    scale = 1 / math.sqrt(float(sum(pooled)) / count - average**2)
+    scale = 1 / math.sqrt(float(sum(pooled)) / count - average**2) if begun is None else scale_of(begun)
     say(f"scale factor {scale:.4f};", ", ".join(f"{s}: {len(b.clean)} of {len(b)} views" for s, b in banks.items()))
     sizes = list(whole)
     chances = np.array([share_of(size) for size in sizes])
@@ -571,7 +574,7 @@ def train_unet(
         losses.add({"loss": loss})
         if step % 400 == 399:
             say(losses.read())
-    averaged = student.averaged(UNet(UNET))
+    averaged = student.averaged(UNet(net.config))
     metadata = {"maisi.scale_factor": repr(scale), "maisi.process": json.dumps(PROCESS.config())}
     in_parts(averaged, out / "unet.safetensors", metadata)
     return averaged, scale  # type: ignore[return-value]
@@ -656,34 +659,28 @@ def in_parts(net: nn.Module, path: Path, metadata: dict[str, str]) -> None:
 def pictures(
     model: Autoencoder,
     unet: UNet,
-    control: ControlNet | None,
+    control: ControlNet,
     scale: float,
     banks: dict[tuple[int, ...], Bank],
     device: torch.device,
     out: Path,
 ) -> None:
-    """Samples: of the U-Net alone, and under label maps with the real image above."""
-    table = torch.from_numpy(control.config.told_table()).to(device) if control else None
+    """Columns of a real image, one of the U-Net alone, and one under the real one's label map."""
+    table = torch.from_numpy(control.config.told_table()).to(device)
     columns = []
     for size, count in (((144, 112, 112), 4), ((128, 128, 128), 2), ((112, 80, 80), 2)):
-        bank = banks.get(size)
-        for index in range(0 if bank is None else min(count, len(bank))):
-            assert bank is not None
+        for index in range(min(count, len(banks[size])) if size in banks else 0):
+            bank = banks[size]
             told = {name: value[index : index + 1] for name, value in bank.told.items()}
+            bits = last(inpainting_mask(mask_tensor(table[bank.labels[index : index + 1].long()])))
             noise = torch.randn(1, 4, *(n // 4 for n in size), generator=torch.Generator().manual_seed(index))
             rows = [bank.image[index, 0].float()]
-            for guide in (None, control):
-                residual_of: Callable[[Tensor, Tensor], Any] = lambda x, t: None  # noqa: E731
-                if guide is not None:
-                    assert table is not None
-                    bits = last(inpainting_mask(mask_tensor(table[bank.labels[index : index + 1].long()])))
-                    residual_of = lambda x, t, bits=bits: guide(x, t, bits, modality=told["modality"])  # noqa: B023, E731
-                elif control is None and guide is not None:
-                    continue
+            for mask in (None, bits):
 
-                def denoise(x: Tensor, t: Tensor, told: Any = told, residual_of: Any = residual_of) -> Tensor:
+                def denoise(x: Tensor, t: Tensor, mask: Tensor | None = mask, told: Any = told) -> Tensor:
                     with autocast(device):
-                        return unet(last(x), t, residuals=residual_of(last(x), t), **told).float()
+                        residuals = None if mask is None else control(last(x), t, mask, modality=told["modality"])
+                        return torch.as_tensor(unet(last(x), t, residuals=residuals, **told).float())
 
                 z = sample(PROCESS, denoise, noise.to(device), steps=20)
                 with autocast(device):
@@ -706,6 +703,7 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, default=900_000, help="latent voxels of a batch of the U-Net")
     parser.add_argument("--autoencoder", type=Path, help="one trained already; its share of the time draws views")
     parser.add_argument("--unet", type=Path, help="one trained already")
+    parser.add_argument("--begun", type=Path, help="a U-Net to go on with")
     parser.add_argument("--most", type=int, default=3000, help="views of each of two rounds; 8 MB of the GPU each")
     parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
     a = parser.parse_args()
@@ -758,9 +756,9 @@ def main() -> None:
         left = a.seconds - (time.monotonic() - STARTED) - 25
         if a.unet:
             unet = trained(a.unet, device, UNet)
-            scale = float(read_header(a.unet).metadata["maisi.scale_factor"])
+            scale = scale_of(a.unet)
         else:
-            unet, scale = train_unet(banks, device, left * share[1] / (share[1] + share[2]), a.voxels, a.out)
+            unet, scale = train_unet(banks, device, left * share[1] / (share[1] + share[2]), a.voxels, a.out, a.begun)
         fresh = [view for name, view in list(views.items()) if name not in known][: a.most]
         more = encoded(model, fresh, device)
         say(f"encoded {len(fresh)} more views")
@@ -776,11 +774,21 @@ def main() -> None:
     say("done")
 
 
-def trained(path: Path, device: torch.device, kind: type[NetworkT]) -> NetworkT:
-    """Load a network that an earlier run trained."""
+def loaded(path: Path, device: torch.device, kind: type[NetworkT]) -> NetworkT:
+    """Load a network that an earlier run trained, in float32."""
     net = load_network(path, device)
     assert isinstance(net, kind)
-    return placed(net.float(), device).eval().requires_grad_(False)  # type: ignore[return-value]
+    return net.float()
+
+
+def trained(path: Path, device: torch.device, kind: type[NetworkT]) -> NetworkT:
+    """As `loaded`, to be used as it is."""
+    return placed(loaded(path, device, kind), device).eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def scale_of(path: Path) -> float:
+    """The scale factor that a U-Net's file tells."""
+    return float(read_header(path).metadata["maisi.scale_factor"])
 
 
 def warm_up(device: torch.device) -> None:
