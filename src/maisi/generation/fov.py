@@ -6,6 +6,7 @@ request is compared with what the model was trained on, and `complete` fills in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ Spacing = tuple[float, float, float]
 
 TOLERANCE = 1.25
 """A model is taken to know spacings and extents up to this factor beyond those of its table."""
+
+COMMON = 0.8
+"""A view is common if its share is this much of the commonest one's."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Adviser:
     def complete(
         self, regions: Sequence[str], size: Triple | None, spacing_mm: Spacing | None
     ) -> tuple[Triple, Spacing]:
-        """Return size and spacing, with what is None filled in from the commonest view of the regions.
+        """Return size and spacing, with what is None filled in from a common view of the regions.
 
         Where one of them is given, the other keeps that view's extent in mm.
 
@@ -141,10 +145,12 @@ class Adviser:
         return tuple(found)
 
     def _usual(self, regions: Sequence[str]) -> tuple[Spacing, Triple]:
-        """(extent in mm, size) of the commonest view of the regions, moved into the limits."""
+        """(extent in mm, size) of the finest of the common views of the regions, moved into the limits."""
         if not self.views:
             raise MaisiError("This model does not say which sizes it knows; give both size and spacing.")
-        view = max(_matching(self.views, regions), key=lambda v: v.share)
+        views = _matching(self.views, regions)
+        common = COMMON * max(view.share for view in views)
+        view = min((v for v in views if v.share >= common), key=lambda v: math.prod(v.spacing_mm))
         extents = zip(view.size, view.spacing_mm, self._limits(regions).extent_mm, strict=True)
         x, y, z = (known.nearest(n * s) for n, s, known in extents)
         return (x, y, z), view.size
