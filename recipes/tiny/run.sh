@@ -24,7 +24,7 @@ networks=(work/decoder/autoencoder.safetensors work/diffusion/unet.safetensors w
     work/mask-autoencoder/mask_autoencoder.safetensors work/mask-diffusion/mask_unet.safetensors)
 # the label maps that come with the model are the first its own mask networks make
 [ -d work/without ] || python recipes/tiny/assemble.py "${networks[@]}" work/ranges.json - work/without
-maisi mask generate --region head-neck --spacing 2.5,2.5,2.5 --model work/without -n 16 -o work/maps
+maisi mask generate --region head-neck --spacing 2.5,2.5,2.5 --model work/without -n 12 -o work/maps
 [ -d work/library ] || maisi mask library build work/maps --note "made by tiny's mask networks" -o work/library
 [ -d work/tiny ] || python recipes/tiny/assemble.py "${networks[@]}" work/ranges.json work/library work/tiny
 python recipes/tiny/evaluate.py --model work/tiny --data work/prepared -o work/evaluation
