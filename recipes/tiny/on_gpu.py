@@ -36,6 +36,7 @@ from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import window_ct
 from maisi.data.tumor_examples import inpainting_region
 from maisi.data.views import TumorViews, ViewConfig, body_extent_mm, draw_view, plan_view, region_extents, varied
+from maisi.device import placed as device_placed
 from maisi.diffusion.rectified_flow import RectifiedFlow
 from maisi.diffusion.sampler import sample
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
@@ -317,8 +318,7 @@ class Student(Trainee):
 
 def placed(net: nn.Module, device: torch.device) -> nn.Module:
     """On the device, channels last."""
-    moved: nn.Module = net.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return moved
+    return device_placed(net, device, torch.channels_last_3d)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -426,8 +426,8 @@ def train_autoencoder(
             say(losses.read())
     model.load_state_dict(student.ema.values)
     say("autoencoder:", judged(model, source, device, out / "reconstructions.png"))
-    save_network(out / "autoencoder.safetensors", model.half().cpu())
-    return placed(model.float(), device).eval().requires_grad_(False)  # type: ignore[return-value]
+    save_network(out / "autoencoder.safetensors", model, storage="float16")
+    return model.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -527,9 +527,8 @@ def drawn(bank: Bank, chosen: Tensor, hide: Tensor, scale: float) -> tuple[Tenso
 def perturbed(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, times, target."""
     times = PROCESS.draw_times(len(z), z[0, 0].numel(), generator)
-    alpha, sigma = (level.float().to(z.device).view(-1, 1, 1, 1, 1) for level in PROCESS.levels(times))
-    noise = torch.randn_like(z)
-    return alpha * z + sigma * noise, times.to(z.device), PROCESS.target(z, noise)
+    noisy, target = PROCESS.perturb(z, torch.randn_like(z), times)
+    return noisy, times.to(z.device), target
 
 
 def train_unet(
@@ -644,9 +643,7 @@ PART_BYTES = 15 * 2**20
 
 def in_parts(net: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Write float16 weights, as files of at most 15 MiB (`cat` joins them)."""
-    copy = type(net)(net.config)  # type: ignore[call-arg]
-    copy.load_state_dict(net.state_dict())
-    save_network(path, copy.half(), metadata=metadata)
+    save_network(path, net, metadata=metadata, storage="float16")
     data = path.read_bytes()
     if len(data) > PART_BYTES:
         for number, start in enumerate(range(0, len(data), PART_BYTES)):
@@ -788,7 +785,9 @@ def trained(path: Path, device: torch.device, kind: type[NetworkT]) -> NetworkT:
 
 def scale_of(path: Path) -> float:
     """The scale factor that a U-Net's file tells."""
-    return float(read_header(path).metadata["maisi.scale_factor"])
+    scale = read_header(path).scale_factor
+    assert scale is not None
+    return scale
 
 
 def warm_up(device: torch.device) -> None:
