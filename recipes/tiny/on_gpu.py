@@ -574,8 +574,7 @@ def train_unet(
         if step % 400 == 399:
             say(losses.read())
     averaged = student.averaged(UNet(net.config))
-    metadata = {"maisi.scale_factor": repr(scale), "maisi.process": json.dumps(PROCESS.config())}
-    in_parts(averaged, out / "unet.safetensors", metadata)
+    in_parts(averaged, out / "unet.safetensors", scale)
     return averaged, scale  # type: ignore[return-value]
 
 
@@ -633,16 +632,16 @@ def train_controlnet(
         if step % 200 == 199:
             say(losses.read())
     averaged = student.averaged(ControlNet(config))
-    metadata = {"maisi.scale_factor": repr(scale), "maisi.process": json.dumps(PROCESS.config())}
-    in_parts(averaged, out / "controlnet.safetensors", metadata)
+    in_parts(averaged, out / "controlnet.safetensors", scale)
     return averaged  # type: ignore[return-value]
 
 
 PART_BYTES = 15 * 2**20
 
 
-def in_parts(net: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write float16 weights, as files of at most 15 MiB (`cat` joins them)."""
+def in_parts(net: nn.Module, path: Path, scale: float) -> None:
+    """Write float16 weights, and the process and scale factor they are for; in files of 15 MiB that `cat` joins."""
+    metadata = {"maisi.scale_factor": repr(scale), "maisi.process": json.dumps(PROCESS.config())}
     save_network(path, net, metadata=metadata, storage="float16")
     data = path.read_bytes()
     if len(data) > PART_BYTES:
@@ -709,11 +708,10 @@ def main() -> None:
     device = torch.device(a.device)
     source = PreparedFolder(a.prepared)
     spawn = multiprocessing.get_context("spawn")
-    cases = [case for case in source.cases("train")]
     warming = spawn.Process(target=warm_up, args=(device,), daemon=True)
     warming.start()
     with spawn.Pool(a.workers) as pool:
-        facts = dict(pool.map(facts_of, [(a.prepared, case.id) for case in cases], chunksize=4))
+        facts = dict(pool.map(facts_of, [(a.prepared, case.id) for case in source.cases("train")], chunksize=4))
     say(f"facts of {len(facts)} cases")
     jobs = [
         spawn.Process(target=draw_views, args=(a.prepared, a.views, n, a.workers, facts), daemon=True)
