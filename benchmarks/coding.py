@@ -11,6 +11,7 @@ import numpy as np
 import reference
 import torch
 
+from maisi.device import keep_freed_memory
 from maisi.generation import codec
 from maisi.splitting import autoencoder as split
 from maisi.splitting.plan import Task
@@ -30,6 +31,8 @@ def prepare(folder: Path, settings: beside.Settings) -> None:
 def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndarray, beside.Cost]:
     """Encode to the mean, or decode, the reference in `splits` parts, ours as the plan for `memory` says."""
     device, task = torch.device(settings["device"]), settings["task"]
+    if settings["keep"] and device.type == "cpu":
+        keep_freed_memory()
     given = torch.from_numpy(np.load(folder / "input.npy")).to(device)
     if kind == "reference":
         net = reference.load(
@@ -42,6 +45,8 @@ def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndar
     place, dtype = codec.place_of(ours)
     memory = settings["memory"]
     limit = None if memory is None else int(memory * 2**30)
+    if limit is None and device.type == "cpu":
+        keep_freed_memory()  # as the command does
     plan = codec.coding_plan(ours.config, task, tuple(settings["size"]), place, dtype, limit)
     print(plan, file=sys.stderr)
     execution = plan.execution(place)
@@ -64,11 +69,12 @@ def main(script: str, task: Task, description: str) -> None:
     parser.add_argument(
         "--repeats", type=int, default=1, help="times in each process; of several the first is left out"
     )
+    parser.add_argument("--keep", action="store_true", help="have the reference keep freed memory too")
     a = parser.parse_args()
     if beside.answered(a, one_run):
         return
     size = beside.sizes(a.size)
-    settings = {"task": task, "size": size, "memory": a.memory, "repeats": a.repeats}
+    settings = {"task": task, "size": size, "memory": a.memory, "repeats": a.repeats, "keep": a.keep}
     with_splits = partial(dict[str, object], settings)
     tried = [int(n) for n in a.splits.split(",")]
     result = None

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from maisi.layers.blocks import Upsample, conv1, conv3, convolved, doubling_kernel, folded_kernel, repeated
+from maisi.layers.blocks import Upsample, doubling_kernel, folded_kernel, repeated
+from maisi.layers.convolution import conv1, conv3, convolved
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])

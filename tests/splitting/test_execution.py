@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from maisi.errors import MaisiError
-from maisi.layers.blocks import Downsample, ResidualBlock, Upsample, conv3
+from maisi.layers.blocks import Downsample, ResidualBlock, Upsample
+from maisi.layers.convolution import conv3
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
 from maisi.splitting.execution import Execution

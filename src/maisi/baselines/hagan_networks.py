@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from maisi.config import Config
-from maisi.layers.blocks import conv3
+from maisi.layers.convolution import conv3
 
 SCALE = 4
 """The full image has this many times the small one's voxels along each axis."""

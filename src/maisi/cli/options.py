@@ -183,10 +183,13 @@ def say_result(result: Result, output: Path) -> None:
 
 
 def parsed_memory(text: str | None) -> int | None:
-    """Bytes of an amount such as '6GiB'; None stays None."""
-    from maisi.device import parse_memory
+    """Bytes of an amount such as '6GiB'; None, where no limit is given, stays None and `keep_freed_memory`."""
+    from maisi.device import keep_freed_memory, parse_memory
 
-    return None if text is None else parse_memory(text)
+    if text is None:
+        keep_freed_memory()
+        return None
+    return parse_memory(text)
 
 
 @contextmanager

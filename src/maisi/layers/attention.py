@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maisi.layers.blocks import conv1
+from maisi.layers.convolution import conv1
 from maisi.layers.norm import GroupNorm
 
 

@@ -5,7 +5,7 @@ All feature maps are `B C X Y Z`.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from typing import Literal
 
 import torch
@@ -13,75 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from maisi.layers.convolution import conv1, conv3
 from maisi.layers.norm import GroupNorm, usable
 
 FEW_VOXELS = 128
 """Of a map on a CPU, up to which doubling and then convolving is quicker than one transposed convolution."""
 
 Upsampling = Literal["trilinear", "nearest", "transposed"]
-
-
-class Conv3d(nn.Conv3d):
-    """`nn.Conv3d` by `convolved`."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolved(input, weight, bias, self.stride, [int(n) for n in self.padding])
-
-
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """`F.conv3d`, by oneDNN on CPUs also where PyTorch would not ask it.
-
-    PyTorch gives a single small float32 map to a kernel that takes up to five times as long, and copies channels-last
-    weights for it: a step of a small U-Net took 2.5 times as long so. Not where gradients are wanted: the backward pass
-    goes to the slow kernel whatever the forward pass took, and is no less exact there.
-
-    Where each voxel is for itself and the map is channels-last, a convolution is a matrix product, which takes a tenth
-    of the time in float32.
-    """
-    if _is_product(x, weight, stride, padding):
-        return _product(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
-    if _left_to_slow_kernel(x, weight):
-        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride, padding)
-
-
-def _product(voxels: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; where nothing is trained the bias is added in place: PyTorch would write it everywhere first."""
-    if bias is None or torch.is_grad_enabled():
-        return F.linear(voxels, matrix, bias)
-    return F.linear(voxels, matrix).add_(bias)
-
-
-def _is_product(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
-    alone = set(weight.shape[2:]) == set(stride) == {1} and not any(padding)
-    return (
-        alone
-        and x.dtype == torch.float32
-        and x.device.type != "cuda"
-        and x.is_contiguous(memory_format=torch.channels_last_3d)
-    )
-
-
-def _left_to_slow_kernel(x: Tensor, weight: Tensor) -> bool:
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    there = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    return is_small(x, weight) and plain and not trained and there
-
-
-def is_small(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch keeps a float32 map from oneDNN on CPUs; it looks at channels, X and Y, not at Z."""
-    return len(x) == 1 and 1 < weight.shape[2] <= 3 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
-
-
-def conv3(in_channels: int, out_channels: int, stride: int = 1, padding: int = 1) -> nn.Conv3d:
-    """3 x 3 x 3 convolution that keeps the size at stride 1."""
-    return Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=padding)
-
-
-def conv1(in_channels: int, out_channels: int) -> nn.Conv3d:
-    """Convolution of each voxel for itself."""
-    return Conv3d(in_channels, out_channels, kernel_size=1)
 
 
 class ResidualBlock(nn.Module):

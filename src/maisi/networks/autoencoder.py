@@ -14,7 +14,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from maisi.config import Config
-from maisi.layers.blocks import Downsample, ResidualBlock, Upsample, Upsampling, conv1, conv3
+from maisi.layers.blocks import Downsample, ResidualBlock, Upsample, Upsampling
+from maisi.layers.convolution import conv1, conv3
 from maisi.layers.norm import GroupNorm
 
 

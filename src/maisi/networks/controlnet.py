@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maisi.layers.attention import zeroed
-from maisi.layers.blocks import conv1, conv3
+from maisi.layers.convolution import conv1, conv3
 from maisi.networks.unet import ControlResiduals, Trunk, TrunkConfig, UNet
 
 LabelId = Annotated[int, Field(ge=1, le=255)]

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from maisi.config import Config
 from maisi.layers.attention import SpatialAttention, SpatialTransformer, zeroed
-from maisi.layers.blocks import Upsample, conv1, conv3, repeated
+from maisi.layers.blocks import Upsample, repeated
+from maisi.layers.convolution import conv1, conv3
 from maisi.layers.embeddings import embedding_mlp, timestep_embedding
 from maisi.layers.norm import GroupNorm
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maisi.layers.blocks import is_small
+from maisi.layers.convolution import is_small
 
 Scratch = Callable[[Tensor, Tensor, Tensor, bool], int]
 """Bytes that a convolution, or its backward pass, takes beside its tensors: from its input, weights and output, and

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from maisi.layers.blocks import convolved, doubled, doubling_kernel
+from maisi.layers.blocks import doubled, doubling_kernel
+from maisi.layers.convolution import convolved
 from maisi.layers.norm import laid_out, usable
 from maisi.splitting.maps import FeatureMap
 
 _COPIES: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()
 
-SUMMED = 2**20
-"""Values of a map that are summed at a time, so that they stay in a processor's cache."""
-
-STRETCH = 16
-"""Rows for which a convolution on a CPU turns its input into another precision at a time."""
+SUMMED = 2**19
+"""Values of a map whose statistics are taken at a time: they stay in a processor's cache, and few are added up in
+float32."""
 
 TENSOR_CORE_CHANNELS = 8
 """Channels of a result below which cuDNN has no quick convolution."""
@@ -57,18 +56,21 @@ class Moments:
             from maisi.layers import kernels
 
             return cls(x[0, 0].numel(), *kernels.channel_moments(x))
-        # differences from the first voxel: where the mean is far from zero, squares themselves would cancel
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        reference = x[:, :, :1, :1, :1].to(wide)
-        first = second = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         stretches = torch.split(x, max(1, SUMMED * len(x[0, 0]) // x[0].numel()), 2)
-        for rows in stretches[:1] if x.is_meta else stretches:  # in a forecast one stands for all
-            differences = rows - reference
-            first = first + differences.sum((2, 3, 4)).double()
-            squares = differences.square() if torch.is_grad_enabled() else differences.square_()
-            second = second + squares.sum((2, 3, 4)).double()
-        count = x[0, 0].numel()
-        return cls(count, reference.flatten(1).double() + first / count, second - first.square() / count)
+        # in a forecast one stands for all
+        found = [cls._of_stretch(rows.to(wide)) for rows in (stretches[:1] if x.is_meta else stretches)]
+        return reduce(cls.merged, found)
+
+    @classmethod
+    def _of_stretch(cls, x: Tensor) -> Moments:
+        """By the kernel of batch norm, the quickest that PyTorch has for channels-last maps; it has no gradient."""
+        if torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
+            variance, mean = torch.var_mean(x, (2, 3, 4), correction=0)
+        else:
+            each = [torch.batch_norm_update_stats(sample[None], None, None, 0.0) for sample in x]
+            mean, variance = (torch.stack(values) for values in zip(*each, strict=True))
+        return cls(x[0, 0].numel(), mean.double(), variance.double() * x[0, 0].numel())
 
     def merged(self, other: Moments) -> Moments:
         """Of both together (Chan et al. 1979)."""
@@ -140,7 +142,6 @@ class Convolved(FeatureMap):
 
     def __init__(self, base: FeatureMap, conv: nn.Conv3d, far_pad: int = 0, dtype: torch.dtype | None = None) -> None:
         self.base, self.conv, self.far_pad, self.dtype = base, conv, far_pad, dtype
-        self._space: Tensor | None = None
         self.axis = base.axis
         self.kernel, self.stride = conv.kernel_size[self.axis], conv.stride[self.axis]
         self.padding = int(conv.padding[self.axis])
@@ -152,15 +153,6 @@ class Convolved(FeatureMap):
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Halo rows come from the base; zeros stand for what lies outside it."""
-        if device.type == "cuda" or self.dtype in (None, self.conv.weight.dtype) or torch.is_grad_enabled():
-            return self._computed(start, stop, device)
-        # the input in another precision, whole, would take more time to make than to use
-        marks = [*range(start, stop, STRETCH), stop]
-        made = [self._computed(a, b, device) for a, b in pairwise(marks)]
-        self._space = None
-        return made[0] if len(made) == 1 else torch.cat(made, self.dim)
-
-    def _computed(self, start: int, stop: int, device: torch.device) -> Tensor:
         first, end = self._reach(start, stop)
         halved = device.type == "cuda" and self._may_be_halved()
         inside = max(first, 0), min(end, self.base.size)
@@ -174,7 +166,7 @@ class Convolved(FeatureMap):
         if halved:
             x, weight, bias = widened(x, weight, bias)
         elif self.dtype is not None:
-            x, weight, bias = self._converted(x, self.dtype), weight.to(self.dtype), bias.to(self.dtype)
+            weight, bias = weight.to(self.dtype), bias.to(self.dtype)
         padding = [int(n) for n in self.conv.padding]
         padding[self.axis] = before if before == after else 0
         ends = [(0, self.far_pad)] * 3
@@ -183,17 +175,6 @@ class Convolved(FeatureMap):
             x = F.pad(x, [n for pair in reversed(ends) for n in pair])
         y = convolved(x, weight, bias, self.conv.stride, padding)
         return y[:, : self.conv.out_channels].to(self.dtype) if halved else y
-
-    def _converted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """In another precision; stretches that are cut along X take turns in one place."""
-        if x.dtype == dtype or torch.is_grad_enabled() or self.axis != 0 or len(x) > 1:
-            return x.to(dtype)
-        space = self._space
-        if space is None or space.shape[2] < x.shape[2]:
-            shape = (*x.shape[:2], max(x.shape[2], STRETCH + self.kernel - 1), *x.shape[3:])
-            space = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last_3d)
-            self._space = space
-        return space[:, :, : x.shape[2]].copy_(x)
 
     def _may_be_halved(self) -> bool:
         """Whether only the result is asked for in float32, of weights and maps that have 8 bits, and it is narrow."""

@@ -16,6 +16,7 @@ import torch
 
 from maisi.device import feature_layout, free_memory, used_memory
 from maisi.errors import MaisiError
+from maisi.layers import winograd
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import decoded, encoded
 from maisi.splitting.execution import Execution, Group
@@ -29,6 +30,9 @@ Task = Literal["encode", "decode"]
 AXES = "XYZ"
 PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of parts that are tried; with more of them a plan saves little, and edges are computed twice more often."""
+
+CPU_ROWS = 16
+"""Of the image in a part on a CPU, at most: larger parts take more memory and are no quicker there."""
 
 CUDA_VALUES = 2**31
 """A tensor on CUDA has fewer values: cuDNN counts them in 32 bits."""
@@ -117,7 +121,8 @@ def make_plan(
     def can_be_counted(plan: Plan) -> bool:
         return device.type != "cuda" or largest_tensor(config, plan, device, dtype) < CUDA_VALUES
 
-    counts = sorted({min(n, rows) for n in PARTS})
+    least = rows * config.compression // CPU_ROWS if device.type == "cpu" else 1
+    counts = sorted({min(n, rows) for n in PARTS if n >= min(least, PARTS[-1])})
     again = task == "decode" and (processes == 1 or config.upsampling != "trilinear")
     for storage, recompute in _ways(again, device):
         for parts in counts:
@@ -203,7 +208,9 @@ def _foreseen(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype
 
     with torch.inference_mode():
         counter = counted(run, scratch_of(device))
-    return FIXED_BYTES + counter.peak, counter.largest
+    half = model.decoder if decoding else model.encoder
+    kept = sum(winograd.kept_bytes(weight) for weight in half.parameters()) if device.type == "cpu" else 0
+    return FIXED_BYTES + kept + counter.peak, counter.largest
 
 
 @dataclass
