@@ -45,8 +45,8 @@ def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndar
     place, dtype = codec.place_of(ours)
     memory = settings["memory"]
     limit = None if memory is None else int(memory * 2**30)
-    if limit is None and device.type == "cpu":
-        keep_freed_memory()  # as the command does
+    if device.type == "cpu":
+        keep_freed_memory(sparing=limit is not None)  # as the command does
     plan = codec.coding_plan(ours.config, task, tuple(settings["size"]), place, dtype, limit)
     print(plan, file=sys.stderr)
     execution = plan.execution(place)

@@ -183,13 +183,11 @@ def say_result(result: Result, output: Path) -> None:
 
 
 def parsed_memory(text: str | None) -> int | None:
-    """Bytes of an amount such as '6GiB'; None, where no limit is given, stays None and `keep_freed_memory`."""
+    """Bytes of an amount such as '6GiB', None where none is given; freed memory is kept, sparingly under a limit."""
     from maisi.device import keep_freed_memory, parse_memory
 
-    if text is None:
-        keep_freed_memory()
-        return None
-    return parse_memory(text)
+    keep_freed_memory(sparing=text is not None)
+    return None if text is None else parse_memory(text)
 
 
 @contextmanager

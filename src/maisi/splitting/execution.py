@@ -128,17 +128,29 @@ class Execution:
     def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments) -> FeatureMap:
         inner = Convolved(Activated(x, Activation(block.norm1, moments)), block.conv1)
         h: FeatureMap = inner
+        shortcut: FeatureMap = x
+        if isinstance(block.shortcut, nn.Conv3d):
+            shortcut = Convolved(x, block.shortcut)
         if self.recompute and torch.is_grad_enabled():
             h_moments: Moments | None = self._moments(inner)
+        elif isinstance(x, Parts) and _halves(block) and not torch.is_grad_enabled():
+            # both maps together are no wider than x, which each part of them can take the place of
+            beside = Parts(x.axis, x.size)
+            h, h_moments = self._stored(inner, True, release=True, beside=(shortcut, beside))
+            shortcut = beside
         else:
             h, h_moments = self._stored(inner, True, release=False)
         assert h_moments is not None
         outer = Convolved(Activated(h, Activation(block.norm2, h_moments)), block.conv2)
-        shortcut = x if isinstance(block.shortcut, nn.Identity) else Convolved(x, block.shortcut)
         return Sum(outer, shortcut)
 
-    def _stored(self, x: FeatureMap, normed: bool, release: bool) -> tuple[Parts, Moments | None]:
-        """Compute all parts of a map and let them wait; with the map's statistics if a norm follows."""
+    def _stored(
+        self, x: FeatureMap, normed: bool, release: bool, beside: tuple[FeatureMap, Parts] | None = None
+    ) -> tuple[Parts, Moments | None]:
+        """Compute all parts of a map and let them wait; with the map's statistics if a norm follows.
+
+        Of a map `beside`, made from the same one, the same rows are computed and put into the parts that come with it.
+        """
         parts, found = Parts(x.axis, x.size), []
         own = self.stretches(x.size)
         start, stop = own[0][0], own[-1][1]
@@ -148,6 +160,8 @@ class Execution:
                 found.append(computed_twice(partial(Moments.of, made)))
             if self.group is not None and (first == start or end == stop):
                 edge_rows += [made.narrow(x.dim, 0, 1), made.narrow(x.dim, end - first - 1, 1)]
+            if beside is not None:
+                beside[1].add(first, end, self.store.put(beside[0].rows(first, end, made.device), x.axis))
             parts.add(first, end, self.store.put(made, x.axis))
             del made
         if self.group is not None:
@@ -179,6 +193,11 @@ def computed_twice(compute: Callable[[], Result]) -> Result:
         return compute()
     made: Result = checkpoint(compute, use_reentrant=False, preserve_rng_state=False)
     return made
+
+
+def _halves(block: ResidualBlock) -> bool:
+    """Whether a block's channels are at most half of its input's."""
+    return 2 * block.conv1.out_channels <= block.conv1.in_channels
 
 
 def _upsampled(block: Upsample, x: FeatureMap) -> FeatureMap:
