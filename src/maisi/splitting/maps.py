@@ -6,7 +6,6 @@ map asks for rows; whether they lie in memory, wait on a disk or are computed on
 
 from __future__ import annotations
 
-import math
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
@@ -16,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,8 +112,10 @@ class OnDisk:
         Raises:
             MaisiError: the disk is full.
         """
-        first = tensor.movedim(dim, 0).contiguous().cpu()
-        self.dim, self.dtype, self.shape = dim, first.dtype, first.shape[1:]
+        # rows first, channels last: of a map that is channels-last and cut along X not a value changes its place
+        self.order = (dim, 0, *(d for d in range(FIRST_SPATIAL_DIM, 5) if d != dim), 1)
+        self.shape, self.dim, self.dtype = tensor.shape, dim, tensor.dtype
+        first = tensor.permute(self.order).contiguous().cpu()
         with writing(folder), tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False) as file:
             self.path = Path(file.name)
             self._finalizer = weakref.finalize(self, self.path.unlink, missing_ok=True)
@@ -127,11 +127,16 @@ class OnDisk:
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Waiting`."""
-        row_bytes = math.prod(self.shape) * self.dtype.itemsize
-        count = (stop - start) * row_bytes
-        raw = np.fromfile(self.path, np.uint8, count=count, offset=start * row_bytes)
-        values = torch.from_numpy(raw).view(self.dtype).reshape(stop - start, *self.shape)
-        return values.movedim(0, self.dim).to(device)
+        shape = [stop - start if d == self.dim else n for d, n in enumerate(self.shape)]
+        made = torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last_3d)
+        stored = made.permute(self.order)
+        read = stored if stored.is_contiguous() else torch.empty(stored.shape, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start * stored[0].numel() * self.dtype.itemsize)
+            file.readinto(read.view(torch.uint8).numpy().data)
+        if read is not stored:
+            stored.copy_(read)
+        return made.to(device)
 
     def drop(self) -> None:
         """See `Waiting`."""
