@@ -123,6 +123,12 @@ def test_processes_do_not_interpolate_anew(processes: int, again: bool, monkeypa
     assert (True in tried) == again
 
 
+def test_maps_of_bfloat16_end_in_float32_with_any_number_of_channels() -> None:
+    for out_channels in (1, 5):
+        config = AutoencoderConfig(**CONFIG.model_dump() | {"out_channels": out_channels})
+        assert make_plan(config, "decode", SIZE, 10**12, device=CPU, dtype=torch.bfloat16).peak_bytes > FIXED_BYTES
+
+
 def test_a_plan_says_what_it_is() -> None:
     text = str(Plan("decode", SIZE, 2, 7, "disk", True, 3 * 2**30))
     assert "7 parts along Z, waiting on disk, upsampled maps computed anew; about 3.00 GiB" in text

@@ -46,7 +46,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
     """
     if _goes_to_one_channel(x, weight, stride, padding):
         return _to_one_channel(x, weight, bias, padding)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not _is_autocast(x):
         x = x.to(weight.dtype)
     if _is_product(x, weight, stride, padding):
         return _product(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
@@ -81,9 +81,9 @@ def _goes_to_one_channel(x: Tensor, weight: Tensor, stride: Sequence[int], paddi
         and weight.dtype == torch.float32
         and set(stride) == {1}
         and set(padding) <= {0, 1}
-        and x.device.type != "cuda"
+        and x.device.type in ("cpu", "meta")
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not _is_autocast(x)
         and min(x.shape[2:]) >= winograd.TAPS
     )
 
@@ -110,9 +110,13 @@ def _to_one_channel(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Seq
     return made if bias is None else made.add_(bias)
 
 
+def _is_autocast(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
 def _left_to_slow_kernel(x: Tensor, weight: Tensor) -> bool:
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not _is_autocast(x)
     there = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     return is_small(x, weight) and plain and not trained and there
 
