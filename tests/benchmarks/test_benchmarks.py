@@ -26,7 +26,7 @@ CASES = {
 def load(monkeypatch: pytest.MonkeyPatch):
     """Imports a script, with its runs done in this process: each would spend seconds on importing PyTorch."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("maisi.device.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("maisi.device.keep_freed_memory", lambda sparing=False: None)
     before = set(sys.modules)
 
     def one(name: str) -> ModuleType:

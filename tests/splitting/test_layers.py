@@ -65,7 +65,7 @@ def test_decoding_on_a_gpu(dtype: torch.dtype, parts: int, axis: int) -> None:
 def test_moments_are_those_of_float64_also_far_from_zero(
     dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maisi.splitting.layers.SUMMED", 500)  # several stretches, the last one shorter
+    monkeypatch.setattr("maisi.splitting.layers.LEAST_SUMMED", 25)  # several stretches, the last one shorter
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 11, 7, 9, generator=generator) + torch.tensor([0.0, 50.0, -300.0])[:, None, None, None]
     x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
@@ -78,4 +78,4 @@ def test_moments_are_those_of_float64_also_far_from_zero(
         torch.testing.assert_close(Moments.of(x).deviations, found.deviations, rtol=1e-5, atol=0)
     (gradient,) = torch.autograd.grad(found.deviations.sum(), x)
     true = 2 * (x.detach().double() - mean[:, :, None, None, None])
-    torch.testing.assert_close(gradient.double(), true, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), true, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=3e-4)

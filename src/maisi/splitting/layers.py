@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from maisi.splitting.maps import FeatureMap
 
 _COPIES: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()
 
-SUMMED = 2**19
-"""Values of a map whose statistics are taken at a time: they stay in a processor's cache, and few are added up in
-float32."""
+LEAST_SUMMED, MOST_SUMMED, STRETCHES = 2**8, 2**13, 2**10
+"""Voxels that float32 adds up, and stretches of them that float64 adds up: the error grows with the root of the
+first and falls with the root of the second."""
 
 TENSOR_CORE_CHANNELS = 8
 """Channels of a result below which cuDNN has no quick convolution."""
@@ -57,20 +56,18 @@ class Moments:
 
             return cls(x[0, 0].numel(), *kernels.channel_moments(x))
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        stretches = torch.split(x, max(1, SUMMED * len(x[0, 0]) // x[0].numel()), 2)
-        # in a forecast one stands for all
-        found = [cls._of_stretch(rows.to(wide)) for rows in (stretches[:1] if x.is_meta else stretches)]
-        return reduce(cls.merged, found)
-
-    @classmethod
-    def _of_stretch(cls, x: Tensor) -> Moments:
-        """By the kernel of batch norm, the quickest that PyTorch has for channels-last maps; it has no gradient."""
-        if torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
-            variance, mean = torch.var_mean(x, (2, 3, 4), correction=0)
-        else:
-            each = [torch.batch_norm_update_stats(sample[None], None, None, 0.0) for sample in x]
-            mean, variance = (torch.stack(values) for values in zip(*each, strict=True))
-        return cls(x[0, 0].numel(), mean.double(), variance.double() * x[0, 0].numel())
+        summed = min(max(x[0, 0].numel() // STRETCHES, LEAST_SUMMED), MOST_SUMMED)
+        rows, columns = (max(1, summed // place.numel()) for place in (x[0, 0, 0], x[0, 0, 0, 0]))
+        pieces = [piece for stretch in torch.split(x, rows, 2) for piece in torch.split(stretch, columns, 3)]
+        if x.is_meta:  # in a forecast one stands for all
+            pieces = pieces[:1]
+        found = [_statistics(piece.to(wide)) for piece in pieces]
+        mean, variance = (torch.stack(each).double() for each in zip(*found, strict=True))
+        sizes = [float(piece[0, 0].numel()) for piece in pieces]
+        count = torch.tensor(sizes, device=x.device, dtype=torch.float64).reshape(-1, 1, 1)
+        joint = (mean * count).sum(0) / count.sum()
+        deviations = ((variance + (mean - joint).square()) * count).sum(0)
+        return cls(x[0, 0].numel(), joint, deviations)
 
     def merged(self, other: Moments) -> Moments:
         """Of both together (Chan et al. 1979)."""
@@ -82,6 +79,19 @@ class Moments:
             self.mean + difference * (other.count / count),
             self.deviations + deviations + difference.square() * (self.count * other.count / count),
         )
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel (B, C).
+
+    By the kernel of batch norm, the quickest that PyTorch has for channels-last maps; it has no gradient.
+    """
+    if torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
+        variance, mean = torch.var_mean(x, (2, 3, 4), correction=0)
+        return mean, variance
+    each = [torch.batch_norm_update_stats(sample[None], None, None, 0.0) for sample in x]
+    mean, variance = (torch.stack(values) for values in zip(*each, strict=True))
+    return mean, variance
 
 
 class Activation:
