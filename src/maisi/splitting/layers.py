@@ -22,7 +22,7 @@ from maisi.splitting.maps import FeatureMap
 
 _COPIES: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()
 
-LEAST_SUMMED, MOST_SUMMED, STRETCHES = 2**8, 2**13, 2**10
+LEAST_SUMMED, MOST_SUMMED, STRETCHES = 2**8, 2**13, 2**6
 """Voxels that float32 adds up, and stretches of them that float64 adds up: the error grows with the root of the
 first and falls with the root of the second."""
 
@@ -57,6 +57,8 @@ class Moments:
             return cls(x[0, 0].numel(), *kernels.channel_moments(x))
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         summed = min(max(x[0, 0].numel() // STRETCHES, LEAST_SUMMED), MOST_SUMMED)
+        if x.dtype != wide:  # its own rounding is coarser
+            summed = MOST_SUMMED
         rows, columns = (max(1, summed // place.numel()) for place in (x[0, 0, 0], x[0, 0, 0, 0]))
         pieces = [piece for stretch in torch.split(x, rows, 2) for piece in torch.split(stretch, columns, 3)]
         if x.is_meta:  # in a forecast one stands for all
@@ -89,6 +91,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
         variance, mean = torch.var_mean(x, (2, 3, 4), correction=0)
         return mean, variance
+    if len(x) == 1:
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean[None], variance[None]
     each = [torch.batch_norm_update_stats(sample[None], None, None, 0.0) for sample in x]
     mean, variance = (torch.stack(values) for values in zip(*each, strict=True))
     return mean, variance

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from maisi.errors import MaisiError
 from maisi.io.files import writing
 
 Storage = Literal["device", "host", "disk"]
@@ -131,9 +132,11 @@ class OnDisk:
         made = torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last_3d)
         stored = made.permute(self.order)
         read = stored if stored.is_contiguous() else torch.empty(stored.shape, dtype=self.dtype)
-        with self.path.open("rb", buffering=0) as file:
+        space = read.view(torch.uint8).numpy().data
+        with self.path.open("rb") as file:
             file.seek(start * stored[0].numel() * self.dtype.itemsize)
-            file.readinto(read.view(torch.uint8).numpy().data)
+            if file.readinto(space) != space.nbytes:
+                raise MaisiError(f"{self.path}, where rows of a feature map wait, was cut short; start again.")
         if read is not stored:
             stored.copy_(read)
         return made.to(device)
