@@ -155,7 +155,7 @@ class OnPaper:
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Waiting`."""
         shape = [stop - start if d == self.dim else n for d, n in enumerate(self.shape)]
-        return torch.empty(shape, dtype=self.dtype, device=device)
+        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=torch.channels_last_3d)
 
     def drop(self) -> None:
         """See `Waiting`."""
