@@ -31,10 +31,10 @@ def prepare(folder: Path, settings: beside.Settings) -> None:
 def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndarray, beside.Cost]:
     """Encode to the mean, or decode, the reference in `splits` parts, ours as the plan for `memory` says."""
     device, task = torch.device(settings["device"]), settings["task"]
-    if settings["keep"] and device.type == "cpu":
-        keep_freed_memory()
     given = torch.from_numpy(np.load(folder / "input.npy")).to(device)
     if kind == "reference":
+        if settings["keep"]:
+            keep_freed_memory()
         net = reference.load(
             reference.autoencoder(settings["small"], settings["splits"]), "autoencoder", folder, device
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maisi.layers import winograd
 from maisi.layers.blocks import Downsample, ResidualBlock, Upsample
 from maisi.splitting.layers import (
     Activated,
@@ -71,7 +72,7 @@ class Execution:
     def stretches(self, size: int) -> list[tuple[int, int]]:
         """Rows of each part, of this process's share of a map of `size` rows."""
         start, stop = (size * n // self.denominator for n in self.share)
-        return cuts(start, stop, self.parts)
+        return cuts(start, stop, self.parts, winograd.ROWS)
 
     def run(self, blocks: Sequence[nn.Module], source: FeatureMap, dtype: torch.dtype | None = None) -> FeatureMap:
         """Chain `blocks` after `source`; the result's rows are still to be asked for.

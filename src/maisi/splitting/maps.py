@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +25,6 @@ Storage = Literal["device", "host", "disk"]
 """Where parts wait: on the device that made them, in the machine's memory, or in files."""
 
 FIRST_SPATIAL_DIM = 2
-
-TOGETHER = 4
-"""Rows that the quickest convolution on CPUs makes at once (`maisi.layers.winograd`); it does fewer no quicker."""
 
 
 class FeatureMap(ABC):
@@ -104,6 +101,12 @@ class InMemory:
         self.tensor = self.tensor.new_empty(0)
 
 
+def _space(shape: Sequence[int], dim: int, rows: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Room for some rows of a map, channels-last."""
+    size = [rows if d == dim else n for d, n in enumerate(shape)]
+    return torch.empty(size, dtype=dtype, device=device, memory_format=torch.channels_last_3d)
+
+
 class OnDisk:
     """A part that waits in a file, its rows one after the other, so that a few are read without the rest."""
 
@@ -128,8 +131,7 @@ class OnDisk:
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Waiting`."""
-        shape = [stop - start if d == self.dim else n for d, n in enumerate(self.shape)]
-        made = torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last_3d)
+        made = _space(self.shape, self.dim, stop - start, self.dtype)
         stored = made.permute(self.order)
         read = stored if stored.is_contiguous() else torch.empty(stored.shape, dtype=self.dtype)
         space = read.view(torch.uint8).numpy().data
@@ -154,8 +156,7 @@ class OnPaper:
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Waiting`."""
-        shape = [stop - start if d == self.dim else n for d, n in enumerate(self.shape)]
-        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=torch.channels_last_3d)
+        return _space(self.shape, self.dim, stop - start, self.dtype, device)
 
     def drop(self) -> None:
         """See `Waiting`."""
@@ -219,13 +220,13 @@ class Store:
         return InMemory(tensor.cpu() if self.storage == "host" else tensor, dim)
 
 
-def cuts(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
+def cuts(start: int, stop: int, parts: int, together: int = 1) -> list[tuple[int, int]]:
     """Cut rows into as many even stretches as asked for, none of them empty: fewer where there are fewer rows.
 
-    With `TOGETHER` rows in each or more they are multiples of it, but for the last.
+    With `together` rows in each or more they are multiples of it, but for the last.
     """
     rows = stop - start
     count = max(1, min(parts, rows))
-    unit = TOGETHER if rows >= TOGETHER * count else 1
+    unit = together if rows >= together * count else 1
     marks = [start + round(rows * i / count / unit) * unit for i in range(count)]
     return list(pairwise([*marks, stop]))
