@@ -25,16 +25,16 @@ import torch
 from maisi.device import feature_layout
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
-from maisi.splitting.plan import Plan, peak_bytes
+from maisi.splitting.plan import Plan, foreseen
 from maisi.training.splitting import SplittingConfig, coding_for, step_bytes
 
 SMALL = AutoencoderConfig(channels=(16, 16), num_res_blocks=(1, 1), norm_groups=8)
 WAYS = {
-    "decode": (("device", False), ("device", True), ("disk", False)),
-    "encode": (("device", False), ("disk", False)),
-    "train": (("device", False), ("device", True)),
+    "decode": (("device", "none"), ("device", "upsampled"), ("device", "inner"), ("disk", "none")),
+    "encode": (("device", "none"), ("device", "inner"), ("disk", "none")),
+    "train": (("device", "none"), ("device", "inner")),
 }
-"""Where stored maps wait, and whether some are computed anew instead."""
+"""Where stored maps wait, and which are computed anew instead."""
 
 
 def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndarray, beside.Cost]:
@@ -48,7 +48,7 @@ def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndar
     given = torch.rand(1, 4, *latent) if kind == "decode" else torch.rand(1, 1, *size)
     given = given.to(device).contiguous(memory_format=feature_layout(device, torch.float32))
     if kind == "train":
-        wanted = SplittingConfig(parts=parts, recompute=recompute and parts > 1)
+        wanted = SplittingConfig(parts=parts, recompute=recompute == "inner" and parts > 1)
         coding = coding_for(wanted, config, (1, 1, *size), device, torch.float32)
         forecast = step_bytes(config, (1, 1, *size), coding, device, torch.float32)
 
@@ -58,13 +58,12 @@ def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndar
 
         _, cost = beside.measured(work, device)
         return np.array(forecast), cost
-    plan = Plan(kind, size, 0, parts, storage, recompute)  # type: ignore[arg-type]
-    forecast = peak_bytes(config, plan, device, torch.float32)
+    plan = foreseen(config, Plan(kind, size, 0, parts, storage, recompute), device, torch.float32)  # type: ignore[arg-type]
     execution = plan.execution(device, folder)
     run = split.decoded if kind == "decode" else split.encoded
     with torch.inference_mode():
         _, cost = beside.measured(lambda: [None for _ in run(model, given, execution, 0)], device)
-    return np.array(forecast), cost
+    return np.array(plan.peak_bytes), cost
 
 
 def series(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def series(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     x, y, z = beside.sizes(a.size)
     settings = {"device": a.device, "small": a.small}
 
-    def row(size: tuple[int, int, int], parts: int, way: tuple[str, bool]) -> dict[str, Any]:
+    def row(size: tuple[int, int, int], parts: int, way: tuple[str, str]) -> dict[str, Any]:
         order = {**settings, "size": size, "parts": parts, "way": way}
         cost = beside.child(__file__, a.task, folder, order)
         forecast = int(np.load(folder / f"made-{a.task}.npy"))
@@ -101,7 +100,8 @@ def pictures(result: dict[str, Any], out: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for index, way in enumerate(WAYS[result["task"]]):
         rows = [row for row in result["memory"] if tuple(row["way"]) == way]
-        name = {"device": "maps in memory", "disk": "maps on disk"}[way[0]] + (", some computed anew" if way[1] else "")
+        again = {"none": "", "upsampled": ", upsampled ones computed anew", "inner": ", half of them computed anew"}
+        name = {"device": "maps in memory", "disk": "maps on disk"}[way[0]] + again[way[1]]
         parts = [row["parts"] for row in rows]
         axes.plot(parts, [row["peak_bytes"] / 2**30 for row in rows], "o-", color=f"C{index}", label=name)
         axes.plot(parts, [row["forecast_bytes"] / 2**30 for row in rows], ":", color=f"C{index}")

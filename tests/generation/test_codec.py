@@ -98,10 +98,10 @@ def test_too_little_memory_is_told_before_it_is_taken(autoencoder, monkeypatch) 
 
 def test_parts_change_nothing(autoencoder) -> None:
     volume = ct((40, 20, 14))
-    whole, small = (plan.Plan("encode", (40, 20, 16), 0, n, "device", False, 0) for n in (1, 5))
+    whole, small = (plan.Plan("encode", (40, 20, 16), 0, n, "device", "none", 0) for n in (1, 5))
     one, other = (codec.encode(autoencoder, volume, plan=p) for p in (whole, small))
     assert np.allclose(one.mean, other.mean, atol=1e-5)
-    again = plan.Plan("decode", (40, 20, 16), 2, 3, "disk", True, 0)
+    again = plan.Plan("decode", (40, 20, 16), 2, 3, "disk", "upsampled", 0)
     made = codec.decode(autoencoder, one, again).array.astype(int)
     assert np.abs(made - codec.decode(autoencoder, one).array).max() <= 1
 

@@ -41,7 +41,7 @@ def ct(request, tmp_path) -> Path:
 @pytest.mark.parametrize("storage", ["device", "disk"])
 def test_a_ct_read_in_parts_gives_the_latents_of_the_whole(autoencoder, ct, axis, storage) -> None:
     whole = codec.encode(autoencoder, read_volume(ct))
-    plan = Plan("encode", PADDED, axis, 3, storage, False, streamed=True)
+    plan = Plan("encode", PADDED, axis, 3, storage, "none", streamed=True)
     with opened_rows(ct) as rows:
         made = codec.encode_rows(autoencoder, rows, plan, {"a": "b"})
     assert made is not None
@@ -56,7 +56,7 @@ def test_a_ct_read_in_parts_gives_the_latents_of_the_whole(autoencoder, ct, axis
 @pytest.mark.parametrize("parts", [1, 4])
 def test_an_image_written_in_parts_has_the_bytes_of_the_whole(autoencoder, tmp_path, axis, parts) -> None:
     latent = Latent(*np.random.default_rng(1).standard_normal((2, 4, 10, 5, 4)).astype(np.float32), np.eye(4), SIZE)
-    plan = Plan("decode", PADDED, axis, parts, "device", False)
+    plan = Plan("decode", PADDED, axis, parts, "device", "none")
     write_volume(tmp_path / "whole.nii.gz", codec.decode(autoencoder, latent, plan))
     slabs = codec.decode_slabs(autoencoder, latent, plan)
     write_slabs(tmp_path / "slabs.nii.gz", Slabs(SIZE, latent.affine, codec.STORED, axis, slabs))
@@ -68,7 +68,7 @@ def test_an_image_written_in_parts_to_zarr_has_the_voxels_of_the_whole(autoencod
     pytest.importorskip("zarr")
     affine = np.array([[0, 0, -2.0, 9], [3, 0, 0, -5], [0, -1.5, 0, 7], [0, 0, 0, 1]])
     latent = Latent(*np.random.default_rng(1).standard_normal((2, 4, 10, 5, 4)).astype(np.float32), affine, SIZE)
-    plan = Plan("decode", PADDED, axis, 4, "device", False)
+    plan = Plan("decode", PADDED, axis, 4, "device", "none")
     slabs = codec.decode_slabs(autoencoder, latent, plan)
     write_slabs(tmp_path / "slabs.ome.zarr", Slabs(SIZE, affine, codec.STORED, axis, slabs))
     made, whole = read_volume(tmp_path / "slabs.ome.zarr"), codec.decode(autoencoder, latent, plan)
@@ -79,7 +79,7 @@ def test_an_image_written_in_parts_to_zarr_has_the_voxels_of_the_whole(autoencod
 def test_latents_of_another_autoencoder_are_refused_before_the_first_slab(autoencoder) -> None:
     latent = Latent(*np.zeros((2, 8, 4, 4, 4), np.float32), np.eye(4), (16, 16, 16))
     with pytest.raises(MaisiError, match="autoencoder that it was encoded with"):
-        codec.decode_slabs(autoencoder, latent, Plan("decode", (16, 16, 16), 0, 1, "device", False))
+        codec.decode_slabs(autoencoder, latent, Plan("decode", (16, 16, 16), 0, 1, "device", "none"))
 
 
 ENDS = """
@@ -108,10 +108,10 @@ def encoded(network, image, execution, axis):
 
 def there_and_back(path, x, y, z):
     latent = Latent(*np.zeros((2, 4, x // 4, y // 4, z // 4), np.float32), np.eye(4), (x, y, z))
-    slabs = codec.decode_slabs(network, latent, Plan("decode", latent.size, 0, 32, "device", False))
+    slabs = codec.decode_slabs(network, latent, Plan("decode", latent.size, 0, 32, "device", "none"))
     write_slabs(path, Slabs(latent.size, np.eye(4), codec.STORED, 0, slabs))
     with opened_rows(path) as rows:
-        made = codec.encode_rows(network, rows, Plan("encode", latent.size, 0, 32, "device", False, streamed=True))
+        made = codec.encode_rows(network, rows, Plan("encode", latent.size, 0, 32, "device", "none", streamed=True))
     assert np.allclose(made.mean[0, ::2, 0, 0], np.arange(32) * 8 / x, atol=1e-3), made.mean[0, :, 0, 0]
 
 codec.decoded, codec.encoded = decoded, encoded

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from maisi.layers import winograd
-from maisi.layers.convolution import conv3, convolved
+from maisi.layers.convolution import conv3
 
 
 @settings(deadline=None)
@@ -81,19 +81,3 @@ def test_a_layer_takes_it_and_sees_when_its_weights_change() -> None:
         torch.testing.assert_close(
             conv(x) - conv.bias.reshape(-1, 1, 1, 1), 2 * (before - conv.bias.reshape(-1, 1, 1, 1))
         )
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("padding", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 0, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_to_one_channel(dtype: torch.dtype, padding: tuple[int, int, int], layout: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 6, 5, 7, 4).to(dtype).contiguous(memory_format=layout)
-    weight, bias = torch.randn(1, 6, 3, 3, 3), torch.randn(1)
-    true = F.conv3d(x.double(), weight.double(), bias.double(), padding=padding)
-    with torch.inference_mode():
-        made = convolved(x, weight, bias, (1, 1, 1), padding)
-        shape = convolved(x.to("meta"), weight.to("meta"), None, (1, 1, 1), padding).shape
-    assert made.dtype == torch.float32
-    assert shape == made.shape
-    torch.testing.assert_close(made.double(), true, rtol=1e-5, atol=1e-5)

@@ -15,8 +15,8 @@ from maisi.layers.blocks import Downsample, ResidualBlock, Upsample
 from maisi.layers.convolution import conv3
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
-from maisi.splitting.execution import Execution
-from maisi.splitting.maps import Pulled, Store, Whole
+from maisi.splitting.execution import Execution, Recomputed
+from maisi.splitting.maps import Pulled, Storage, Store, Whole
 
 SMALL = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 2, 1), norm_groups=4, upsampling="nearest")
 
@@ -57,7 +57,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     batch=st.integers(1, 2),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     last=st.booleans(),
-    recompute=st.booleans(),
+    recompute=st.sampled_from(["none", "upsampled", "inner"]),
 )
 def test_values_and_gradients_are_the_unsplit_ones(
     name: str,
@@ -67,7 +67,7 @@ def test_values_and_gradients_are_the_unsplit_ones(
     batch: int,
     dtype: torch.dtype,
     last: bool,
-    recompute: bool,
+    recompute: Recomputed,
 ) -> None:
     blocks = CHAINS[name]
     shape = size[1 : 1 + axis] + size[:1] + size[1 + axis :]
@@ -99,12 +99,12 @@ def test_values_and_gradients_are_the_unsplit_ones(
 
 
 @pytest.mark.parametrize("storage", ["device", "host", "disk"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_where_parts_wait_changes_nothing(tmp_path: Path, storage: str, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "upsampled", "inner"])
+def test_where_parts_wait_changes_nothing(tmp_path: Path, storage: Storage, recompute: Recomputed) -> None:
     torch.manual_seed(0)
     model = Autoencoder(SMALL)
     z, x = torch.randn(1, 4, 5, 3, 4), torch.rand(1, 1, 20, 12, 16)
-    execution = Execution(parts=3, store=Store(storage, tmp_path), recompute=recompute)  # type: ignore[arg-type]
+    execution = Execution(parts=3, store=Store(storage, tmp_path), recompute=recompute)
     with torch.inference_mode():
         assert relative(split.decode(model, z, execution, 0), model.decode(z)) < 1e-5
         assert relative(split.encode(model, x, execution, 2).mean, model.encode(x).mean) < 1e-5

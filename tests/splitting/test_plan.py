@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from maisi.errors import MaisiError
-from maisi.networks.autoencoder import AutoencoderConfig
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import plan as planning
-from maisi.splitting.plan import CUDA_VALUES, FIXED_BYTES, Plan, largest_tensor, make_plan, peak_bytes
+from maisi.splitting.autoencoder import decode, encode
+from maisi.splitting.execution import Recomputed
+from maisi.splitting.maps import Storage, Store, Waiting
+from maisi.splitting.plan import CUDA_VALUES, FIXED_BYTES, Plan, foreseen, largest_tensor, make_plan
 
 CPU = torch.device("cpu")
 CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4, upsampling="nearest")
@@ -25,7 +29,7 @@ def plan(budget: float, task: str = "decode") -> Plan:
 @pytest.mark.parametrize("task", ["encode", "decode"])
 def test_less_memory_more_parts_until_nothing_fits(task: str) -> None:
     first = plan(1e12, task)
-    assert (first.parts, first.storage, first.recompute, first.axis) == (6, "device", False, 0)
+    assert (first.parts, first.storage, first.recompute, first.axis) == (6, "device", "none", 0)
     found = [first]
     for percent in (80, 55, 40, 30, 20, 10):
         budget = FIXED_BYTES + (first.peak_bytes - FIXED_BYTES) * percent // 100
@@ -34,7 +38,7 @@ def test_less_memory_more_parts_until_nothing_fits(task: str) -> None:
         except MaisiError:
             break
         assert found[-1].peak_bytes <= budget
-    speed = [("device", False), ("device", True), ("disk", False), ("disk", True)]
+    speed = [(storage, anew) for storage in ("device", "disk") for anew in ("none", "upsampled", "inner")]
     order = [(speed.index((p.storage, p.recompute)), p.parts) for p in found]
     assert order == sorted(order), "a slower way is taken before a quicker one is exhausted"
     assert found[-1].storage == "disk"
@@ -87,9 +91,9 @@ def test_the_longest_axis_is_cut() -> None:
 
 def test_an_image_that_is_pulled_is_not_counted() -> None:
     """Cut into parts, of the image (float32) only those rows are there that are asked for."""
-    cut = Plan("encode", SIZE, 0, 8, "disk", False)
+    cut = Plan("encode", SIZE, 0, 8, "disk", "none")
     whole, pulled = (
-        peak_bytes(CONFIG, replace(cut, streamed=streamed), CPU, torch.float32) for streamed in (False, True)
+        foreseen(CONFIG, replace(cut, streamed=streamed), CPU, torch.float32).peak_bytes for streamed in (False, True)
     )
     image = 80 * 64 * 64 * 4
     assert 0.5 * image < whole - pulled <= image
@@ -111,19 +115,77 @@ def test_processes_share_the_memory_and_the_rows(task: str, monkeypatch: pytest.
         shared(21)
 
 
-@pytest.mark.parametrize(("processes", "again"), [(1, True), (2, False)])
-def test_processes_do_not_interpolate_anew(processes: int, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: set[bool] = set()
+@pytest.mark.parametrize(
+    ("task", "processes", "upsampling", "expected"),
+    [
+        ("decode", 1, "trilinear", {"none", "upsampled", "inner"}),
+        ("decode", 2, "trilinear", {"none"}),
+        ("decode", 2, "nearest", {"none", "upsampled"}),
+        ("encode", 1, "nearest", {"none", "inner"}),
+        ("encode", 2, "nearest", {"none"}),
+    ],
+)
+def test_processes_compute_nothing_anew_that_takes_two_rows_of_a_neighbour(
+    task: str, processes: int, upsampling: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: set[str] = set()
 
-    def too_much(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> int:
+    def too_much(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> Plan:
         tried.add(plan.recompute)
-        return 10**15
+        return replace(plan, peak_bytes=10**15)
 
-    monkeypatch.setattr(planning, "peak_bytes", too_much)
-    config = AutoencoderConfig(**CONFIG.model_dump() | {"upsampling": "trilinear"})
+    monkeypatch.setattr(planning, "foreseen", too_much)
+    config = AutoencoderConfig(**CONFIG.model_dump() | {"upsampling": upsampling})
     with pytest.raises(MaisiError, match="takes at least"):
-        make_plan(config, "decode", SIZE, 1, device=CPU, dtype=torch.float32, processes=processes)
-    assert (True in tried) == again
+        make_plan(config, task, SIZE, 1, device=CPU, dtype=torch.float32, processes=processes)  # type: ignore[arg-type]
+    assert tried == expected
+
+
+@pytest.mark.parametrize("task", ["encode", "decode"])
+def test_a_small_disk_makes_more_be_computed_anew_and_one_too_small_is_refused(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "PARTS", (8,))
+    config = AutoencoderConfig(**CONFIG.model_dump() | {"num_res_blocks": (2, 2, 2)})
+    least = FIXED_BYTES + (plan(1e12, task).peak_bytes - FIXED_BYTES) // 4
+
+    def on_disk(free: int) -> Plan:
+        room: dict[Storage, int] = {"disk": free}
+        return make_plan(config, task, SIZE, least, device=CPU, dtype=torch.float32, room=room)  # type: ignore[arg-type]
+
+    roomy = on_disk(10**12)
+    assert (roomy.storage, roomy.recompute) == ("disk", "none")
+    small = on_disk(roomy.waiting_bytes - 1)
+    assert small.waiting_bytes < roomy.waiting_bytes
+    while small.recompute != "inner":
+        small = on_disk(small.waiting_bytes - 1)
+    assert small.waiting_bytes < 0.7 * roomy.waiting_bytes
+    with pytest.raises(MaisiError, match=r"must wait on disk, and [\d.]+ GiB are free in .*; set TMPDIR"):
+        on_disk(small.waiting_bytes // 2)
+
+
+@pytest.mark.parametrize("recompute", ["none", "upsampled", "inner"])
+@pytest.mark.parametrize("task", ["encode", "decode"])
+def test_as_much_waits_on_disk_as_was_foreseen(
+    task: str, recompute: Recomputed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = foreseen(CONFIG, Plan(task, (40, 16, 16), 0, 5, "disk", recompute), CPU, torch.float32)  # type: ignore[arg-type]
+    found = [0]
+    put = Store.put
+
+    def counted(store: Store, tensor: torch.Tensor, axis: int) -> Waiting:
+        waiting = put(store, tensor, axis)
+        found.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+        return waiting
+
+    monkeypatch.setattr(Store, "put", counted)
+    model, execution = Autoencoder(CONFIG), made.execution(CPU, tmp_path)
+    with torch.inference_mode():
+        if task == "decode":
+            decode(model, torch.randn(1, 4, 10, 4, 4), execution, 0)
+        else:
+            encode(model, torch.rand(1, 1, 40, 16, 16), execution, 0)
+    assert max(found) == made.waiting_bytes
 
 
 def test_maps_of_bfloat16_end_in_float32_with_any_number_of_channels() -> None:
@@ -133,8 +195,8 @@ def test_maps_of_bfloat16_end_in_float32_with_any_number_of_channels() -> None:
 
 
 def test_a_plan_says_what_it_is() -> None:
-    text = str(Plan("decode", SIZE, 2, 7, "disk", True, 3 * 2**30))
-    assert "7 parts along Z, waiting on disk, upsampled maps computed anew; about 3.00 GiB" in text
+    text = str(Plan("decode", SIZE, 2, 7, "disk", "upsampled", 3 * 2**30, 5 * 2**30))
+    assert "7 parts along Z, 5.00 GiB on disk, upsampled maps computed anew; about 3.00 GiB" in text
 
 
 def test_the_forecast_counts_what_lives_at_once() -> None:

@@ -47,7 +47,7 @@ def compute(rank: int, size: int, port: int, axis: int, upsampling: str, results
     model, z, x = inputs(upsampling)
     with torch.inference_mode(), joined(torch.device("cpu")) as group:
         # what is interpolated cannot be computed anew by those who share it: see plan
-        execution = Execution(parts=2, group=group, recompute=upsampling != "trilinear")
+        execution = Execution(parts=2, group=group, recompute="none" if upsampling == "trilinear" else "upsampled")
         assert group.agreed(lambda: f"of {group.rank}") == "of 0"
         slabs = ((rows[0, 0] * 1000).short().numpy() for _, _, rows in split.decoded(model, z, execution, axis))
         passed = list(group.in_order(slabs))

@@ -14,11 +14,11 @@ from maisi.cli.options import (
     grid_options,
     items_options,
     output_option,
-    parsed_memory,
     ranges_option,
     require_first,
     running_options,
     say_items,
+    set_up_memory,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def generate(
     from maisi.generation.output import destination
     from maisi.weights.registry import find_model
 
-    limit = parsed_memory(memory)
+    limit = set_up_memory(memory)
     folder = find_model(request.model)
     job = make_job(request, folder.config, carried=folder.library())
     order = _order(request, first, folder, masked=job.labels is not None)
@@ -137,7 +137,7 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
     from maisi.generation.output import destination
     from maisi.weights.registry import find_model
 
-    limit, folder = parsed_memory(memory), find_model(request.model)
+    limit, folder = set_up_memory(memory), find_model(request.model)
     job = make_inpaint_job(request, folder.config)
     by_network = request.by == "network"
     order = _order(request, first, folder if by_network else None, masked=True)

@@ -19,9 +19,9 @@ from maisi.cli.options import (
     budget_options,
     grid_options,
     output_option,
-    parsed_memory,
     require_new,
     running_options,
+    set_up_memory,
 )
 from maisi.errors import MaisiError
 from maisi.io.files import VOLUME_ENDINGS
@@ -60,7 +60,7 @@ def encode(
     from maisi.volume import Volume
 
     require_new(output, ".safetensors")
-    modality, limit = parse_modality(modality), parsed_memory(memory)
+    modality, limit = parse_modality(modality), set_up_memory(memory)
     path = autoencoder_file(model, autoencoder)
     streamed = modality == "ct"
     if processes() > 1 and not streamed:
@@ -113,7 +113,7 @@ def decode(
     from maisi.weights.load import sha256
 
     require_new(output, *VOLUME_ENDINGS)
-    path, limit = autoencoder_file(model, autoencoder), parsed_memory(memory)
+    path, limit = autoencoder_file(model, autoencoder), set_up_memory(memory)
     read = load_latent(latent)
     if read.notes.get(_MADE_BY, sha256(path)) != sha256(path):
         tell("Note: the latent was made with another autoencoder.", err=True)

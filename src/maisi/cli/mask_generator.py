@@ -11,10 +11,10 @@ from maisi.cli.options import (
     fill,
     items_options,
     output_option,
-    parsed_memory,
     require_first,
     running_options,
     say_items,
+    set_up_memory,
 )
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def generate(
     from maisi.generation.mask_generator import make_order
     from maisi.weights.registry import find_model
 
-    limit = parsed_memory(memory)
+    limit = set_up_memory(memory)
     folder = find_model(request.model)
     order = make_order(request, wanted, folder)
     place = _destination(output, order, folder, first)

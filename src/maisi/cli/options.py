@@ -182,8 +182,8 @@ def say_result(result: Result, output: Path) -> None:
     click.echo(str(output))
 
 
-def parsed_memory(text: str | None) -> int | None:
-    """Bytes of an amount such as '6GiB', None where none is given; freed memory is kept, sparingly under a limit."""
+def set_up_memory(text: str | None) -> int | None:
+    """Have freed memory kept, sparingly under a limit; return the limit, such as '6GiB', in bytes, or None."""
     from maisi.device import keep_freed_memory, parse_memory
 
     keep_freed_memory(sparing=text is not None)

@@ -24,7 +24,7 @@ from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import decoded, encoded
 from maisi.splitting.execution import Execution
 from maisi.splitting.maps import Pulled
-from maisi.splitting.plan import Plan, Task, Triple, budget_beside, make_plan
+from maisi.splitting.plan import Plan, Task, Triple, budget_beside, make_plan, waiting_room
 from maisi.volume import Volume
 from maisi.weights.load import load_network, read_header
 
@@ -96,7 +96,8 @@ def coding_plan(
     # encoding: the values in [0, 1]; decoding: the stored image
     beside = 0 if streamed or device.type != "cpu" else x * y * z * (4 if task == "encode" else 2)
     budget = budget_beside(weights + beside, memory, device, processes)
-    more: dict[str, Any] = {"streamed": streamed, "processes": processes}
+    room = waiting_room(processes)
+    more: dict[str, Any] = {"streamed": streamed, "processes": processes, "room": room}
     return make_plan(config, task, (x, y, z), budget, device=device, dtype=dtype, **more)
 
 

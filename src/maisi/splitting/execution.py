@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import zip_longest
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ from maisi.splitting.layers import (
     TransposedConvolved,
 )
 from maisi.splitting.maps import FeatureMap, Parts, Store, cuts
+
+Recomputed = Literal["none", "upsampled", "inner"]
+"""Maps that are not stored: their rows are computed anew each of the two to five times they are needed.
+
+"upsampled" are those that an upsampling makes, the widest of a decoder; "inner" are these and the map inside each
+residual block whose own input is stored (under autograd: inside every residual block).
+"""
 
 Result = TypeVar("Result")
 
@@ -54,9 +61,7 @@ class Execution:
         parts: parts of each map (of this process's share of it).
         devices: the parts of a map are spread over these in order.
         store: where the parts of stored maps wait.
-        recompute: do not store what an upsampling makes, the widest maps of a decoder; compute its rows anew each of
-            the three times they are needed. Under autograd the same for the map inside each
-            residual block. Less memory for more time.
+        recompute: see `Recomputed`; less memory for more time.
         share: this process's rows of the maps, first and end, as numerators of `denominator`.
         group: the processes that hold the other rows.
     """
@@ -64,7 +69,7 @@ class Execution:
     parts: int = 1
     devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     store: Store = field(default_factory=Store)
-    recompute: bool = False
+    recompute: Recomputed = "none"
     share: tuple[int, int] = (0, 1)
     denominator: int = 1
     group: Group | None = None
@@ -92,7 +97,7 @@ class Execution:
                 return self._made(block, x, moments, dtype)
             made = self._made(block, x, moments)
             normed = isinstance(following, nn.GroupNorm | ResidualBlock)
-            if isinstance(block, Upsample) and self.recompute:
+            if isinstance(block, Upsample) and self.recompute != "none":
                 x, moments = made, self._moments(made) if normed else None
             else:
                 x, moments = self._stored(made, normed, release=True)
@@ -132,7 +137,7 @@ class Execution:
         shortcut: FeatureMap = x
         if isinstance(block.shortcut, nn.Conv3d):
             shortcut = Convolved(x, block.shortcut)
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute == "inner" and (isinstance(x, Parts) or torch.is_grad_enabled()):
             h_moments: Moments | None = self._moments(inner)
         elif isinstance(x, Parts) and _halves(block) and not torch.is_grad_enabled():
             # both maps together are no wider than x, which each part of them can take the place of
@@ -143,7 +148,7 @@ class Execution:
             h, h_moments = self._stored(inner, True, release=False)
         assert h_moments is not None
         outer = Convolved(Activated(h, Activation(block.norm2, h_moments)), block.conv2)
-        return Sum(outer, shortcut)
+        return Sum(outer, shortcut, shared=h is inner)
 
     def _stored(
         self, x: FeatureMap, normed: bool, release: bool, beside: tuple[FeatureMap, Parts] | None = None

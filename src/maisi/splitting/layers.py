@@ -249,10 +249,10 @@ class Doubled(FeatureMap):
 
 
 class Sum(FeatureMap):
-    """Two maps added."""
+    """Two maps added; `shared`: both come from one map, of which the first needs the rows of the second and more."""
 
-    def __init__(self, first: FeatureMap, second: FeatureMap) -> None:
-        self.first, self.second = first, second
+    def __init__(self, first: FeatureMap, second: FeatureMap, shared: bool) -> None:
+        self.first, self.second, self.shared = first, second, shared
         self.axis, self.size = first.axis, first.size
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
@@ -263,7 +263,8 @@ class Sum(FeatureMap):
     def release(self, before: int) -> None:
         """Pass it on."""
         self.first.release(before)
-        self.second.release(before)
+        if not self.shared:
+            self.second.release(before)
 
 
 def widened(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -148,11 +148,26 @@ class OnDisk:
         self._finalizer()
 
 
-class OnPaper:
-    """In a forecast, the place of a part that waits elsewhere: its shape alone, which takes nothing."""
+@dataclass
+class Ledger:
+    """In a forecast, the bytes of parts that wait elsewhere: those there are, and the most there were."""
 
-    def __init__(self, tensor: Tensor, dim: int) -> None:
+    waiting: int = 0
+    peak: int = 0
+
+    def enter(self, size: int) -> None:
+        """Add a part, or with a negative size take one away."""
+        self.waiting += size
+        self.peak = max(self.peak, self.waiting)
+
+
+class OnPaper:
+    """In a forecast, the place of a part that waits elsewhere: its shape, which takes nothing, and a ledger's entry."""
+
+    def __init__(self, tensor: Tensor, dim: int, ledger: Ledger) -> None:
         self.shape, self.dtype, self.dim = list(tensor.shape), tensor.dtype, dim
+        ledger.enter(tensor.nbytes)
+        self._finalizer = weakref.finalize(self, ledger.enter, -tensor.nbytes)
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Waiting`."""
@@ -160,6 +175,7 @@ class OnPaper:
 
     def drop(self) -> None:
         """See `Waiting`."""
+        self._finalizer()
 
 
 class Parts(FeatureMap):
@@ -205,16 +221,18 @@ class Store:
     Attributes:
         storage: see `Storage`.
         folder: for "disk": an existing folder; files are removed with their part.
+        ledger: for a forecast: what would wait there is entered here.
     """
 
     storage: Storage = "device"
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+    ledger: Ledger = field(default_factory=Ledger, compare=False)
 
     def put(self, tensor: Tensor, axis: int) -> Waiting:
         """Let a part wait."""
         dim = FIRST_SPATIAL_DIM + axis
         if tensor.is_meta and self.storage != "device":
-            return OnPaper(tensor, dim)
+            return OnPaper(tensor, dim, self.ledger)
         if self.storage == "disk":
             return OnDisk(tensor, dim, self.folder)
         return InMemory(tensor.cpu() if self.storage == "host" else tensor, dim)

@@ -5,8 +5,9 @@ Candidates are forecast (`maisi.splitting.forecast`) in the order of their speed
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +20,10 @@ from maisi.errors import MaisiError
 from maisi.layers import winograd
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import decoded, encoded
-from maisi.splitting.execution import Execution, Group
+from maisi.splitting.execution import Execution, Group, Recomputed
 from maisi.splitting.forecast import counted, scratch_of
 from maisi.splitting.layers import Moments
-from maisi.splitting.maps import Pulled, Storage, Store
+from maisi.splitting.maps import Ledger, Pulled, Storage, Store
 
 Triple = tuple[int, int, int]
 Task = Literal["encode", "decode"]
@@ -54,10 +55,11 @@ class Plan:
         axis: 0, 1, 2: the cut axis.
         parts: into how many parts each map is cut (fewer where it has fewer rows).
         storage: where the parts of stored maps wait.
-        recompute: see `Execution`.
-        peak_bytes: forecast.
+        recompute: see `Recomputed`.
+        peak_bytes: forecast, on the device.
+        waiting_bytes: forecast, in host memory or on disk, where parts wait there.
         streamed: whether an image to encode is read row by row (else it lies in memory whole).
-        processes: how many share the rows of every map; `peak_bytes` is what each of them takes.
+        processes: how many share the rows of every map; the forecasts are what each of them takes.
     """
 
     task: Task
@@ -65,8 +67,9 @@ class Plan:
     axis: int
     parts: int
     storage: Storage
-    recompute: bool
+    recompute: Recomputed
     peak_bytes: int = 0
+    waiting_bytes: int = 0
     streamed: bool = False
     processes: int = 1
 
@@ -79,10 +82,12 @@ class Plan:
         """Describe it in a line."""
         size = " x ".join(str(n) for n in self.size)
         how = "whole" if self.parts == 1 else f"{self.parts} parts along {AXES[self.axis]}"
-        where = {"device": "", "host": ", waiting in the machine's memory", "disk": ", waiting on disk"}[self.storage]
-        again = ", upsampled maps computed anew" if self.recompute else ""
+        waiting = gib(self.waiting_bytes)
+        where = {"device": "", "host": f", {waiting} waiting in the machine's memory", "disk": f", {waiting} on disk"}
+        anew = {"none": "", "upsampled": ", upsampled maps computed anew", "inner": ", half the maps computed anew"}
         shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        return f"{self.task} {size}: {how}{where}{again}; about {gib(self.peak_bytes)}{shared} beside the weights"
+        way = f"{how}{where[self.storage]}{anew[self.recompute]}"
+        return f"{self.task} {size}: {way}; about {gib(self.peak_bytes)}{shared} beside the weights"
 
 
 def make_plan(
@@ -95,15 +100,18 @@ def make_plan(
     dtype: torch.dtype,
     streamed: bool = False,
     processes: int = 1,
+    room: Mapping[Storage, int] | None = None,
 ) -> Plan:
     """Choose the quickest plan within `budget` bytes (of each process), weights not counted; it cuts the longest axis.
 
     Args:
         size: voxels of the image, multiples of the compression.
+        room: bytes (for each process) that may wait in host memory and on disk; no limit where it does not say.
 
     Raises:
         MaisiError: no plan is that small; says what the smallest takes. Or there are more processes than rows.
     """
+    room = room or {}
     # of equal axes the first, whose parts are contiguous in memory
     axis = max(range(3), key=lambda a: (size[a], -a))
     rows = size[axis] // config.compression
@@ -114,23 +122,32 @@ def make_plan(
         )
     rows = -(-rows // processes)
 
-    def candidate(storage: Storage, recompute: bool, parts: int) -> Plan:
+    def candidate(storage: Storage, recompute: Recomputed, parts: int) -> Plan:
         plan = Plan(task, size, axis, parts, storage, recompute, streamed=streamed, processes=processes)
-        return replace(plan, peak_bytes=peak_bytes(config, plan, device, dtype))
+        return foreseen(config, plan, device, dtype)
+
+    def has_room(plan: Plan) -> bool:
+        return plan.waiting_bytes <= room.get(plan.storage, plan.waiting_bytes)
 
     def can_be_counted(plan: Plan) -> bool:
         return device.type != "cuda" or largest_tensor(config, plan, device, dtype) < CUDA_VALUES
 
     least = rows * config.compression // CPU_ROWS if device.type == "cpu" else 1
     counts = sorted({min(n, rows) for n in PARTS if n >= min(least, PARTS[-1])})
-    again = task == "decode" and (processes == 1 or config.upsampling != "trilinear")
-    for storage, recompute in _ways(again, device):
+    ways = list(_ways(_recomputed(config, task, processes), device))
+    for storage, recompute in ways:
         for parts in counts:
             plan = candidate(storage, recompute, parts)
-            if plan.peak_bytes <= budget and can_be_counted(plan):
+            if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
                 return plan
-    smallest = candidate("disk", again, rows)
+    smallest = candidate(*ways[-1], rows)
     if smallest.peak_bytes <= budget:
+        if not has_room(smallest):
+            raise MaisiError(
+                f"To {task} {' x '.join(str(n) for n in size)} voxels {gib(smallest.waiting_bytes)} of feature maps "
+                f"must wait on disk, and {gib(room['disk'])} are free in {tempfile.gettempdir()}; set TMPDIR to a "
+                "folder with more, or give more memory (--memory) or a smaller size."
+            )
         if can_be_counted(smallest):
             return smallest
         raise MaisiError(
@@ -143,20 +160,25 @@ def make_plan(
     )
 
 
-def _ways(again: bool, device: torch.device) -> Iterator[tuple[Storage, bool]]:
-    """Ways to keep maps, quickest first; `again`: whether upsampled maps can be computed anew.
+def _recomputed(config: AutoencoderConfig, task: Task, processes: int) -> Sequence[Recomputed]:
+    """What can be computed anew, the least first.
 
-    They can in decoders; but not where processes share a map that is interpolated, which needs two rows of the
-    neighbour and has one.
+    Processes have one row of each neighbour; a map that is interpolated needs two, and so does one inside a block.
     """
-    yield "device", False
-    if again:
-        yield "device", True
+    upsampled: Sequence[Recomputed] = ("upsampled",) if task == "decode" else ()
+    if processes == 1:
+        return ("none", *upsampled, "inner")
+    return ("none",) if config.upsampling == "trilinear" else ("none", *upsampled)
+
+
+def _ways(recomputed: Sequence[Recomputed], device: torch.device) -> Iterator[tuple[Storage, Recomputed]]:
+    """Ways to keep maps, quickest first."""
+    for recompute in recomputed:
+        yield "device", recompute
     if device.type != "cpu":
-        yield "host", False
-    yield "disk", False
-    if again:
-        yield "disk", True
+        yield "host", "none"
+    for recompute in recomputed:
+        yield "disk", recompute
 
 
 def budget_beside(taken: int, memory: int | None, device: torch.device, processes: int = 1) -> int:
@@ -174,24 +196,32 @@ def budget_beside(taken: int, memory: int | None, device: torch.device, processe
     return (int(CUDA_SHARE * free) if device.type == "cuda" else free // processes) - taken
 
 
-def peak_bytes(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> int:
-    """Forecast of the memory that a plan takes beside the weights; its own `peak_bytes` is not looked at."""
-    return _foreseen(config, replace(plan, peak_bytes=0), device, dtype)[0]
+def waiting_room(processes: int = 1) -> dict[Storage, int]:
+    """Bytes that each process may let wait: in memory that is free, and in the system's folder for temporary files."""
+    free = {"host": free_memory(torch.device("cpu")), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
+    return {"host": free["host"] // processes, "disk": free["disk"] // processes}
+
+
+def foreseen(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> Plan:
+    """Return the plan with its forecasts: the memory that it takes beside the weights, and what waits elsewhere."""
+    peak, waiting, _ = _counted(config, replace(plan, peak_bytes=0, waiting_bytes=0), device, dtype)
+    return replace(plan, peak_bytes=peak, waiting_bytes=waiting)
 
 
 def largest_tensor(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> int:
     """Values of the largest tensor that a plan makes."""
-    return _foreseen(config, replace(plan, peak_bytes=0), device, dtype)[1]
+    return _counted(config, replace(plan, peak_bytes=0, waiting_bytes=0), device, dtype)[2]
 
 
 @lru_cache(maxsize=512)
-def _foreseen(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-    """Peak bytes beside the weights and values of the largest tensor."""
+def _counted(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Peak bytes beside the weights, peak bytes that wait elsewhere, values of the largest tensor."""
     layout, nowhere = feature_layout(device, dtype), torch.device("meta")
     with nowhere:
         model = Autoencoder(config).to(dtype).requires_grad_(False)
     group = None if plan.processes == 1 else _Imagined(plan.processes - 1, plan.processes)
-    there = Execution(plan.parts, (nowhere,), Store(plan.storage), plan.recompute, group=group)
+    ledger = Ledger()
+    there = Execution(plan.parts, (nowhere,), Store(plan.storage, ledger=ledger), plan.recompute, group=group)
     decoding = plan.task == "decode"
     channels = config.latent_channels if decoding else config.in_channels
     size = [n // config.compression for n in plan.size] if decoding else list(plan.size)
@@ -210,7 +240,7 @@ def _foreseen(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype
         counter = counted(run, scratch_of(device))
     half = model.decoder if decoding else model.encoder
     kept = sum(winograd.kept_bytes(weight) for weight in half.parameters()) if device.type == "cpu" else 0
-    return FIXED_BYTES + kept + counter.peak, counter.largest
+    return FIXED_BYTES + kept + counter.peak, ledger.peak, counter.largest
 
 
 @dataclass

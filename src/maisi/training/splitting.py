@@ -7,7 +7,7 @@ sums less exactly. Discriminator and perceptual loss see the joined output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -127,7 +127,7 @@ def step_bytes(model: AutoencoderConfig, shape: Shape, coding: Coding, device: t
         image = torch.empty(shape, dtype=dtype).contiguous(memory_format=feature_layout(device, dtype))
     there = coding
     if coding.execution is not None:
-        there = _coding(coding.axis, coding.execution.parts, coding.execution.recompute, nowhere)
+        there = replace(coding, execution=replace(coding.execution, devices=(nowhere,)))
 
     def run() -> None:
         latent = there.encode(autoencoder, image)
@@ -140,4 +140,4 @@ def step_bytes(model: AutoencoderConfig, shape: Shape, coding: Coding, device: t
 def _coding(axis: int, parts: int, recompute: bool, device: torch.device) -> Coding:
     if parts == 1:
         return Coding(axis)
-    return Coding(axis, Execution(parts, (device,), recompute=recompute))
+    return Coding(axis, Execution(parts, (device,), recompute="inner" if recompute else "none"))
