@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 
 from maisi.errors import MaisiError
 from maisi.layers.blocks import Downsample, ResidualBlock, Upsample
-from maisi.layers.convolution import conv3
+from maisi.layers.convolution import conv3, convolved
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
+from maisi.splitting import layers
 from maisi.splitting.execution import Execution, Recomputed
 from maisi.splitting.maps import Pulled, Storage, Store, Whole
 
@@ -109,6 +112,31 @@ def test_where_parts_wait_changes_nothing(tmp_path: Path, storage: Storage, reco
         assert relative(split.decode(model, z, execution, 0), model.decode(z)) < 1e-5
         assert relative(split.encode(model, x, execution, 2).mean, model.encode(x).mean) < 1e-5
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("upsampled", 3), ("inner", 3)])
+def test_only_the_finest_maps_are_computed_anew(
+    recompute: Recomputed, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last upsampled map: for its statistics, the inner map of the block after it, and that block's sum."""
+    config = AutoencoderConfig(**SMALL.model_dump() | {"num_res_blocks": (2, 2, 2), "upsampling": "trilinear"})
+    model = Autoencoder(config).requires_grad_(False)
+    counts: Counter[int] = Counter()
+
+    def counted(x: Tensor, weight: Tensor, *more: Any) -> Tensor:
+        counts[weight.data_ptr()] += 1
+        return convolved(x, weight, *more)
+
+    monkeypatch.setattr(layers, "convolved", counted)
+    with torch.no_grad():
+        split.decode(model, torch.randn(1, 4, 3, 4, 4), Execution(recompute=recompute), 0)
+    blocks = list(model.decoder.blocks)
+    last = max(i for i, block in enumerate(blocks) if isinstance(block, Upsample))
+    coarser = {p.data_ptr() for block in blocks[:last] for p in block.parameters() if p.dim() == 5}
+    assert all(counts[pointer] == 1 for pointer in coarser)
+    conv, second = blocks[last].conv, blocks[last + 2]
+    assert counts[conv.weight.data_ptr()] == times  # type: ignore[operator, union-attr]
+    assert counts[second.conv1.weight.data_ptr()] == (2 if recompute == "inner" else 1)  # type: ignore[operator, union-attr]
 
 
 def test_files_of_waiting_parts_go_when_something_fails(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_maps_of_bfloat16_end_in_float32_with_any_number_of_channels() -> None:
 
 def test_a_plan_says_what_it_is() -> None:
     text = str(Plan("decode", SIZE, 2, 7, "disk", "upsampled", 3 * 2**30, 5 * 2**30))
-    assert "7 parts along Z, 5.00 GiB on disk, upsampled maps computed anew; about 3.00 GiB" in text
+    assert "7 parts along Z, 5.00 GiB on disk, the widest map computed anew; about 3.00 GiB" in text
 
 
 def test_the_forecast_counts_what_lives_at_once() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -34,7 +34,8 @@ Recomputed = Literal["none", "upsampled", "inner"]
 """Maps that are not stored: their rows are computed anew each of the two to five times they are needed.
 
 "upsampled" are those that an upsampling makes, the widest of a decoder; "inner" are these and the map inside each
-residual block whose own input is stored (under autograd: inside every residual block).
+residual block whose own input is stored. Both only at the finest resolution, whose maps decide the peak. Under
+autograd, where those of all resolutions are kept: at all of them, and inside every residual block.
 """
 
 Result = TypeVar("Result")
@@ -88,16 +89,17 @@ class Execution:
             dtype: precision of the last convolution; None is that of the weights.
         """
         x, moments = source, None
-        for block, following in zip_longest(blocks, blocks[1:]):
+        for block, following, finest in zip_longest(blocks, blocks[1:], _finest(blocks)):
+            recompute = self.recompute if finest or torch.is_grad_enabled() else "none"
             if isinstance(block, nn.GroupNorm):
                 assert moments is not None
                 x = Activated(x, Activation(block, moments, silu=False))
                 continue
             if following is None:
-                return self._made(block, x, moments, dtype)
-            made = self._made(block, x, moments)
+                return self._made(block, x, moments, recompute, dtype)
+            made = self._made(block, x, moments, recompute)
             normed = isinstance(following, nn.GroupNorm | ResidualBlock)
-            if isinstance(block, Upsample) and self.recompute != "none":
+            if isinstance(block, Upsample) and recompute != "none":
                 x, moments = made, self._moments(made) if normed else None
             else:
                 x, moments = self._stored(made, normed, release=True)
@@ -117,27 +119,32 @@ class Execution:
         return [(*rows, self.devices[index * len(self.devices) // count]) for index, rows in enumerate(stretches)]
 
     def _made(
-        self, block: nn.Module, x: FeatureMap, moments: Moments | None, dtype: torch.dtype | None = None
+        self,
+        block: nn.Module,
+        x: FeatureMap,
+        moments: Moments | None,
+        recompute: Recomputed,
+        dtype: torch.dtype | None = None,
     ) -> FeatureMap:
         """A block's map, whose rows are still to be asked for."""
         if isinstance(block, nn.Conv3d):
             return Convolved(x, block, dtype=dtype)
         if isinstance(block, ResidualBlock):
             assert moments is not None
-            return self._residual(block, x, moments)
+            return self._residual(block, x, moments, recompute)
         if isinstance(block, Downsample):
             return Convolved(x, block.conv, far_pad=1)
         if isinstance(block, Upsample):
             return _upsampled(block, x)
         raise TypeError(f"splitting does not know the layer {type(block).__name__}")
 
-    def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments) -> FeatureMap:
+    def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments, recompute: Recomputed) -> FeatureMap:
         inner = Convolved(Activated(x, Activation(block.norm1, moments)), block.conv1)
         h: FeatureMap = inner
         shortcut: FeatureMap = x
         if isinstance(block.shortcut, nn.Conv3d):
             shortcut = Convolved(x, block.shortcut)
-        if self.recompute == "inner" and (isinstance(x, Parts) or torch.is_grad_enabled()):
+        if recompute == "inner" and (isinstance(x, Parts) or torch.is_grad_enabled()):
             h_moments: Moments | None = self._moments(inner)
         elif isinstance(x, Parts) and _halves(block) and not torch.is_grad_enabled():
             # both maps together are no wider than x, which each part of them can take the place of
@@ -199,6 +206,12 @@ def computed_twice(compute: Callable[[], Result]) -> Result:
         return compute()
     made: Result = checkpoint(compute, use_reentrant=False, preserve_rng_state=False)
     return made
+
+
+def _finest(blocks: Sequence[nn.Module]) -> list[bool]:
+    """Of each block, whether its result is as fine as any."""
+    doublings = list(accumulate(isinstance(block, Upsample) - isinstance(block, Downsample) for block in blocks))
+    return [doubled == max(doublings) for doubled in doublings]
 
 
 def _halves(block: ResidualBlock) -> bool:

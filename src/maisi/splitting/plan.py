@@ -84,7 +84,7 @@ class Plan:
         how = "whole" if self.parts == 1 else f"{self.parts} parts along {AXES[self.axis]}"
         waiting = gib(self.waiting_bytes)
         where = {"device": "", "host": f", {waiting} waiting in the machine's memory", "disk": f", {waiting} on disk"}
-        anew = {"none": "", "upsampled": ", upsampled maps computed anew", "inner": ", half the maps computed anew"}
+        anew = {"none": "", "upsampled": ", the widest map computed anew", "inner": ", the finest maps computed anew"}
         shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
         way = f"{how}{where[self.storage]}{anew[self.recompute]}"
         return f"{self.task} {size}: {way}; about {gib(self.peak_bytes)}{shared} beside the weights"
