@@ -12,6 +12,7 @@ from maisi.splitting import plan
 from maisi.volume import Volume
 
 SPACING = (1.5, 2.0, 3.0)
+CPU, FP32 = torch.device("cpu"), torch.float32
 
 
 @pytest.fixture
@@ -94,6 +95,16 @@ def test_too_little_memory_is_told_before_it_is_taken(autoencoder, monkeypatch) 
     monkeypatch.setattr(plan, "free_memory", lambda device: 1_000_000)
     with pytest.raises(MaisiError, match=r"encode 32 x 32 x 32 voxels takes at least .* give more memory"):
         codec.encode(autoencoder, ct((32, 32, 32)))
+
+
+def test_a_full_disk_is_told_before_anything_waits_there(autoencoder, monkeypatch) -> None:
+    tight = plan.foreseen(autoencoder.config, plan.Plan("encode", (96, 32, 32), 0, 12, "disk", "none"), CPU, FP32)
+    monkeypatch.setattr(codec, "budget_beside", lambda *given: tight.peak_bytes)
+    volume = ct((96, 32, 32))
+    assert codec.encode(autoencoder, volume).mean.shape == (4, 24, 8, 8)
+    monkeypatch.setattr(codec, "waiting_room", lambda processes: {"disk": 1000})
+    with pytest.raises(MaisiError, match=r"feature maps must wait on disk, and 0.00 GiB are free in .*; set TMPDIR"):
+        codec.encode(autoencoder, volume)
 
 
 def test_parts_change_nothing(autoencoder) -> None:

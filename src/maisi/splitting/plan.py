@@ -132,31 +132,35 @@ def make_plan(
     def can_be_counted(plan: Plan) -> bool:
         return device.type != "cuda" or largest_tensor(config, plan, device, dtype) < CUDA_VALUES
 
-    least = rows * config.compression // CPU_ROWS if device.type == "cpu" else 1
-    counts = sorted({min(n, rows) for n in PARTS if n >= min(least, PARTS[-1])})
-    ways = list(_ways(_recomputed(config, task, processes), device))
-    for storage, recompute in ways:
+    fewest = rows * config.compression // CPU_ROWS if device.type == "cpu" else 1
+    counts = sorted({min(n, rows) for n in PARTS if n >= min(fewest, PARTS[-1])})
+    recomputed = _recomputed(config, task, processes)
+    for storage, recompute in _ways(recomputed, device):
         for parts in counts:
             plan = candidate(storage, recompute, parts)
             if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
                 return plan
-    smallest = candidate(*ways[-1], rows)
-    if smallest.peak_bytes <= budget:
-        if not has_room(smallest):
-            raise MaisiError(
-                f"To {task} {' x '.join(str(n) for n in size)} voxels {gib(smallest.waiting_bytes)} of feature maps "
-                f"must wait on disk, and {gib(room['disk'])} are free in {tempfile.gettempdir()}; set TMPDIR to a "
-                "folder with more, or give more memory (--memory) or a smaller size."
-            )
-        if can_be_counted(smallest):
-            return smallest
+    smallest = [candidate("disk", recompute, rows) for recompute in recomputed]
+    fitting = [plan for plan in smallest if plan.peak_bytes <= budget]
+    if not fitting:
+        least = min(plan.peak_bytes for plan in smallest)
         raise MaisiError(
-            f"To {task} {' x '.join(str(n) for n in size)} voxels makes maps of more than {CUDA_VALUES} values, too "
-            "many for CUDA's convolutions however they are cut; use a smaller size, or the CPU (--device cpu)."
+            f"To {task} {' x '.join(str(n) for n in size)} voxels takes at least {gib(least)} and "
+            f"{gib(max(budget, 0))} are given beside the weights; give more memory (--memory) or a smaller size."
         )
+    if not any(has_room(plan) for plan in fitting):
+        least = min(plan.waiting_bytes for plan in fitting)
+        raise MaisiError(
+            f"To {task} {' x '.join(str(n) for n in size)} voxels {gib(least)} of feature maps must wait on disk, and "
+            f"{gib(room['disk'])} are free in {tempfile.gettempdir()}; set TMPDIR to a folder with more, or give more "
+            "memory (--memory) or a smaller size."
+        )
+    for plan in fitting:
+        if has_room(plan) and can_be_counted(plan):
+            return plan
     raise MaisiError(
-        f"To {task} {' x '.join(str(n) for n in size)} voxels takes at least {gib(smallest.peak_bytes)} and "
-        f"{gib(max(budget, 0))} are given beside the weights; give more memory (--memory) or a smaller size."
+        f"To {task} {' x '.join(str(n) for n in size)} voxels makes maps of more than {CUDA_VALUES} values, too many "
+        "for CUDA's convolutions however they are cut; use a smaller size, or the CPU (--device cpu)."
     )
 
 
