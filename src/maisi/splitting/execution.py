@@ -31,7 +31,7 @@ from maisi.splitting.layers import (
 from maisi.splitting.maps import FeatureMap, Parts, Store, cuts
 
 Recomputed = Literal["none", "upsampled", "inner"]
-"""Maps that are not stored: their rows are computed anew each of the two to five times they are needed.
+"""Maps that are not stored: their rows are computed anew each time they are needed.
 
 "upsampled" are those that an upsampling makes, the widest of a decoder; "inner" are these and the map inside each
 residual block whose own input is stored. Both only at the finest resolution, whose maps decide the peak. Under
@@ -211,7 +211,8 @@ def computed_twice(compute: Callable[[], Result]) -> Result:
 def _finest(blocks: Sequence[nn.Module]) -> list[bool]:
     """Of each block, whether its result is as fine as any."""
     doublings = list(accumulate(isinstance(block, Upsample) - isinstance(block, Downsample) for block in blocks))
-    return [doubled == max(doublings) for doubled in doublings]
+    most = max(doublings)
+    return [doubled == most for doubled in doublings]
 
 
 def _halves(block: ResidualBlock) -> bool:

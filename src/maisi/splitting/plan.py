@@ -114,11 +114,11 @@ def make_plan(
     room = room or {}
     # of equal axes the first, whose parts are contiguous in memory
     axis = max(range(3), key=lambda a: (size[a], -a))
-    rows = size[axis] // config.compression
+    rows, voxels = size[axis] // config.compression, f"{' x '.join(str(n) for n in size)} voxels"
     if rows < processes:
         raise MaisiError(
-            f"{processes} processes cannot share {' x '.join(str(n) for n in size)} voxels, whose latents have {rows} "
-            f"rows along {AXES[axis]}; start at most {rows}."
+            f"{processes} processes cannot share {voxels}, whose latents have {rows} rows along {AXES[axis]}; start at "
+            f"most {rows}."
         )
     rows = -(-rows // processes)
 
@@ -135,32 +135,31 @@ def make_plan(
     fewest = rows * config.compression // CPU_ROWS if device.type == "cpu" else 1
     counts = sorted({min(n, rows) for n in PARTS if n >= min(fewest, PARTS[-1])})
     recomputed = _recomputed(config, task, processes)
-    for storage, recompute in _ways(recomputed, device):
-        for parts in counts:
-            plan = candidate(storage, recompute, parts)
-            if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
-                return plan
-    smallest = [candidate("disk", recompute, rows) for recompute in recomputed]
+    ways = [(*way, parts) for way in _ways(recomputed, device) for parts in counts]
+    tried: list[Plan] = []
+    for way in [*ways, *(("disk", recompute, rows) for recompute in recomputed)]:
+        plan = candidate(*way)
+        if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
+            return plan
+        tried.append(plan)
+    smallest = tried[-len(recomputed) :]
     fitting = [plan for plan in smallest if plan.peak_bytes <= budget]
     if not fitting:
         least = min(plan.peak_bytes for plan in smallest)
         raise MaisiError(
-            f"To {task} {' x '.join(str(n) for n in size)} voxels takes at least {gib(least)} and "
-            f"{gib(max(budget, 0))} are given beside the weights; give more memory (--memory) or a smaller size."
+            f"To {task} {voxels} takes at least {gib(least)} and {gib(max(budget, 0))} are given beside the weights; "
+            "give more memory (--memory) or a smaller size."
         )
     if not any(has_room(plan) for plan in fitting):
         least = min(plan.waiting_bytes for plan in fitting)
         raise MaisiError(
-            f"To {task} {' x '.join(str(n) for n in size)} voxels {gib(least)} of feature maps must wait on disk, and "
-            f"{gib(room['disk'])} are free in {tempfile.gettempdir()}; set TMPDIR to a folder with more, or give more "
-            "memory (--memory) or a smaller size."
+            f"To {task} {voxels} {gib(least)} of feature maps must wait on disk, and {gib(room['disk'])} are free in "
+            f"{tempfile.gettempdir()}; set TMPDIR to a folder with more, or give more memory (--memory) or a smaller "
+            "size."
         )
-    for plan in fitting:
-        if has_room(plan) and can_be_counted(plan):
-            return plan
     raise MaisiError(
-        f"To {task} {' x '.join(str(n) for n in size)} voxels makes maps of more than {CUDA_VALUES} values, too many "
-        "for CUDA's convolutions however they are cut; use a smaller size, or the CPU (--device cpu)."
+        f"To {task} {voxels} makes maps of more than {CUDA_VALUES} values, too many for CUDA's convolutions however "
+        "they are cut; use a smaller size, or the CPU (--device cpu)."
     )
 
 
