@@ -5,9 +5,10 @@
 PREPARED is a folder that `maisi prepare` made. Everything that can wait for the GPU is done beside it: processes draw
 views of the cases (with simulated tumours) from the first second on, while patches for the autoencoder are cut on the
 GPU itself. A stage's length is a share of the time, and its learning rate follows the clock, so a slower GPU trains
-less and still finishes. `--autoencoder` and `--unet` leave out what is trained already. Networks, losses, optimizer and
-process are the package's own; only the way the data comes differs from `maisi train`. OUT gets float16 weights (files
-over 15 MiB in parts) and pictures.
+less and still finishes. `--stages`, with the networks trained already, makes it a work of several commands; views that
+an earlier one left drawn are used. Networks, optimizer and process are the package's own; the losses of U-Net and
+ControlNet are squared, and the data comes another way than in `maisi train`. OUT gets float16 weights (files over
+15 MiB in parts) and pictures.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from linear_start import start_as_pca
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,28 +45,31 @@ from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
 from maisi.networks.unet import TrunkConfig, UNet, UNetConfig
-from maisi.training.autoencoder import quieten
 from maisi.training.controlnet import ControlNetRun
 from maisi.training.diffusion import soften_conditions
 from maisi.training.latents import condition_tensors, mask_tensor
-from maisi.training.losses import adversarial, perceptual, weighted_l1
+from maisi.training.losses import adversarial, perceptual
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.perceptual import load_features
 from maisi.weights.load import load_network, read_header, save_network
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
-AUTOENCODER = AutoencoderConfig(channels=(32, 64, 128), num_res_blocks=(1, 2, 2), norm_groups=8, upsampling="nearest")
+AUTOENCODER = AutoencoderConfig(
+    latent_channels=16, channels=(32, 64, 128), num_res_blocks=(1, 2, 2), norm_groups=8, upsampling="transposed"
+)
 UNET = UNetConfig(
-    channels=(48, 96, 160),
-    num_res_blocks=(1, 2, 2),
+    in_channels=AUTOENCODER.latent_channels,
+    out_channels=AUTOENCODER.latent_channels,
+    channels=(64, 128, 160),
+    num_res_blocks=(1, 1, 2),
     attention_levels=(False, False, True),
     norm_groups=8,
     region_input=True,
     spacing_input=True,
     num_modalities=34,
 )
-PROCESS = RectifiedFlow(base_voxels=2048)
+PROCESS = RectifiedFlow(base_voxels=1024)
 HEADS, TRUNKS = ("head-neck",), ("chest", "abdomen")
 WHOLE_HEAD, WHOLE_TRUNK = (390.0, 0.0, 200.0), (240.0, 0.0, 180.0)
 
@@ -94,20 +99,24 @@ def crops(regions: tuple[str, ...], least: float, most: float) -> ViewConfig:
 
 
 KINDS = (
-    (0.37, heads((144, 112, 112), 3.1, 3.6)),
-    (0.13, heads((112, 80, 80), 4.0, 4.9)),
-    (0.07, heads((80, 64, 64), 5.2, 6.6)),
-    (0.11, trunks((128, 128, 128), 2.8, 3.3)),
+    (0.42, heads((112, 80, 80), 4.0, 4.9)),
+    (0.10, heads((144, 112, 112), 3.1, 3.6)),
+    (0.08, heads((80, 64, 64), 5.2, 6.6)),
+    (0.10, trunks((128, 128, 128), 2.8, 3.3)),
     (0.05, trunks((128, 96, 64), 2.7, 3.3)),
     (0.09, trunks((96, 80, 80), 3.6, 4.8)),
     (0.05, trunks((80, 64, 64), 5.0, 6.6)),
-    (0.09, crops(TRUNKS, 1.8, 3.2)),
+    (0.07, crops(TRUNKS, 1.8, 3.2)),
     (0.04, crops(HEADS, 2.5, 3.5)),
 )
 """How often each kind of view is drawn. The crops are for the ControlNet alone, and so are views with tumours."""
 
-WAITING = 300
-"""Views on the disk beyond which no more are drawn."""
+STAGES = ("autoencoder", "unet", "controlnet")
+SHARES = {"autoencoder": 0.30, "unet": 0.50, "controlnet": 0.20}
+"""Of the time that the stages to train have."""
+
+BLUR = 0.1
+"""Noise on latents, up to this part of their spread, that the decoder learns to overlook: made ones are not exact."""
 
 STARTED = time.monotonic()
 
@@ -132,8 +141,8 @@ class DrawnView:
     tumors: bool
 
 
-def draw_views(prepared: Path, folder: Path, worker: int, workers: int, facts: dict[str, Any]) -> None:
-    """Draw views number worker, worker + workers, ... until the folder holds a file `stop`."""
+def draw_views(prepared: Path, folder: Path, worker: int, workers: int, waiting: int, facts: dict[str, Any]) -> None:
+    """Draw views number worker, worker + workers, ... until the folder holds a file `stop`; pause while many wait."""
     torch.set_num_threads(1)
     os.nice(5)
     source = PreparedFolder(prepared)
@@ -143,7 +152,7 @@ def draw_views(prepared: Path, folder: Path, worker: int, workers: int, facts: d
     shares = np.array([share for share, _, _ in fitting])
     number = worker
     while not (folder / "stop").exists():
-        if len(os.listdir(folder)) > WAITING:
+        if len(os.listdir(folder)) > waiting:
             time.sleep(1)
             continue
         rng = np.random.default_rng([7, number])
@@ -360,31 +369,28 @@ def train_autoencoder(
     out: Path,
     ready: Callable[[], None],
 ) -> Autoencoder:
-    """L1, KL and equivariance for the first part; then the decoder alone, with perceptual and adversarial losses."""
+    """From block PCA; L1 for the first part, then the decoder alone, with perceptual and adversarial losses."""
     patches = Patches(source, device, size)
     say(f"{len(patches.cases)} cases on the device")
-    ready()
     torch.manual_seed(0)
-    model = Autoencoder(AUTOENCODER)
-    quieten(model)
-    placed(model, device)
-    muon = {"kind": "muon", "schedule": "cosine", "final_fraction": 0.02, "ema_decay": 0.998}
-    student = Student("autoencoder", model, OptimizerConfig(learning_rate=2e-3, warmup_steps=300, **muon), NOMINAL)
     rng, losses = np.random.default_rng(0), Losses()
-    kl = 1e-7 * (40 / size) ** 3
-    for step, over in Clock(0.62 * seconds, "autoencoder"):
+    model = placed(Autoencoder(AUTOENCODER), device)
+    assert isinstance(model, Autoencoder)
+    start_as_pca(model, torch.cat([patches.batch(batch, rng) for _ in range(20)]))
+    say("block PCA:", judged(model, source, device))
+    ready()
+    muon = {"kind": "muon", "schedule": "cosine", "final_fraction": 0.02, "ema_decay": 0.998}
+    student = Student("autoencoder", model, OptimizerConfig(learning_rate=3e-4, warmup_steps=300, **muon), NOMINAL)
+    for step, over in Clock(0.72 * seconds, "autoencoder"):
         x = last(patches.batch(batch, rng))
-        halved = bool(rng.random() < 0.25)
         with autocast(device):
             found = model.encode(x)
-            z = found.mean + torch.exp(0.5 * found.log_variance) * torch.randn_like(found.mean)
-            made = model.decode(F.avg_pool3d(z, 2) if halved else z)
-        target = F.avg_pool3d(x, 2) if halved else x
-        terms = {"l1": F.l1_loss(made.float(), target), "kl": kl * found.kl().float()}
-        (terms["l1"] + terms["kl"]).backward()
+            made = model.decode(found.mean + torch.exp(0.5 * found.log_variance) * torch.randn_like(found.mean))
+        terms = {"l1": F.l1_loss(made.float(), x)}
+        terms["l1"].backward()
         student.apply_at(over)
         student.average(step)
-        losses.add({"halved_l1" if halved else "l1": terms["l1"], "kl": terms["kl"]})
+        losses.add(terms)
         if step % 400 == 399:
             say(losses.read())
     model.load_state_dict(student.ema.values)
@@ -396,14 +402,14 @@ def train_autoencoder(
     if isinstance(features, nn.Module):
         features.to(device)
     sharper = {**muon, "ema_decay": 0.995}
-    student = Student("autoencoder", model, OptimizerConfig(learning_rate=6e-4, warmup_steps=300, **sharper), NOMINAL)
+    student = Student("autoencoder", model, OptimizerConfig(learning_rate=1e-4, warmup_steps=300, **sharper), NOMINAL)
     critic = Student("judge", judge, OptimizerConfig(learning_rate=2e-4, betas=(0.5, 0.9), ema_decay=0.0), NOMINAL)
-    for step, over in Clock(0.38 * seconds, "decoder"):
+    for step, over in Clock(0.28 * seconds, "decoder"):
         x = last(patches.batch(batch, rng))
         weight = 0.1 * min(1.0, max(0.0, (over - 0.08) / 0.15))
         with torch.no_grad(), autocast(device):
-            found = model.encode(x)
-            z = found.mean + torch.exp(0.5 * found.log_variance) * torch.randn_like(found.mean)
+            z = model.encode(x).mean
+            z = z + BLUR * z.std() * torch.rand(batch, 1, 1, 1, 1, device=device) * torch.randn_like(z)
         with autocast(device):
             made = model.decode(z).float()
             seen = perceptual(features, made, x, torch.rand(3))
@@ -566,7 +572,7 @@ def train_unet(
         noisy, times, target = perturbed(z, generator)
         with autocast(device):
             prediction = net(last(noisy), times, **told)
-        loss = weighted_l1(prediction.float(), target)
+        loss = F.mse_loss(prediction.float(), target)
         loss.backward()
         student.apply_at(over)
         student.average(step)
@@ -624,7 +630,8 @@ def train_controlnet(
             x = last(noisy)
             residuals = net(x, times, last(bits), modality=told["modality"])
             prediction = unet(x, times, residuals=residuals, **told)
-        loss = weighted_l1(prediction.float(), target, 1 + (run.label_weight - 1) * heavy)
+        weight = 1 + (run.label_weight - 1) * heavy
+        loss = (weight * (prediction.float() - target).square()).sum() / (weight.sum() * target.shape[1])
         loss.backward()
         student.apply_at(over)
         student.average(step)
@@ -655,27 +662,31 @@ def in_parts(net: nn.Module, path: Path, scale: float) -> None:
 def pictures(
     model: Autoencoder,
     unet: UNet,
-    control: ControlNet,
+    control: ControlNet | None,
     scale: float,
     banks: dict[tuple[int, ...], Bank],
     device: torch.device,
     out: Path,
 ) -> None:
-    """Columns of a real image, one of the U-Net alone, and one under the real one's label map."""
-    table = torch.from_numpy(control.config.told_table()).to(device)
+    """Columns of a real image, one of the U-Net alone, and with a ControlNet one under the real one's label map."""
     columns = []
-    for size, count in (((144, 112, 112), 4), ((128, 128, 128), 2), ((112, 80, 80), 2)):
+    for size, count in (((112, 80, 80), 6), ((128, 128, 128), 3), ((144, 112, 112), 2)):
         for index in range(min(count, len(banks[size])) if size in banks else 0):
             bank = banks[size]
             told = {name: value[index : index + 1] for name, value in bank.told.items()}
-            bits = last(inpainting_mask(mask_tensor(table[bank.labels[index : index + 1].long()])))
-            noise = torch.randn(1, 4, *(n // 4 for n in size), generator=torch.Generator().manual_seed(index))
+            masks: list[Tensor | None] = [None]
+            if control is not None:
+                table = torch.from_numpy(control.config.told_table()).to(device)
+                masks.append(last(inpainting_mask(mask_tensor(table[bank.labels[index : index + 1].long()]))))
+            noise = torch.randn(1, *bank.mean.shape[1:], generator=torch.Generator().manual_seed(index))
             rows = [bank.image[index, 0].float()]
-            for mask in (None, bits):
+            for mask in masks:
 
                 def denoise(x: Tensor, t: Tensor, mask: Tensor | None = mask, told: Any = told) -> Tensor:
                     with autocast(device):
-                        residuals = None if mask is None else control(last(x), t, mask, modality=told["modality"])
+                        residuals = None
+                        if control is not None and mask is not None:
+                            residuals = control(last(x), t, mask, modality=told["modality"])
                         return torch.as_tensor(unet(last(x), t, residuals=residuals, **told).float())
 
                 z = sample(PROCESS, denoise, noise.to(device), steps=20)
@@ -693,78 +704,87 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=470, help="in all, from the start of the program")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shares", default="0.36,0.44,0.20", help="of the time: autoencoder, U-Net, ControlNet")
+    parser.add_argument("--stages", default=",".join(STAGES), help="to train; the networks of others must be given")
     parser.add_argument("--batch", type=int, default=16, help="patches of the autoencoder")
     parser.add_argument("--patch", type=int, default=64)
-    parser.add_argument("--voxels", type=int, default=900_000, help="latent voxels of a batch of the U-Net")
-    parser.add_argument("--autoencoder", type=Path, help="one trained already; its share of the time draws views")
+    parser.add_argument("--voxels", type=int, default=400_000, help="latent voxels of a batch of the U-Net")
+    parser.add_argument("--autoencoder", type=Path, help="one trained already")
     parser.add_argument("--unet", type=Path, help="one trained already")
     parser.add_argument("--begun", type=Path, help="a U-Net to go on with")
-    parser.add_argument("--most", type=int, default=3000, help="views of each of two rounds; 8 MB of the GPU each")
+    parser.add_argument("--most", type=int, default=3000, help="views of each of two rounds; 5 MB of the GPU each")
     parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
+    parser.add_argument("--waiting", type=int, default=300, help="views there beyond which no more are drawn")
+    parser.add_argument(
+        "--draw", type=float, default=0, help="seconds to draw views before a first stage that needs them"
+    )
     a = parser.parse_args()
+    stages = [stage for stage in STAGES if stage in a.stages.split(",")]
     a.out.mkdir(parents=True, exist_ok=True)
     a.views.mkdir(parents=True, exist_ok=True)
+    (a.views / "stop").unlink(missing_ok=True)
     device = torch.device(a.device)
     source = PreparedFolder(a.prepared)
     spawn = multiprocessing.get_context("spawn")
     warming = spawn.Process(target=warm_up, args=(device,), daemon=True)
     warming.start()
-    with spawn.Pool(a.workers) as pool:
+    with spawn.Pool(max(1, a.workers)) as pool:
         facts = dict(pool.map(facts_of, [(a.prepared, case.id) for case in source.cases("train")], chunksize=4))
     say(f"facts of {len(facts)} cases")
     jobs = [
-        spawn.Process(target=draw_views, args=(a.prepared, a.views, n, a.workers, facts), daemon=True)
+        spawn.Process(target=draw_views, args=(a.prepared, a.views, n, a.workers, a.waiting, facts), daemon=True)
         for n in range(a.workers)
     ]
     for job in jobs:
         job.start()
     views: dict[str, DrawnView] = {}
-
-    def gather() -> None:
-        for path in sorted(a.views.glob("??????.npz")):
-            if path.name not in views and len(views) < 2 * a.most:
-                views[path.name] = read_view(path)
-                path.unlink()
-
-    gathering = [True]
+    wanted = [a.most]
 
     def keep_gathering() -> None:
-        while gathering[0]:
-            gather()
-            time.sleep(1.0)
+        with ThreadPoolExecutor(4) as pool:
+            while wanted[0]:
+                paths = sorted(a.views.glob("??????.npz"))[: max(0, min(200, wanted[0] - len(views)))]
+                for path, view in zip(paths, pool.map(read_view, paths), strict=True):
+                    views[path.name] = view
+                    path.unlink()
+                time.sleep(0.0 if paths else 1.0)
+
+    def seconds_for(stage: str, spare: float) -> float:
+        left = a.seconds - (time.monotonic() - STARTED) - spare
+        return left * SHARES[stage] / sum(SHARES[other] for other in stages[stages.index(stage) :])
 
     reader = ThreadPoolExecutor(1)
     reading = reader.submit(keep_gathering)
     try:
-        share = [float(s) for s in a.shares.split(",")]
-        left = a.seconds - (time.monotonic() - STARTED) - 45
-        if a.autoencoder:
+        if "autoencoder" in stages:
+            seconds = seconds_for("autoencoder", 40)
+            model = train_autoencoder(source, device, seconds, a.batch, a.patch, a.out, warming.join)
+        else:
             model = trained(a.autoencoder, device, Autoencoder)
-            time.sleep(share[0] * left)  # for views to be drawn
-        else:
-            model = train_autoencoder(source, device, share[0] * left, a.batch, a.patch, a.out, warming.join)
+        time.sleep(a.draw)
+        known = sorted(views)[: a.most]
         say(f"{len(views)} views so far")
-        known = set(list(views)[: a.most])
-        banks = encoded(model, [views[name] for name in sorted(known)], device)
+        if stages == ["autoencoder"]:
+            return
+        banks = encoded(model, [views[name] for name in known], device)
         say(f"encoded {len(known)} views")
-        left = a.seconds - (time.monotonic() - STARTED) - 25
-        if a.unet:
-            unet = trained(a.unet, device, UNet)
-            scale = scale_of(a.unet)
+        if "controlnet" in stages:
+            wanted[0] = 2 * a.most
+        if "unet" in stages:
+            unet, scale = train_unet(banks, device, seconds_for("unet", 25), a.voxels, a.out, a.begun)
         else:
-            unet, scale = train_unet(banks, device, left * share[1] / (share[1] + share[2]), a.voxels, a.out, a.begun)
+            unet, scale = trained(a.unet, device, UNet), scale_of(a.unet)
+        if "controlnet" not in stages:
+            pictures(model, unet, None, scale, banks, device, a.out)
+            return
         fresh = [view for name, view in list(views.items()) if name not in known][: a.most]
-        more = encoded(model, fresh, device)
-        say(f"encoded {len(fresh)} more views")
-        for size, bank in more.items():
+        for size, bank in encoded(model, fresh, device).items():
             banks[size] = joined(banks[size], bank) if size in banks else bank
-        left = a.seconds - (time.monotonic() - STARTED) - 12
-        control = train_controlnet(unet, scale, banks, device, left, a.voxels // 2, a.out)
+        say(f"encoded {len(fresh)} more views")
+        control = train_controlnet(unet, scale, banks, device, seconds_for("controlnet", 12), a.voxels // 2, a.out)
         pictures(model, unet, control, scale, banks, device, a.out)
     finally:
         (a.views / "stop").touch()
-        gathering[0] = False
+        wanted[0] = 0
     reading.result()
     say("done")
 
@@ -794,7 +814,7 @@ def warm_up(device: torch.device) -> None:
         return
     told = {name: value.to(device) for name, value in condition_tensors([Conditions((3.0,) * 3, HEADS, "ct")]).items()}
     model, unet = placed(Autoencoder(AUTOENCODER), device), placed(UNet(UNET), device)
-    x, times = last(torch.rand(1, 4, 16, 16, 16, device=device)), torch.full((1,), 500.0, device=device)
+    x, times = last(torch.rand(1, UNET.in_channels, 16, 16, 16, device=device)), torch.full((1,), 500.0, device=device)
     with autocast(device):
         made, _ = model(last(torch.rand(1, 1, 32, 32, 32, device=device)))
         made.float().mean().backward()
