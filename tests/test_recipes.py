@@ -103,7 +103,9 @@ def test_assembled_model_generates(model_folder: Path, tmp_path: Path) -> None:
     assert (model.name, model.folder.config.scale_factor, model.folder.config.size_multiple) == ("tiny", 0.5, 16)
     stored = load_network(tmp_path / "made" / "unet.safetensors").state_dict()
     for name, value in load_network(unet).state_dict().items():
-        torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=1e-6)
+        step = value.flatten(1).abs().amax(1) / 127 if value.ndim > 1 else torch.zeros(())
+        bound = (0.501 * step).view(-1, *[1] * (value.ndim - 1)) + 1e-3 * value.abs() + 1e-6
+        assert ((stored[name] - value).abs() <= bound).all(), name
     item = model.generate(region="chest", size=(32, 32, 32), spacing=(8, 8, 8), steps=1)
     assert item.image.shape == (32, 32, 32)
     assert model.folder.library() == tmp_path / "made" / "label_maps"

@@ -27,7 +27,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from linear_start import start_as_pca
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,7 +47,8 @@ from maisi.networks.unet import TrunkConfig, UNet, UNetConfig
 from maisi.training.controlnet import ControlNetRun
 from maisi.training.diffusion import soften_conditions
 from maisi.training.latents import condition_tensors, mask_tensor
-from maisi.training.losses import adversarial, perceptual
+from maisi.training.linear_start import start_as_components
+from maisi.training.losses import adversarial, channel_weights, perceptual
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.perceptual import load_features
 from maisi.weights.load import load_network, read_header, save_network
@@ -141,7 +141,9 @@ class DrawnView:
     tumors: bool
 
 
-def draw_views(prepared: Path, folder: Path, worker: int, workers: int, waiting: int, facts: dict[str, Any]) -> None:
+def draw_views(
+    prepared: Path, folder: Path, worker: int, workers: int, waiting: int, seed: int, facts: dict[str, Any]
+) -> None:
     """Draw views number worker, worker + workers, ... until the folder holds a file `stop`; pause while many wait."""
     torch.set_num_threads(1)
     os.nice(5)
@@ -155,7 +157,7 @@ def draw_views(prepared: Path, folder: Path, worker: int, workers: int, waiting:
         if len(os.listdir(folder)) > waiting:
             time.sleep(1)
             continue
-        rng = np.random.default_rng([7, number])
+        rng = np.random.default_rng([6 + seed, number])
         index = int(rng.choice(len(fitting), p=shares / shares.sum()))
         _, kind, choice = fitting[index]
         weights = np.array([case.weight for case in choice])
@@ -376,7 +378,7 @@ def train_autoencoder(
     rng, losses = np.random.default_rng(0), Losses()
     model = placed(Autoencoder(AUTOENCODER), device)
     assert isinstance(model, Autoencoder)
-    start_as_pca(model, torch.cat([patches.batch(batch, rng) for _ in range(20)]))
+    start_as_components(model, torch.cat([patches.batch(batch, rng) for _ in range(20)]))
     say("block PCA:", judged(model, source, device))
     ready()
     muon = {"kind": "muon", "schedule": "cosine", "final_fraction": 0.02, "ema_decay": 0.998}
@@ -530,6 +532,16 @@ def drawn(bank: Bank, chosen: Tensor, hide: Tensor, scale: float) -> tuple[Tenso
     return (mean + spread * torch.randn_like(mean)) * scale, told
 
 
+@torch.no_grad()
+def importance(model: Autoencoder, banks: dict[tuple[int, ...], Bank]) -> Tensor:
+    """See `channel_weights`."""
+    z = max(banks.values(), key=len).mean[:4].float()
+    with autocast(z.device):
+        weights = channel_weights(lambda z: model.decode(last(z)), z)
+    say("weights of channels:", " ".join(f"{w:.2f}" for w in weights.flatten().tolist()))
+    return weights
+
+
 def perturbed(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, times, target."""
     times = PROCESS.draw_times(len(z), z[0, 0].numel(), generator)
@@ -538,18 +550,18 @@ def perturbed(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
 
 
 def train_unet(
-    banks: dict[tuple[int, ...], Bank], device: torch.device, seconds: float, voxels: int, out: Path, begun: Path | None
+    banks: dict[tuple[int, ...], Bank], weights: Tensor, device: torch.device, seconds: float, a: argparse.Namespace
 ) -> tuple[UNet, float]:
     """On views without tumours, crops left out. Returns the network and the scale factor (of what was `begun`, its)."""
     torch.manual_seed(1)
-    if begun is None:
+    if a.begun is None:
         net = UNet(UNET)
         soften_conditions(net)
     else:
-        net = loaded(begun, device, UNet).requires_grad_(True).train()
+        net = loaded(a.begun, device, UNet).requires_grad_(True).train()
     placed(net, device)
     config = OptimizerConfig(
-        kind="muon", learning_rate=2e-3, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
+        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
     )
     student = Student("unet", net, config, NOMINAL)
     whole = {size: bank for size, bank in banks.items() if not bank.crop and len(bank.clean)}
@@ -557,30 +569,33 @@ def train_unet(
     centre = [bank.mean[bank.clean.to(device)].float().sum().double() for bank in whole.values()]
     count = sum(bank.mean[0].numel() * len(bank.clean) for bank in whole.values())
     average = float(sum(centre)) / count
-    scale = 1 / math.sqrt(float(sum(pooled)) / count - average**2) if begun is None else scale_of(begun)
+    scale = 1 / math.sqrt(float(sum(pooled)) / count - average**2) if a.begun is None else scale_of(a.begun)
     say(f"scale factor {scale:.4f};", ", ".join(f"{s}: {len(b.clean)} of {len(b)} views" for s, b in banks.items()))
     sizes = list(whole)
     chances = np.array([share_of(size) for size in sizes])
-    rng, generator, losses = np.random.default_rng(1), torch.Generator().manual_seed(1), Losses()
+    torch.manual_seed(a.seed)
+    rng, generator, losses = np.random.default_rng(a.seed), torch.Generator().manual_seed(a.seed), Losses()
     for step, over in Clock(seconds, "unet"):
         size = sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]
         bank = whole[size]
-        batch = max(2, voxels * 64 // math.prod(size))
+        batch = max(2, a.voxels * 64 // math.prod(size))
         chosen = bank.clean[torch.from_numpy(rng.integers(0, len(bank.clean), batch))].to(device)
         hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
         z, told = drawn(bank, chosen, hide, scale)
         noisy, times, target = perturbed(z, generator)
         with autocast(device):
             prediction = net(last(noisy), times, **told)
-        loss = F.mse_loss(prediction.float(), target)
+        loss = (weights * (prediction.float() - target).square()).mean()
         loss.backward()
         student.apply_at(over)
         student.average(step)
         losses.add({"loss": loss})
         if step % 400 == 399:
             say(losses.read())
+            if a.device == "cpu":
+                in_parts(student.averaged(UNet(net.config)), a.out / "so-far.safetensors", scale)
     averaged = student.averaged(UNet(net.config))
-    in_parts(averaged, out / "unet.safetensors", scale)
+    in_parts(averaged, a.out / "unet.safetensors", scale)
     return averaged, scale  # type: ignore[return-value]
 
 
@@ -588,10 +603,10 @@ def train_controlnet(
     unet: UNet,
     scale: float,
     banks: dict[tuple[int, ...], Bank],
+    weights: Tensor,
     device: torch.device,
     seconds: float,
-    voxels: int,
-    out: Path,
+    a: argparse.Namespace,
 ) -> ControlNet:
     """On all views; half of the items inpaint."""
     run = read_yaml(ControlNetRun, Path(__file__).with_name("controlnet.yaml"))
@@ -600,11 +615,14 @@ def train_controlnet(
         **shared, image_channels=2, mask_encoder_channels=run.mask_encoder_channels, told_as=run.told_as or {}
     )
     torch.manual_seed(2)
-    net = ControlNet.from_unet(unet, config)
+    if a.begun_controlnet is None:
+        net = ControlNet.from_unet(unet, config)
+    else:
+        net = loaded(a.begun_controlnet, device, ControlNet)
     net.requires_grad_(True).train()
     placed(net, device)
     settings = OptimizerConfig(
-        kind="muon", learning_rate=2e-3, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.997
+        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.997
     )
     student = Student("controlnet", net, settings, NOMINAL)
     table = torch.from_numpy(config.told_table()).to(device)
@@ -612,11 +630,13 @@ def train_controlnet(
     weighty[list(run.weighted_labels)] = 1
     sizes = list(banks)
     chances = np.array([share_of(size) for size in sizes])
-    rng, generator, losses = np.random.default_rng(2), torch.Generator().manual_seed(2), Losses()
+    torch.manual_seed(a.seed + 1)
+    rng, generator = np.random.default_rng(a.seed + 1), torch.Generator().manual_seed(a.seed + 1)
+    losses = Losses()
     for step, over in Clock(seconds, "controlnet"):
         size = sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]
         bank = banks[size]
-        batch = max(2, voxels * 64 // math.prod(size))
+        batch = max(2, a.voxels // 2 * 64 // math.prod(size))
         chosen = torch.from_numpy(rng.integers(0, len(bank), batch)).to(device)
         hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
         z, told = drawn(bank, chosen, hide, scale)
@@ -631,15 +651,17 @@ def train_controlnet(
             residuals = net(x, times, last(bits), modality=told["modality"])
             prediction = unet(x, times, residuals=residuals, **told)
         weight = 1 + (run.label_weight - 1) * heavy
-        loss = (weight * (prediction.float() - target).square()).sum() / (weight.sum() * target.shape[1])
+        loss = (weight * weights * (prediction.float() - target).square()).sum() / (weight.sum() * target.shape[1])
         loss.backward()
         student.apply_at(over)
         student.average(step)
         losses.add({"loss": loss})
         if step % 200 == 199:
             say(losses.read())
+            if a.device == "cpu":
+                in_parts(student.averaged(ControlNet(config)), a.out / "so-far.safetensors", scale)
     averaged = student.averaged(ControlNet(config))
-    in_parts(averaged, out / "controlnet.safetensors", scale)
+    in_parts(averaged, a.out / "controlnet.safetensors", scale)
     return averaged  # type: ignore[return-value]
 
 
@@ -711,6 +733,9 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="one trained already")
     parser.add_argument("--unet", type=Path, help="one trained already")
     parser.add_argument("--begun", type=Path, help="a U-Net to go on with")
+    parser.add_argument("--begun-controlnet", type=Path, help="a ControlNet to go on with")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of U-Net and ControlNet")
+    parser.add_argument("--seed", type=int, default=1, help="of views, noise and order")
     parser.add_argument("--most", type=int, default=3000, help="views of each of two rounds; 5 MB of the GPU each")
     parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
     parser.add_argument("--waiting", type=int, default=300, help="views there beyond which no more are drawn")
@@ -731,7 +756,9 @@ def main() -> None:
         facts = dict(pool.map(facts_of, [(a.prepared, case.id) for case in source.cases("train")], chunksize=4))
     say(f"facts of {len(facts)} cases")
     jobs = [
-        spawn.Process(target=draw_views, args=(a.prepared, a.views, n, a.workers, a.waiting, facts), daemon=True)
+        spawn.Process(
+            target=draw_views, args=(a.prepared, a.views, n, a.workers, a.waiting, a.seed, facts), daemon=True
+        )
         for n in range(a.workers)
     ]
     for job in jobs:
@@ -767,10 +794,11 @@ def main() -> None:
             return
         banks = encoded(model, [views[name] for name in known], device)
         say(f"encoded {len(known)} views")
+        weights = importance(model, banks)
         if "controlnet" in stages:
             wanted[0] = 2 * a.most
         if "unet" in stages:
-            unet, scale = train_unet(banks, device, seconds_for("unet", 25), a.voxels, a.out, a.begun)
+            unet, scale = train_unet(banks, weights, device, seconds_for("unet", 25), a)
         else:
             unet, scale = trained(a.unet, device, UNet), scale_of(a.unet)
         if "controlnet" not in stages:
@@ -780,7 +808,7 @@ def main() -> None:
         for size, bank in encoded(model, fresh, device).items():
             banks[size] = joined(banks[size], bank) if size in banks else bank
         say(f"encoded {len(fresh)} more views")
-        control = train_controlnet(unet, scale, banks, device, seconds_for("controlnet", 12), a.voxels // 2, a.out)
+        control = train_controlnet(unet, scale, banks, weights, device, seconds_for("controlnet", 12), a)
         pictures(model, unet, control, scale, banks, device, a.out)
     finally:
         (a.views / "stop").touch()

@@ -5,17 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maisi.training.losses import adversarial, perceptual, region_contrastive, slices, weighted_l1
+from maisi.training.losses import adversarial, channel_weights, perceptual, region_contrastive, slices, weighted_mean
 from maisi.training.optimizer import OptimizerConfig
 from maisi.training.perceptual import load_features
 from maisi.training.state import ExponentialMovingAverage, step_generator
 
 
-def test_weighted_l1_weights_voxels() -> None:
-    prediction, target = torch.zeros(1, 2, 2, 1, 1), torch.ones(1, 2, 2, 1, 1)
+def test_weighted_mean_weights_voxels() -> None:
+    difference = torch.ones(1, 2, 2, 1, 1)
     weight = torch.tensor([1.0, 100.0]).view(1, 1, 2, 1, 1)
-    assert float(weighted_l1(prediction, target)) == 1
-    assert float(weighted_l1(prediction, target, weight)) == pytest.approx(50.5)
+    assert float(weighted_mean(difference)) == 1
+    assert float(weighted_mean(difference, weight)) == pytest.approx(50.5)
+
+
+def test_channel_weights_are_what_a_channel_changes_in_the_image() -> None:
+    factors = torch.tensor([3.0, 1.0, 0.0]).view(1, 3, 1, 1, 1)
+    z = torch.randn(4, 3, 8, 8, 8)
+    weights = channel_weights(lambda z: (factors * z).sum(1, keepdim=True), z)
+    assert weights.shape == (1, 3, 1, 1, 1)
+    shares = torch.tensor([9.0, 1.0, 0.0]) / (10 / 3)
+    torch.testing.assert_close(weights.flatten(), (shares + 0.5) / 1.5, rtol=0.1, atol=0.01)
 
 
 def test_region_contrastive_wants_difference_inside_and_agreement_outside() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +17,7 @@ from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.device import feature_layout, placed, resolve_device
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
+from maisi.training.linear_start import require_components, start_as_components
 from maisi.training.loop import LoopConfig
 from maisi.training.losses import adversarial, perceptual
 from maisi.training.optimizer import OptimizerConfig, Trainee
@@ -57,7 +58,9 @@ class AutoencoderRun(Config):
 
     Attributes:
         data: prepared folder (`maisi prepare`).
-        init: weights to start from; none starts at random.
+        init: weights to start from; none starts anew.
+        start: without `init`: at `random`, or as block PCA (`components`, see `linear_start`), which comes to finer
+            details in less time and wants a small learning rate.
         decoder_only: leave the encoder as it is, so that latents cached with it stay valid: a sharper decoder
             (perceptual and adversarial losses) can be trained beside the diffusion stage.
         validation_size: voxels of the centre crop that each validation case contributes.
@@ -66,6 +69,7 @@ class AutoencoderRun(Config):
     data: Path
     loop: LoopConfig
     init: Path | None = None
+    start: Literal["random", "components"] = "random"
     decoder_only: bool = False
     model: AutoencoderConfig = AutoencoderConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -76,6 +80,12 @@ class AutoencoderRun(Config):
     discriminator_optimizer: OptimizerConfig = OptimizerConfig()
     validation_cases: int = Field(default=4, ge=1)
     validation_size: tuple[int, int, int] = (96, 96, 96)
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoencoderRun:
+        if self.start == "components" and self.init is None:
+            require_components(self.model)
+        return self
 
 
 def quieten(model: Autoencoder) -> None:
@@ -100,7 +110,7 @@ class AutoencoderStage:
         self.source = PatchSource(self.folder, "train", run.patches, run.loop.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.loop.seed)
-            model = _initial(run)
+            model = _initial(run, self.source)
             discriminator = PatchDiscriminator(run.discriminator)
         if run.decoder_only:
             for part in (model.encoder, model.quant_conv_mu, model.quant_conv_log_sigma):
@@ -218,10 +228,16 @@ class AutoencoderStage:
         save_network(folder / "autoencoder.safetensors", model)
 
 
-def _initial(run: AutoencoderRun) -> Autoencoder:
+BATCHES_FOR_COMPONENTS = 32
+
+
+def _initial(run: AutoencoderRun, source: PatchSource) -> Autoencoder:
     if run.init is None:
         model = Autoencoder(run.model)
-        quieten(model)
+        if run.start == "components":
+            start_as_components(model, torch.cat([source.batch(step) for step in range(BATCHES_FOR_COMPONENTS)]))
+        else:
+            quieten(model)
         return model
     loaded = load_network(run.init, network="autoencoder")
     assert isinstance(loaded, Autoencoder)

@@ -24,7 +24,7 @@ from maisi.networks.controlnet import ControlNet, ControlNetConfig, ToldAs, inpa
 from maisi.networks.unet import TrunkConfig, UNet
 from maisi.training.denoising import DenoisingRun, DenoisingStage, latent_sources
 from maisi.training.latents import LatentBatch, mask_tensor
-from maisi.training.losses import region_contrastive, weighted_l1
+from maisi.training.losses import region_contrastive, weighted_mean
 from maisi.training.pictures import label_planes
 from maisi.training.state import step_rng
 from maisi.weights.load import CUSTOM_LABELS_KEY, load_network, read_header
@@ -76,7 +76,7 @@ class ControlNetStage(DenoisingStage):
             control = _initial(run, unet)
         told = read_header(run.unet).metadata.get("maisi.scale_factor")
         sources = latent_sources(run, with_labels=True, scale_factor=None if told is None else float(told))
-        super().__init__(run, control, ControlNet(control.config), sources, run.autoencoder)
+        super().__init__(run, control, ControlNet(control.config), sources, run.autoencoder, run.loss)
         self.told = torch.from_numpy(control.config.told_table()).to(self.device)
         self.unet = placed(unet.requires_grad_(False), self.device, self.layout)
 
@@ -120,10 +120,11 @@ class ControlNetStage(DenoisingStage):
     def losses(
         self, network: nn.Module, noisy: Tensor, times: Tensor, target: Tensor, batch: LatentBatch
     ) -> dict[str, Tensor]:
-        """Label-weighted L1, and the region-contrastive term where there are tumours."""
+        """Label-weighted mean difference, and the region-contrastive term where there are tumours."""
         assert batch.labels is not None
         prediction = self.predict(network, noisy, times, batch)
-        terms = {"loss": weighted_l1(prediction, target, self._weight(batch.labels, noisy.shape[2:]))}
+        difference = self.difference(prediction, target)
+        terms = {"loss": weighted_mean(difference, self._weight(batch.labels, noisy.shape[2:]))}
         region = _at_latent_size(batch.labels, tuple(TUMORS), noisy.shape[2:])
         if self.run.contrastive_weight and region.any():
             with torch.no_grad():

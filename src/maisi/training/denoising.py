@@ -9,10 +9,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from maisi.config import Config
@@ -24,10 +24,13 @@ from maisi.diffusion.sampler import sample
 from maisi.networks.autoencoder import Autoencoder
 from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource
 from maisi.training.loop import LoopConfig
+from maisi.training.losses import channel_weights
 from maisi.training.optimizer import OptimizerConfig, Trainee
 from maisi.training.pictures import three_planes
 from maisi.training.state import Checkpoint, step_generator
 from maisi.weights.load import load_network, save_network
+
+LossKind = Literal["l1", "l2", "image"]
 
 
 class NoiseRun(Config):
@@ -53,11 +56,21 @@ class DenoisingRun(NoiseRun):
     Attributes:
         data: folder of cached latents (`maisi prepare --views`).
         autoencoder: weights that decode the validation pictures; none leaves the pictures out.
+        loss: difference of prediction and target: absolute (`l1`, as the released models), squared (`l2`), or squared
+            with each latent channel weighted by how much it changes the image (`image`, which needs `autoencoder`; see
+            `losses.channel_weights`).
     """
 
     data: Path
     autoencoder: Path | None = None
     batches: LatentBatchConfig = LatentBatchConfig()
+    loss: LossKind = "l1"
+
+    @model_validator(mode="after")
+    def _check(self) -> DenoisingRun:
+        if self.loss == "image" and self.autoencoder is None:
+            raise ValueError("the loss 'image' weights channels by what the autoencoder makes of them; name one")
+        return self
 
 
 class BatchSource(Protocol):
@@ -97,6 +110,7 @@ class DenoisingStage(ABC):
         averaged: nn.Module,
         sources: Sources,
         autoencoder: Path | None = None,
+        loss: LossKind = "l1",
     ) -> None:
         """Take the network to train, another one of its kind for the averaged weights, and what decodes pictures."""
         self.settings = run
@@ -109,6 +123,8 @@ class DenoisingStage(ABC):
         self.network = placed(network, self.device, self.layout)
         self.averaged = placed(averaged, self.device, self.layout)
         self.trainee = Trainee(self.part, self.network, run.optimizer, run.loop.steps)
+        self.loss = loss
+        self.channel_weights = self._channel_weights() if loss == "image" else None
 
     @abstractmethod
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
@@ -119,6 +135,18 @@ class DenoisingStage(ABC):
         self, network: nn.Module, noisy: Tensor, times: Tensor, target: Tensor, batch: LatentBatch
     ) -> dict[str, Tensor]:
         """Terms whose sum is minimised."""
+
+    def difference(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """What the loss is the mean of, `B C X Y Z`."""
+        if self.loss == "l1":
+            return (prediction - target).abs()
+        squared = (prediction - target).square()
+        return squared if self.channel_weights is None else squared * self.channel_weights
+
+    def _channel_weights(self) -> Tensor:
+        decode = self.decoder()
+        assert decode is not None
+        return channel_weights(decode, self.held_out.batch(0).z.to(self.device) / self.held_out.scale_factor)
 
     def batch(self, step: int) -> list[LatentBatch]:
         """One entry for each accumulated batch."""

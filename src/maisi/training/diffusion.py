@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.training.denoising import DenoisingRun, DenoisingStage, latent_sources
 from maisi.training.latents import LatentBatch
-from maisi.training.losses import weighted_l1
+from maisi.training.losses import weighted_mean
 from maisi.weights.load import load_network
 
 
@@ -44,8 +44,8 @@ class UNetStage(DenoisingStage):
     def losses(
         self, network: nn.Module, noisy: Tensor, times: Tensor, target: Tensor, batch: LatentBatch
     ) -> dict[str, Tensor]:
-        """L1 between prediction and target."""
-        return {"loss": weighted_l1(self.predict(network, noisy, times, batch), target)}
+        """The mean difference between prediction and target."""
+        return {"loss": weighted_mean(self.difference(self.predict(network, noisy, times, batch), target))}
 
 
 class DiffusionStage(UNetStage):
@@ -55,7 +55,9 @@ class DiffusionStage(UNetStage):
 
     def __init__(self, run: DiffusionRun) -> None:
         unet = initial_unet(run.model, run.init, run.loop.seed)
-        super().__init__(run, unet, UNet(unet.config), latent_sources(run, with_labels=False), run.autoencoder)
+        super().__init__(
+            run, unet, UNet(unet.config), latent_sources(run, with_labels=False), run.autoencoder, run.loss
+        )
 
 
 def initial_unet(config: UNetConfig, init: Path | None, seed: int) -> UNet:
