@@ -50,10 +50,11 @@ def encode(
     device: str,
     precision: str,
 ) -> None:
-    """Turn IMAGE into latents: mean and log_variance, float32, 4 x X/4 x Y/4 x Z/4.
+    """Turn IMAGE into latents: mean and log_variance, float32, C x X/4 x Y/4 x Z/4.
 
-    A CT is read part by part, never whole, and several processes may share it (torchrun -m maisi.cli encode ...). An
-    MR image is read whole by one, since its percentiles are those of all voxels.
+    C is 4 in the released autoencoder and 16 in tiny's. A CT is read part by part, never whole, and several processes
+    may share it (torchrun -m maisi.cli encode ...). An MR image is read whole by one, since its percentiles are those
+    of all voxels.
     """
     from maisi.anatomy import parse_modality
     from maisi.io.nifti import opened_rows, read_volume

@@ -1,7 +1,8 @@
 """The file of one encoded volume: mean and log-variance of its latents, and its place in the world.
 
 Samples are not stored: they are drawn anew at each training step from mean and log-variance. Format: safetensors
-with the tensors `mean` and `log_variance`, float32, `4 X/4 Y/4 Z/4`; metadata as JSON strings under `maisi.` keys.
+with the tensors `mean` and `log_variance`, float32, `C X/4 Y/4 Z/4` (C is 4 in the released autoencoder); metadata as
+JSON strings under `maisi.` keys.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Latent:
     """One encoded volume.
 
     Attributes:
-        mean: float32 `4 X/4 Y/4 Z/4`, not multiplied by any scale factor.
+        mean: float32 `C X/4 Y/4 Z/4`, not multiplied by any scale factor.
         log_variance: of the same shape.
         affine: (4, 4), voxel to world in mm of the *image* (RAS+), whose first voxel the latents start at.
         size: voxels of the image before it was padded to what the networks need.

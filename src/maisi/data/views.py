@@ -39,7 +39,7 @@ LONGEST_GAP_MM = 300.0
 
 Triple = tuple[int, int, int]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, `4 X/4 Y/4 Z/4` each."""
+"""Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, `C X/4 Y/4 Z/4` each."""
 
 
 class TumorViews(Config):
@@ -117,7 +117,7 @@ class LatentIndex(Config):
 
 @dataclass(frozen=True)
 class StoredLatent:
-    """Mean and log-variance `4 X/4 Y/4 Z/4`; if asked for, the label map `X Y Z` uint8 and, where kept, the image.
+    """Mean and log-variance `C X/4 Y/4 Z/4`; if asked for, the label map `X Y Z` uint8 and, where kept, the image.
 
     The image `X Y Z` is float16, as networks see it.
     """

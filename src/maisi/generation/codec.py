@@ -243,7 +243,7 @@ def require_decodable(config: AutoencoderConfig, latent: Latent) -> None:
 
 @torch.inference_mode()
 def encode_tensor(autoencoder: Autoencoder, image: Tensor, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
-    """Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, float32 on the CPU, `4 X/4 Y/4 Z/4` each."""
+    """Image `1 1 X Y Z` in [0, 1] -> mean and log-variance, float32 on the CPU, `C X/4 Y/4 Z/4` each."""
     device, dtype = place_of(autoencoder)
     axis, execution = _execution(plan, device)
     image = image.to(device, dtype).contiguous(memory_format=layout_of(autoencoder))
@@ -256,7 +256,7 @@ def encode_tensor(autoencoder: Autoencoder, image: Tensor, plan: Plan | None = N
 def decode_tensor(
     autoencoder: Autoencoder, latent: Tensor, modality: str, plan: Plan | None = None
 ) -> NDArray[np.int16]:
-    """Latent `1 4 X/4 Y/4 Z/4` (unscaled) -> stored intensities (X, Y, Z), see `intensities`."""
+    """Latent `1 C X/4 Y/4 Z/4` (unscaled) -> stored intensities (X, Y, Z), see `intensities`."""
     axis = 0 if plan is None else plan.axis
     image = np.empty([n * autoencoder.config.compression for n in latent.shape[2:]], np.int16)
     for start, slab in _decoded_slabs(autoencoder, latent, modality, plan):

@@ -267,7 +267,7 @@ class MaskGenerator:
         return (*self.codes.nameless, *(channel for channel, id in enumerate(self.codes.ids) if id in absent))
 
     def _latent(self, order: MaskOrder, sizes: Sizes, number: int, report: Any) -> Tensor:
-        """Noise and its denoising: `1 4 X/4 Y/4 Z/4`, scaled."""
+        """Noise and its denoising: `1 C X/4 Y/4 Z/4`, scaled."""
         import torch
 
         from maisi.diffusion import process_from_config, sample
@@ -315,7 +315,7 @@ def score_parts(size: tuple[int, int, int], channels: int) -> int:
 def decode_classes(
     autoencoder: Autoencoder, latent: Tensor, never: tuple[int, ...], plan: Plan | None = None
 ) -> NDArray[np.uint8]:
-    """Latent `1 4 X/4 Y/4 Z/4` (unscaled) -> each voxel's most likely class but for those of `never`, (X, Y, Z)."""
+    """Latent `1 C X/4 Y/4 Z/4` (unscaled) -> each voxel's most likely class but for those of `never`, (X, Y, Z)."""
     from maisi.generation.codec import layout_of, place_of
     from maisi.splitting.autoencoder import decoded
     from maisi.splitting.execution import Execution

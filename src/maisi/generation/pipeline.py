@@ -273,7 +273,7 @@ class Model:
         return Footprint(sum(weights.values()), denoise, decode)
 
     def noise(self, padded: Triple, seed: int) -> tuple[Tensor, torch.Generator]:
-        """Draw the starting noise of an item on the CPU, float32 `1 4 X/4 Y/4 Z/4`, and return its generator too."""
+        """Draw the starting noise of an item on the CPU, float32 `1 C X/4 Y/4 Z/4`, and return its generator too."""
         generator = torch.Generator().manual_seed(seed)
         config = self.autoencoder.config
         shape = (1, config.latent_channels, *(n // config.compression for n in padded))

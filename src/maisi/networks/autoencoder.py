@@ -1,4 +1,4 @@
-"""The volume compression network (paper, section 3.1): a 3D VAE with 4x4x4 compression and 4 latent channels.
+"""The volume compression network (paper, section 3.1): a 3D VAE with 4x4x4 compression; released with 4 channels.
 
 One module serves CT and MR images (1 channel in and out) and label maps (8 bits in, 125 classes out); the difference is
 `AutoencoderConfig`. The discriminator and the losses live with the training; nothing here knows a device or a file.
@@ -63,7 +63,7 @@ MASK_AUTOENCODER = AutoencoderConfig(
 
 @dataclass(frozen=True)
 class LatentDistribution:
-    """Diagonal Gaussian over latents, `B 4 X/4 Y/4 Z/4`."""
+    """Diagonal Gaussian over latents, `B C X/4 Y/4 Z/4`."""
 
     mean: Tensor
     log_variance: Tensor

@@ -86,7 +86,7 @@ Sources = tuple[BatchSource, BatchSource]
 """For training, and held out from it."""
 
 Decode = Callable[[Tensor], Tensor]
-"""From latents without their scale factor, `1 4 X/4 Y/4 Z/4`, to what is shown, `1 C X Y Z`."""
+"""From latents without their scale factor, `1 C X/4 Y/4 Z/4`, to what is shown, `1 C X Y Z`."""
 
 
 def latent_sources(run: DenoisingRun, with_labels: bool, scale_factor: float | None = None) -> Sources:

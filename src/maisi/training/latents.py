@@ -41,7 +41,7 @@ class LatentBatch:
     """One batch.
 
     Attributes:
-        z: latents drawn from their distributions, times the scale factor, `B 4 X/4 Y/4 Z/4`.
+        z: latents drawn from their distributions, times the scale factor, `B C X/4 Y/4 Z/4`.
         conditions: keyword arguments of the U-Net: `spacing` (B, 3), `top_region` (B, 4), `bottom_region`
             (B, 4), `modality` (B,).
         labels: label maps `B X Y Z` uint8, where they were asked for.

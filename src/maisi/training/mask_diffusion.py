@@ -70,7 +70,7 @@ class MaskDiffusionRun(NoiseRun):
 
 @dataclass(frozen=True)
 class MaskLatent:
-    """A label map as the U-Net sees it: mean and log-variance `4 X/4 Y/4 Z/4`, regions, and sizes in ml."""
+    """A label map as the U-Net sees it: mean and log-variance `C X/4 Y/4 Z/4`, regions, and sizes in ml."""
 
     mean: Tensor
     log_variance: Tensor

@@ -1,8 +1,8 @@
 """How weights are stored: as float32, as float16, or in 8 bits with a scale for each output channel.
 
 In 8 bits a tensor NAME of two or more axes and at least `MIN_ELEMENTS` elements is int8, and NAME.scale holds, in
-float32, what one step is worth in each entry of the first axis. Smaller tensors are float16 then. This module knows
-tensors by name, neither networks nor how a file is laid out.
+float32, what one step is worth in each entry of the first axis. Smaller tensors, and kernels of few channels
+(`NARROW`), are float16 then. This module knows tensors by name, neither networks nor how a file is laid out.
 """
 
 from __future__ import annotations
@@ -23,28 +23,43 @@ STORAGES: tuple[Storage, ...] = get_args(Storage)
 SCALE = ".scale"
 """Ends the name of the tensor of scales that belongs to a tensor in 8 bits."""
 
-MIN_ELEMENTS = 4096
-"""Tensors with fewer elements are not worth a scale for each channel."""
+MIN_ELEMENTS = 1 << 15
+"""Smaller tensors stay float16: they take little room, and the finest levels of narrow networks are made of them."""
+
+NARROW = 16
+"""Kernels that read or give so few channels (latents, images, bits) stay float16: rounding them moves whole images."""
 
 STEPS = 127
 """The largest whole number used; -128 is not, so that both signs reach as far."""
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a tensor to whole steps, at most half a step off.
+    """Round a tensor to whole steps so that the sum of each convolution kernel stays.
+
+    Feature maps are smooth, so what a kernel does to them is mostly its sum. Rounded each for itself, 27 taps would
+    move the sum by one and a half steps, every voxel of a map alike; so the taps that were nearest to the next step
+    take it until the sum is half a step off at most.
 
     Args:
-        weight: finite numbers, output channels along the first of at least two axes.
+        weight: finite numbers, output channels along the first of at least two axes, kernels along all but two.
 
     Returns:
         The numbers of steps (int8) and what a step is worth in each channel (float32): a 127th of the channel's
-        largest magnitude. Zeros stay zeros.
+        largest magnitude. An entry is at most a step off, half a step where there are no kernels. Zeros in a tensor
+        without kernels stay zeros.
     """
     import torch
 
     wide = weight.detach().double()
     scale = (wide.abs().flatten(1).amax(1) / STEPS).float().clamp_min(torch.finfo(torch.float32).tiny)
-    steps = (wide / _along_channels(scale, wide)).round().clamp(-STEPS, STEPS)
+    exact = wide / _along_channels(scale, wide)
+    steps = exact.round().clamp(-STEPS, STEPS)
+    if weight.dim() > 2:
+        kernels = (exact - steps).flatten(2)
+        missing = kernels.sum(2, keepdim=True)
+        nearest = (kernels * missing.sign()).argsort(2, descending=True).argsort(2)
+        moved = (nearest < missing.abs().round()) * missing.sign()
+        steps = (steps + moved.view(steps.shape)).clamp(-STEPS, STEPS)
     return steps.to(torch.int8), scale
 
 
@@ -66,7 +81,8 @@ def packed(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
     held: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.dim() < 2 or tensor.numel() < MIN_ELEMENTS:
+        narrow = tensor.dim() > 2 and min(tensor.shape[:2]) <= NARROW
+        if tensor.dim() < 2 or tensor.numel() < MIN_ELEMENTS or narrow:
             held[name] = tensor.to(torch.float16)
             continue
         if not torch.isfinite(tensor).all():
