@@ -91,7 +91,7 @@ def test_half_is_half_the_size(parts: dict[str, Path], tmp_path: Path) -> None:
 
 def test_eight_bits_generate_nearly_the_same(parts: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    wide = Autoencoder(AutoencoderConfig(channels=(16, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4))
+    wide = Autoencoder(AutoencoderConfig(channels=(16, 16, 64), num_res_blocks=(1, 1, 1), norm_groups=4))
     save_network(tmp_path / "wide.safetensors", wide)
     parts["autoencoder"] = tmp_path / "wide.safetensors"
     options = [word for part, path in parts.items() for word in (f"--{part}", str(path))]
