@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maisi.errors import MaisiError
-from maisi.splitting.maps import OnDisk, cuts
+from maisi.splitting.maps import OnDisk, Writer, cuts
 
 
 @given(start=st.integers(0, 50), rows=st.integers(1, 300), parts=st.integers(1, 400), together=st.integers(1, 5))
@@ -37,7 +38,7 @@ def test_rows_come_back_from_disk_in_the_layout_of_networks(
     samples: int, dim: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     x = torch.randn(samples, 3, 5, 6, 7).to(dtype).contiguous(memory_format=torch.channels_last_3d)
-    part = OnDisk(x, dim, tmp_path)
+    part = OnDisk(x, dim, tmp_path, Writer())
     for start, stop in ((0, 5), (2, 3), (3, 5)):
         rows = part.rows(start, stop, torch.device("cpu"))
         assert torch.equal(rows, x.narrow(dim, start, stop - start))
@@ -48,7 +49,38 @@ def test_rows_come_back_from_disk_in_the_layout_of_networks(
 
 
 def test_a_file_that_was_cut_short_is_told(tmp_path: Path) -> None:
-    part = OnDisk(torch.zeros(1, 2, 3, 4, 5), 2, tmp_path)
+    part = OnDisk(torch.zeros(1, 2, 3, 4, 5), 2, tmp_path, Writer())
+    part.rows(0, 1, torch.device("cpu"))  # it is written then
     part.path.write_bytes(b"0" * 100)
     with pytest.raises(MaisiError, match="was cut short; start again"):
         part.rows(1, 3, torch.device("cpu"))
+
+
+def test_parts_are_written_one_at_a_time_and_a_failure_is_told_by_the_next_part_and_by_its_own_rows(
+    tmp_path: Path,
+) -> None:
+    writer, going, x = Writer(), Event(), torch.zeros(1, 2, 3, 4, 5)
+
+    def fails() -> None:
+        going.wait(10)
+        raise MaisiError("the disk is full")
+
+    writer.write(fails)
+    Timer(0.2, going.set).start()
+    with pytest.raises(MaisiError, match="the disk is full"):
+        OnDisk(x, 2, tmp_path, writer)
+    assert going.is_set()  # the second waited for the first
+    assert not list(tmp_path.iterdir())
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        part = OnDisk(x, 2, folder, Writer())
+        for _ in range(2):
+            with pytest.raises(MaisiError, match=f"Cannot write {folder}"):
+                part.rows(0, 1, torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(folder.iterdir())

@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -107,30 +108,80 @@ def _space(shape: Sequence[int], dim: int, rows: int, dtype: torch.dtype, device
     return torch.empty(size, dtype=dtype, device=device, memory_format=torch.channels_last_3d)
 
 
+class Writer:
+    """Writes one part while the next is computed, which takes the memory of one part more."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, job: Callable[[], None]) -> Future[None]:
+        """Begin a job when the one before has ended.
+
+        Raises:
+            MaisiError: that one failed.
+        """
+        if self._last is not None:
+            ended(self._last)
+        self._last = self._thread.submit(job)
+        return self._last
+
+
+def ended(job: Future[None]) -> None:
+    """Wait for a job's end.
+
+    Raises:
+        MaisiError: it failed. A new one each time: the job's own would keep what it passes through, and parts' files.
+    """
+    error = job.exception()
+    if isinstance(error, MaisiError):
+        raise MaisiError(str(error))
+    if error is not None:
+        raise error
+
+
 class OnDisk:
     """A part that waits in a file, its rows one after the other, so that a few are read without the rest."""
 
-    def __init__(self, tensor: Tensor, dim: int, folder: Path) -> None:
-        """Write it.
+    def __init__(self, tensor: Tensor, dim: int, folder: Path, writer: Writer) -> None:
+        """Begin to write it.
 
         Raises:
-            MaisiError: the disk is full.
+            MaisiError: the disk is full, or was for the part before.
         """
         # rows first, channels last: of a map that is channels-last and cut along X not a value changes its place
         self.order = (dim, 0, *(d for d in range(FIRST_SPATIAL_DIM, 5) if d != dim), 1)
         self.shape, self.dim, self.dtype = tensor.shape, dim, tensor.dtype
-        first = tensor.permute(self.order).contiguous().cpu()
-        with writing(folder), tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False) as file:
-            self.path = Path(file.name)
-            self._finalizer = weakref.finalize(self, self.path.unlink, missing_ok=True)
+        values = tensor.permute(self.order).contiguous().cpu().view(torch.uint8).numpy().data
+        with writing(folder):
+            file = tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False)  # noqa: SIM115
+        self.path = Path(file.name)
+        self._finalizer = weakref.finalize(self, self.path.unlink, missing_ok=True)
+
+        give_up = self._finalizer
+
+        def write() -> None:
             try:
-                file.write(first.view(torch.uint8).numpy().data)
+                with writing(folder), file:
+                    file.write(values)
             except BaseException:
-                self._finalizer()
+                give_up()
                 raise
 
+        try:
+            self._written = writer.write(write)
+        except BaseException:
+            file.close()
+            give_up()
+            raise
+
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """See `Waiting`."""
+        """See `Waiting`.
+
+        Raises:
+            MaisiError: the disk was full, or the file has been cut short since.
+        """
+        ended(self._written)
         made = _space(self.shape, self.dim, stop - start, self.dtype)
         stored = made.permute(self.order)
         read = stored if stored.is_contiguous() else torch.empty(stored.shape, dtype=self.dtype)
@@ -150,10 +201,14 @@ class OnDisk:
 
 @dataclass
 class Ledger:
-    """In a forecast, the bytes of parts that wait elsewhere: those there are, and the most there were."""
+    """In a forecast, the bytes of parts that wait elsewhere: those there are, and the most there were.
+
+    `written` is the part that a `Writer` would hold.
+    """
 
     waiting: int = 0
     peak: int = 0
+    written: Tensor | None = None
 
     def enter(self, size: int) -> None:
         """Add a part, or with a negative size take one away."""
@@ -222,19 +277,22 @@ class Store:
         storage: see `Storage`.
         folder: for "disk": an existing folder; files are removed with their part.
         ledger: for a forecast: what would wait there is entered here.
+        writer: for "disk".
     """
 
     storage: Storage = "device"
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     ledger: Ledger = field(default_factory=Ledger, compare=False)
+    writer: Writer = field(default_factory=Writer, compare=False)
 
     def put(self, tensor: Tensor, axis: int) -> Waiting:
         """Let a part wait."""
         dim = FIRST_SPATIAL_DIM + axis
         if tensor.is_meta and self.storage != "device":
+            self.ledger.written = tensor if self.storage == "disk" else None
             return OnPaper(tensor, dim, self.ledger)
         if self.storage == "disk":
-            return OnDisk(tensor, dim, self.folder)
+            return OnDisk(tensor, dim, self.folder, self.writer)
         return InMemory(tensor.cpu() if self.storage == "host" else tensor, dim)
 
 
