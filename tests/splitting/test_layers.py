@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maisi.layers.convolution import conv3
+from maisi.layers.blocks import Upsample, Upsampling
+from maisi.layers.convolution import conv1, conv3
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
-from maisi.splitting.execution import Execution
-from maisi.splitting.layers import Convolved, Moments, widened
+from maisi.splitting.execution import Execution, upsampled
+from maisi.splitting.layers import Convolved, Moments, TransposedConvolved, mixed, widened
 from maisi.splitting.maps import Whole
+
+CPU = torch.device("cpu")
 
 
 def test_a_narrow_convolution_in_float16_keeps_eleven_bits() -> None:
@@ -79,3 +82,19 @@ def test_moments_are_those_of_float64_also_far_from_zero(
     (gradient,) = torch.autograd.grad(found.deviations.sum(), x)
     true = 2 * (x.detach().double() - mean[:, :, None, None, None])
     torch.testing.assert_close(gradient.double(), true, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["trilinear", "nearest", "transposed"])
+def test_an_upsampling_takes_up_the_convolution_of_single_voxels_after_it(kind: Upsampling) -> None:
+    torch.manual_seed(0)
+    up, conv = Upsample(6, kind).double(), conv1(6, 3).double()
+    x = torch.randn(2, 6, 5, 4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        expected = conv(up(x))
+        made = mixed(upsampled(up, Whole(x, 0)), conv)
+        assert made.rows(0, 10, CPU).shape == expected.shape
+        for start, stop in ((0, 10), (3, 4), (7, 10)):
+            assert torch.allclose(made.rows(start, stop, CPU), expected[:, :, start:stop], rtol=1e-12, atol=1e-12)
+        assert isinstance(made, Convolved | TransposedConvolved)
+        assert made.conv.out_channels == 3
+        assert up.conv.out_channels == 6  # the network's own is as it was

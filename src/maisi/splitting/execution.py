@@ -27,6 +27,7 @@ from maisi.splitting.layers import (
     Moments,
     Sum,
     TransposedConvolved,
+    mixed,
 )
 from maisi.splitting.maps import FeatureMap, Parts, Store, cuts
 
@@ -135,7 +136,7 @@ class Execution:
         if isinstance(block, Downsample):
             return Convolved(x, block.conv, far_pad=1)
         if isinstance(block, Upsample):
-            return _upsampled(block, x)
+            return upsampled(block, x)
         raise TypeError(f"splitting does not know the layer {type(block).__name__}")
 
     def _residual(self, block: ResidualBlock, x: FeatureMap, moments: Moments, recompute: Recomputed) -> FeatureMap:
@@ -143,7 +144,7 @@ class Execution:
         h: FeatureMap = inner
         shortcut: FeatureMap = x
         if isinstance(block.shortcut, nn.Conv3d):
-            shortcut = Convolved(x, block.shortcut)
+            shortcut = mixed(x, block.shortcut)
         if recompute == "inner" and (isinstance(x, Parts) or torch.is_grad_enabled()):
             h_moments: Moments | None = self._moments(inner)
         elif isinstance(x, Parts) and _halves(block) and not torch.is_grad_enabled():
@@ -220,7 +221,8 @@ def _halves(block: ResidualBlock) -> bool:
     return 2 * block.conv1.out_channels <= block.conv1.in_channels
 
 
-def _upsampled(block: Upsample, x: FeatureMap) -> FeatureMap:
+def upsampled(block: Upsample, x: FeatureMap) -> FeatureMap:
+    """A map after an upsampling."""
     if block.mode == "trilinear":
         assert isinstance(block.conv, nn.Conv3d)
         return Convolved(Doubled(x), block.conv)

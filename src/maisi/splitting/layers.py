@@ -8,6 +8,7 @@ map. Knows no file, no plan and no process.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +229,30 @@ class TransposedConvolved(FeatureMap):
     def release(self, before: int) -> None:
         """Rows below the reach of `before` are done with."""
         self.base.release(self._reach(before, before + 1)[0])
+
+
+def mixed(x: FeatureMap, conv: nn.Conv3d) -> FeatureMap:
+    """A map after a 1 x 1 x 1 convolution; where a convolution makes the map, one in place of both.
+
+    The map itself is not made then, and of the result's channels there are fewer. With gradients the two stay two.
+    """
+    if torch.is_grad_enabled() or not isinstance(x, Convolved | TransposedConvolved):
+        return Convolved(x, conv)
+    transposed = isinstance(x.conv, nn.ConvTranspose3d)
+    assert isinstance(x.conv, nn.Conv3d | nn.ConvTranspose3d)
+    assert x.conv.bias is not None
+    assert conv.bias is not None
+    weight, bias, matrix = (values.double() for values in (x.conv.weight, x.conv.bias, conv.weight.flatten(1)))
+    weight = torch.einsum("po,ioxyz->ipxyz" if transposed else "po,oixyz->pixyz", matrix, weight)
+    both = copy(x.conv)
+    both._parameters = {
+        "weight": nn.Parameter(weight.to(conv.weight), requires_grad=False),
+        "bias": nn.Parameter((matrix @ bias + conv.bias).to(conv.bias), requires_grad=False),
+    }
+    both.out_channels = conv.out_channels
+    made = copy(x)
+    made.conv = both
+    return made
 
 
 class Doubled(FeatureMap):
