@@ -31,6 +31,7 @@ def test_defaults():
         "steps": None,
         "modality": "ct",
         "guidance": 0.0,
+        "mask_guidance": None,
         "fov": "given",
         "solver": None,
         "retries": 2,

@@ -177,6 +177,7 @@ class Request(Config):
         steps: denoising steps; None takes the model's default.
         modality: a key of `anatomy.MODALITIES`.
         guidance: strength of classifier-free guidance; 0 is off.
+        mask_guidance: how far to go away from what is made without the mask; 0 is off, None the model's default.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
         solver: name of a solver; None takes the model's default.
     """
@@ -200,6 +201,7 @@ class Request(Config):
     steps: int | None = Field(default=None, ge=1, le=1000)
     modality: Annotated[str, BeforeValidator(_modality)] = "ct"
     guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
+    mask_guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     fov: Literal["given", "auto"] = "given"
     solver: str | None = None
     retries: int = Field(default=2, ge=0, le=10)

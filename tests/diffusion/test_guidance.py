@@ -21,33 +21,40 @@ def unconditional(x: Tensor, times: Tensor) -> Tensor:
 @settings(deadline=None)
 @given(scale=st.floats(-1, 20), shares=st.floats(0, 1))
 def test_guidance_is_linear_in_the_scale(scale: float, shares: float) -> None:
-    ends = [guided(conditional, unconditional, s)(X, TIMES) for s in (0.0, scale)]
-    between = guided(conditional, unconditional, shares * scale)(X, TIMES)
+    ends = [guided(conditional, (unconditional, s))(X, TIMES) for s in (0.0, scale)]
+    between = guided(conditional, (unconditional, shares * scale))(X, TIMES)
     torch.testing.assert_close(between, torch.lerp(ends[0], ends[1], shares), rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_moves_away_from_the_unconditional() -> None:
-    guess = guided(conditional, unconditional, 3.0)(X, TIMES)
+    guess = guided(conditional, (unconditional, 3.0))(X, TIMES)
     torch.testing.assert_close(guess, 4 * conditional(X, TIMES) - 3 * unconditional(X, TIMES))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 10.0])
 def test_equal_branches_make_guidance_vanish(scale: float) -> None:
-    torch.testing.assert_close(guided(conditional, conditional, scale)(X, TIMES), conditional(X, TIMES))
+    torch.testing.assert_close(guided(conditional, (conditional, scale))(X, TIMES), conditional(X, TIMES))
+
+
+def test_guidance_away_from_two_adds_up() -> None:
+    wanted = conditional(X, TIMES)
+    expected = wanted + 3 * (wanted - unconditional(X, TIMES)) - 0.5 * (wanted - X)
+    guess = guided(conditional, (unconditional, 3.0), (lambda x, times: x, -0.5))(X, TIMES)
+    torch.testing.assert_close(guess, expected)
 
 
 def test_scale_zero_asks_the_conditional_alone() -> None:
     def never(x: Tensor, times: Tensor) -> Tensor:
         raise AssertionError("the unconditional branch was asked")
 
-    assert torch.equal(guided(conditional, never, 0)(X, TIMES), conditional(X, TIMES))
+    assert torch.equal(guided(conditional, (never, 0))(X, TIMES), conditional(X, TIMES))
 
 
 @pytest.mark.parametrize("scale", [-1.5, float("nan"), float("inf")])
 def test_meaningless_scales_are_refused(scale: float) -> None:
     with pytest.raises(MaisiError, match="guidance scale"):
-        guided(conditional, unconditional, scale)
+        guided(conditional, (unconditional, scale))
 
 
 def test_scale_minus_one_is_the_unconditional_alone() -> None:
-    torch.testing.assert_close(guided(conditional, unconditional, -1.0)(X, TIMES), unconditional(X, TIMES))
+    torch.testing.assert_close(guided(conditional, (unconditional, -1.0))(X, TIMES), unconditional(X, TIMES))

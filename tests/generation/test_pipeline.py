@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,39 @@ def test_guidance_goes_away_from_the_mask_without_tumors(model, chest_labels) ->
     assert not torch.equal(with_tumor, without)
     assert torch.allclose(predict(chest_labels, 2.5), with_tumor + 2.5 * (with_tumor - without), atol=1e-5)
     assert torch.equal(predict(healthy, 2.5), without)
+
+
+def test_mask_guidance_goes_away_from_no_mask_beside_that_of_tumors(model, chest_labels) -> None:
+    """Against the formula, with the region that the mask tells."""
+    x = torch.randn(1, 4, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([500.0])
+    healthy = chest_labels.with_array(np.where(chest_labels.array == 23, 28, chest_labels.array))
+
+    def predict(job):
+        with torch.no_grad():
+            return model.denoiser(job)(x, times)
+
+    told, without = predict(model.job(chest_labels)), predict(model.job(healthy))
+    job = model.job(chest_labels, mask_guidance=1.5)
+    alone = predict(replace(job, labels=None))
+    assert not torch.equal(told, alone)
+    assert torch.allclose(predict(job), told + 1.5 * (told - alone), atol=1e-5)
+    both = model.job(chest_labels, mask_guidance=1.5, guidance=2.0)
+    assert torch.allclose(predict(both), told + 1.5 * (told - alone) + 2 * (told - without), atol=1e-5)
+
+
+def test_mask_guidance_is_the_models_unless_told(model, model_folder, chest_labels, tmp_path) -> None:
+    assert model.job(chest_labels).mask_guidance == 0
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder, folder)
+    written = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**written, "mask_guidance": 0.5}))
+    strengthened = maisi.load(folder)
+    assert strengthened.job(chest_labels).mask_guidance == 0.5
+    assert strengthened.job(chest_labels, mask_guidance=0).mask_guidance == 0
+    assert strengthened.job(**CHEST).mask_guidance == 0
+    with pytest.raises(MaisiError, match="there is none; give a mask or a structure"):
+        strengthened.job(**CHEST, mask_guidance=1)
 
 
 def test_guidance_without_a_mask_goes_away_from_no_region(model) -> None:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a wrapper around two denoisers. Knows no process and no network."""
+"""Classifier-free guidance as a wrapper around denoisers. Knows no process and no network."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from maisi.diffusion.sampler import Denoiser
 from maisi.errors import MaisiError
 
 
-def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
-    """A denoiser that goes `scale` times further from the unconditional prediction: c + scale (c - u).
+def guided(conditional: Denoiser, *others: tuple[Denoiser, float]) -> Denoiser:
+    """A denoiser that goes further from less conditional predictions, of each its scale: c + sum of scale (c - u).
 
-    Scale 0 is the conditional denoiser alone: the unconditional one is never called. Between -1 and 0 lies what is
-    between the two predictions.
+    One with scale 0 is never called. Between -1 and 0 lies what is between the two predictions.
 
     Raises:
         MaisiError: the scale is below -1 or not finite.
     """
-    if not math.isfinite(scale) or scale < -1:
-        raise MaisiError(f"A guidance scale of {scale} has no meaning; give 0 (off) or a positive number.")
-    if scale == 0:
+    for _, scale in others:
+        if not math.isfinite(scale) or scale < -1:
+            raise MaisiError(f"A guidance scale of {scale} has no meaning; give 0 (off) or a positive number.")
+    asked = [(other, scale) for other, scale in others if scale]
+    if not asked:
         return conditional
 
     def denoise(x: Tensor, times: Tensor) -> Tensor:
         wanted = conditional(x, times)
-        return wanted + scale * (wanted - unconditional(x, times))
+        away = [scale * (wanted - other(x, times)) for other, scale in asked]
+        return wanted + sum(away[1:], away[0])
 
     return denoise

@@ -52,6 +52,7 @@ class Job:
         custom_labels: names of classes that only this model knows.
         steps: denoising steps.
         solver: name of the solver.
+        mask_guidance: away from what the networks make without the mask; 0 is off.
         notes: sentences for the user: what was filled in, what the model does not know.
     """
 
@@ -68,6 +69,7 @@ class Job:
     placed: tuple[PlacedTumor, ...] = ()
     ranges: QualityRanges | None = None
     carried: Path | None = None
+    mask_guidance: float = 0.0
 
     def of_item(self, number: int) -> Job:
         """The job of one item: its own mask where masks are found, organs of the sizes asked for, its own tumours.
@@ -171,10 +173,21 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         mask_source=source,
         custom_labels=model.custom_labels,
         carried=carried,
+        mask_guidance=_mask_guidance(request, model, masked=labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
     _ = job.of_item(0)
     return job
+
+
+def _mask_guidance(request: Request, model: ModelConfig, masked: bool) -> float:
+    """The request's, or the model's; 0 without a mask."""
+    if request.mask_guidance and not masked:
+        raise MaisiError(
+            "Mask guidance strengthens a label map and there is none; give a mask or a structure, or leave it out."
+        )
+    wanted = model.mask_guidance if request.mask_guidance is None else request.mask_guidance
+    return wanted if masked else 0.0
 
 
 def _found(request: Request, size: Triple, spacing: Spacing, number: int, carried: Path | None) -> tuple[Volume, str]:

@@ -157,6 +157,7 @@ class Model:
         steps: int | None = None,
         solver: str | None = None,
         guidance: float = 0.0,
+        mask_guidance: float | None = None,
         fov: Literal["given", "auto"] = "given",
         retries: int = 2,
         ranges: Path | str | None = None,
@@ -181,6 +182,8 @@ class Model:
             solver: name of the solver; None for the model's default.
             guidance: 0 is off. With a mask it strengthens the tumours: away from the same mask with the tumours
                 replaced by their host organs. Without one it strengthens region and modality: away from none.
+            mask_guidance: strengthens all of the mask: away from what the model makes without one. 0 is off; None for
+                the model's default.
             fov: "auto" picks size and spacing from the regions.
             retries: how often an item with a mask is made again, at most, where the quality check does not pass.
             ranges: file of what passes, made by `maisi quality learn`; None: the model's, or the carried ranges.
@@ -201,7 +204,7 @@ class Model:
             "library": library,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
-        wishes |= {"retries": retries, "ranges": ranges}
+        wishes |= {"mask_guidance": mask_guidance, "retries": retries, "ranges": ranges}
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
 
@@ -284,16 +287,15 @@ class Model:
         scale = job.request.guidance if guidance is None else guidance
         told = self._mask(job.padded_labels(), known)
         conditional = self._conditioned(job.conditions, told)
-        if scale == 0:
-            return conditional
-        if told is not None:
-            healthy = self._mask(job.padded_labels_without_tumors(), known)
-            if healthy is None:
-                return conditional
-            return guided(conditional, self._conditioned(job.conditions, healthy), scale)
-        modality = "unknown" if codec.is_mr(job.conditions.modality) else job.conditions.modality
-        nothing = Conditions(job.conditions.spacing_mm, (), modality)
-        return guided(conditional, self._conditioned(nothing, None), scale)
+        if told is None:
+            modality = "unknown" if codec.is_mr(job.conditions.modality) else job.conditions.modality
+            nothing = Conditions(job.conditions.spacing_mm, (), modality)
+            return guided(conditional, (self._conditioned(nothing, None), scale))
+        others = [(self._conditioned(job.conditions, None), job.mask_guidance)]
+        healthy = None if scale == 0 else self._mask(job.padded_labels_without_tumors(), known)
+        if healthy is not None:
+            others.append((self._conditioned(job.conditions, healthy), scale))
+        return guided(conditional, *others)
 
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
         """Make one item of a prepared job, the best of its attempts; `plan` is how `prepare` said it is decoded."""
@@ -343,6 +345,7 @@ class Model:
             "precision": str(self.dtype).removeprefix("torch."),
             "decoding": str(plan),
             "mask_source": job.mask_source,
+            "mask_guidance": job.mask_guidance,
             "tumors": [asdict(tumor) for tumor in job.placed],
             "notes": list(job.notes),
         }

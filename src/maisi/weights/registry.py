@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
@@ -89,6 +89,7 @@ class ModelConfig(Config):
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints; None: that of any image.
         default_steps: sampling steps unless the request says otherwise.
         solver: sampling method unless the request says otherwise.
+        mask_guidance: of generation from a mask, unless the request says otherwise; see `Request`.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
         ranges: file name of the quality ranges that its images are judged by; None: those that the package carries.
@@ -109,6 +110,7 @@ class ModelConfig(Config):
     crop_spacing_mm: tuple[PositiveFloat, PositiveFloat] | None = None
     default_steps: PositiveInt
     solver: str
+    mask_guidance: NonNegativeFloat = 0.0
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
     ranges: str | None = None
