@@ -60,6 +60,23 @@ def test_convolutions_on_a_cpu_copy_maps_that_are_not_channels_last(
         assert forecast(run, scratch_of(torch.device("cuda"))) == 2 * BYTES
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stride", "copies"), [(torch.float32, 1, 0), (torch.float32, 2, 1), (torch.bfloat16, 1, 1)]
+)
+def test_large_float32_convolutions_take_any_layout_as_it_is(dtype: torch.dtype, stride: int, copies: int) -> None:
+    weight = torch.empty(64, 64, 3, 3, 3, device="meta", dtype=dtype)
+    x = torch.empty(1, 64, 8, 64, 64, device="meta", dtype=dtype)
+    made = F.conv3d(x, weight, stride=stride, padding=1)
+
+    def run() -> None:
+        F.conv3d(x.contiguous(memory_format=torch.channels_last_3d).contiguous(), weight, stride=stride, padding=1)
+
+    with torch.inference_mode():
+        peak = forecast(run, scratch_of(torch.device("cpu")))
+    # while the layout is changed there are two maps; then one and the result
+    assert peak == max(2 * x.nbytes, (1 + copies) * (x.nbytes + made.nbytes))
+
+
 @pytest.mark.parametrize(("z", "columns"), [(8, 27), (700, 27)])
 def test_small_maps_in_training_are_written_out_for_the_slow_kernel(z: int, columns: int) -> None:
     """Each voxel's 27 values of each channel; what Z is does not matter, many voxels in X and Y end it."""

@@ -175,6 +175,7 @@ def test_as_much_waits_on_disk_as_was_foreseen(
 
     def counted(store: Store, tensor: torch.Tensor, axis: int) -> Waiting:
         waiting = put(store, tensor, axis)
+        waiting.rows(0, 1, CPU)  # which waits until all of them are written
         found.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
         return waiting
 

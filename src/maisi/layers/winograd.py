@@ -63,11 +63,17 @@ OUTPUT = (
 
 def pays(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
     """Whether a convolution can be computed so, and is large enough to gain a third of its time or more."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if tuple(weight.shape[2:]) != (TAPS,) * 3 or set(stride) != {1} or torch.is_autocast_enabled("cpu"):
+    size = [n + 2 * p - TAPS + 1 for n, p in zip(x.shape[2:], padding, strict=True)]
+    return set(stride) == {1} and is_large(x, weight, size)
+
+
+def is_large(x: Tensor, weight: Tensor, size: Sequence[int]) -> bool:
+    """Whether a convolution with stride 1 to a map of some size is of the kind for which it pays."""
+    if x.dtype != torch.float32 or weight.dtype != x.dtype or tuple(weight.shape[2:]) != (TAPS,) * 3:
         return False
-    rows, columns, width = (n + 2 * p - TAPS + 1 for n, p in zip(x.shape[2:], padding, strict=True))
+    rows, columns, width = size
     products = weight.numel() * columns * width
     return rows >= ROWS and x[0, 0].numel() >= LEAST_VOXELS and products >= LEAST_PRODUCTS
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from maisi.layers import winograd
 from maisi.layers.convolution import is_small
 
 Scratch = Callable[[Tensor, Tensor, Tensor, bool], int]
@@ -92,9 +93,13 @@ def scratch_of(device: torch.device) -> Scratch:
 def _cpu_scratch(source: Tensor, weight: Tensor, result: Tensor, trained: bool) -> int:
     """In training small maps are left to a kernel that writes out what each voxel of the smaller map takes from.
 
-    Else oneDNN computes in its own layouts: maps that are not channels-last are copied in and out.
+    Else oneDNN computes in its own layouts: maps that are not channels-last are copied in and out. What Winograd's
+    algorithm is for takes maps of any layout in small blocks.
     """
     if trained and source.dtype == torch.float32 and is_small(source, weight):
         return weight[0].numel() * min(source[0, 0].numel(), result[0, 0].numel()) * source.itemsize
+    one_by_one = all(to >= n - 2 for n, to in zip(source.shape[2:], result.shape[2:], strict=True))
+    if not trained and one_by_one and winograd.is_large(source, weight, result.shape[2:]):
+        return 0
     plain = not source.is_contiguous(memory_format=torch.channels_last_3d)
     return (source.numel() * source.itemsize + result.numel() * result.itemsize) if plain else 0
