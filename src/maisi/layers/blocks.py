@@ -64,15 +64,17 @@ class Upsample(nn.Module):
         super().__init__()
         self.mode = mode
         if mode == "transposed":
-            self.conv: nn.Module = nn.ConvTranspose3d(channels, channels, 3, stride=2, padding=1, output_padding=1)
+            self.conv: nn.Conv3d | nn.ConvTranspose3d = nn.ConvTranspose3d(
+                channels, channels, 3, stride=2, padding=1, output_padding=1
+            )
         else:
             self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """`B C X Y Z` -> `B C 2X 2Y 2Z`."""
         if self.mode == "nearest" and (x.device.type != "cpu" or x[0, 0].numel() > FEW_VOXELS):
-            kernel = doubling_kernel(self.conv.weight)  # type: ignore[arg-type]
-            return F.conv_transpose3d(x, kernel, self.conv.bias, stride=2, padding=1)  # type: ignore[arg-type]
+            kernel = doubling_kernel(self.conv.weight)
+            return F.conv_transpose3d(x, kernel, self.conv.bias, stride=2, padding=1)
         if self.mode == "nearest":
             x = repeated(x)
         if self.mode == "trilinear":

@@ -204,7 +204,7 @@ class Convolved(FeatureMap):
 class TransposedConvolved(FeatureMap):
     """A map after a transposed convolution that doubles its axes: with a kernel of 3, or a folded one of 4."""
 
-    def __init__(self, base: FeatureMap, conv: nn.Module, folded: bool) -> None:
+    def __init__(self, base: FeatureMap, conv: nn.Conv3d | nn.ConvTranspose3d, folded: bool) -> None:
         self.base, self.conv, self.folded = base, conv, folded
         self.axis, self.size = base.axis, 2 * base.size
         self.kernel = 4 if folded else 3
@@ -218,8 +218,8 @@ class TransposedConvolved(FeatureMap):
         first, end = self._reach(start, stop)
         first, end = max(first, 0), min(end, self.base.size)
         x = self.base.rows(first, end, device)
-        assert isinstance(self.conv, nn.Conv3d | nn.ConvTranspose3d)
-        weight, bias = on(self.conv.weight, device), on(self.conv.bias, device)  # type: ignore[arg-type]
+        assert self.conv.bias is not None
+        weight, bias = on(self.conv.weight, device), on(self.conv.bias, device)
         weight = doubling_kernel(weight) if self.folded else weight
         padding, extra = [1, 1, 1], [0 if self.folded else 1] * 3
         padding[self.axis] = extra[self.axis] = 0
@@ -239,7 +239,6 @@ def mixed(x: FeatureMap, conv: nn.Conv3d) -> FeatureMap:
     if torch.is_grad_enabled() or not isinstance(x, Convolved | TransposedConvolved):
         return Convolved(x, conv)
     transposed = isinstance(x.conv, nn.ConvTranspose3d)
-    assert isinstance(x.conv, nn.Conv3d | nn.ConvTranspose3d)
     assert x.conv.bias is not None
     assert conv.bias is not None
     weight, bias, matrix = (values.double() for values in (x.conv.weight, x.conv.bias, conv.weight.flatten(1)))

@@ -156,9 +156,8 @@ class OnDisk:
         with writing(folder):
             file = tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False)  # noqa: SIM115
         self.path = Path(file.name)
-        self._finalizer = weakref.finalize(self, self.path.unlink, missing_ok=True)
-
-        give_up = self._finalizer
+        # the thread is given the finalizer alone: holding the part, it would keep the file of one that nobody wants
+        self._finalizer = give_up = weakref.finalize(self, self.path.unlink, missing_ok=True)
 
         def write() -> None:
             try:
