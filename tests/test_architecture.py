@@ -20,7 +20,7 @@ LEVELS = (
     ("data", "weights", "splitting"),
     ("training", "generation"),
     ("evaluation", "presets", "baselines"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 """Parts of the package: a module imports from its own part and from lower levels. This is the table's one home."""
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_a_bad_mask_is_refused_without_torch(model_folder, mask_file, tmp_path) 
 
 
 def test_the_command_is_installed() -> None:
-    done = subprocess.run([sys.executable, "-m", "maisi.cli", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "maisi", "--version"], capture_output=True, text=True, check=True)
     assert maisi.__version__ in done.stdout
 
 
@@ -268,6 +269,18 @@ def test_another_request_into_the_same_folder_is_refused(model_folder, tmp_path,
     assert generate(model_folder, tmp_path / "out", "--seed", 1) == 2
     assert "not made by this request" in capsys.readouterr().err
     assert files_in(tmp_path) == before
+
+
+def test_a_model_that_changed_does_not_go_on_with_a_folder(model_folder, tmp_path, capsys) -> None:
+    """What `model.json` says where the request is silent decides the bytes as well."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    assert generate(model, tmp_path / "out") == 0
+    values = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps(values | {"default_steps": values["default_steps"] + 1}))
+    assert generate(model, tmp_path / "out") == 2
+    assert "was not made by this request" in capsys.readouterr().err
+    (model / "model.json").write_text(json.dumps(values | {"card": "OTHER.md"}))
+    assert generate(model, tmp_path / "out") == 0
 
 
 def test_generate_follows_a_mask(model_folder, mask_file, tmp_path, chest_labels) -> None:

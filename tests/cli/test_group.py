@@ -35,7 +35,7 @@ def options(model_folder) -> list[str]:
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    order = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "maisi.cli"]
+    order = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "maisi"]
     return subprocess.run(
         [sys.executable, *order, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=240
     )
@@ -77,7 +77,7 @@ def test_a_lost_process_is_told_in_a_sentence_and_leaves_nothing(ct, options, tm
         port = str(s.getsockname()[1])
     group = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     other = subprocess.Popen([sys.executable, "-c", DEAD], env=group | {"RANK": "1"}, stderr=subprocess.DEVNULL)
-    order = [sys.executable, "-m", "maisi.cli", "encode", str(ct), "-o", str(z), *options]
+    order = [sys.executable, "-m", "maisi", "encode", str(ct), "-o", str(z), *options]
     first = subprocess.run(order, env=group | {"RANK": "0"}, capture_output=True, text=True, check=False, timeout=240)
     other.wait()
     assert first.returncode == 2, first.stderr

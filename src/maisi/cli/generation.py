@@ -102,6 +102,7 @@ def _order(request: Request, first: int, folder: ModelFolder | None, masked: boo
         "request": request.model_dump(mode="json"),
         "first": first,
         **{name: None if path is None else volume_sha256(path) for name, path in given.items()},
+        "model": {} if folder is None else folder.config.model_dump(mode="json", exclude={"name", "card", "sha256"}),
         "weights_sha256": {} if folder is None else weights_used(folder, masked),
     }
 

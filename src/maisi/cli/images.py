@@ -53,8 +53,8 @@ def encode(
     """Turn IMAGE into latents: mean and log_variance, float32, C x X/4 x Y/4 x Z/4.
 
     C is 4 in the released autoencoder and 16 in tiny's. A CT is read part by part, never whole, and several processes
-    may share it (torchrun -m maisi.cli encode ...). An MR image is read whole by one, since its percentiles are those
-    of all voxels.
+    may share it (torchrun -m maisi encode ...). An MR image is read whole by one, since its percentiles are those of
+    all voxels.
     """
     from maisi.anatomy import parse_modality
     from maisi.io.nifti import opened_rows, read_volume
@@ -106,7 +106,7 @@ def decode(
     """Turn LATENT, made by `maisi encode`, back into an image (CT: HU) of its own size and place.
 
     The image is written part by part and never whole in memory, and several processes may share the work (torchrun -m
-    maisi.cli decode ...).
+    maisi decode ...).
     """
     from maisi.data.latents import load_latent
     from maisi.io.nifti import write_slabs

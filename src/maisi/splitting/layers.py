@@ -61,9 +61,8 @@ class Moments:
         if x.dtype != wide:  # its own rounding is coarser
             summed = MOST_SUMMED
         rows, columns = (max(1, summed // place.numel()) for place in (x[0, 0, 0], x[0, 0, 0, 0]))
-        pieces = [piece for stretch in torch.split(x, rows, 2) for piece in torch.split(stretch, columns, 3)]
-        if x.is_meta:  # in a forecast one stands for all
-            pieces = pieces[:1]
+        counted = x[:, :, :rows, :columns] if x.is_meta else x  # in a forecast one piece stands for all
+        pieces = [piece for stretch in torch.split(counted, rows, 2) for piece in torch.split(stretch, columns, 3)]
         found = [_statistics(piece.to(wide)) for piece in pieces]
         mean, variance = (torch.stack(each).double() for each in zip(*found, strict=True))
         sizes = [float(piece[0, 0].numel()) for piece in pieces]

@@ -1,0 +1,5 @@
+"""`python -m maisi` is `maisi`."""
+
+from maisi.cli import main
+
+main()

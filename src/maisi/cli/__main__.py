@@ -1,5 +1,0 @@
-"""`python -m maisi.cli` is `maisi`."""
-
-from maisi.cli import main
-
-main()
