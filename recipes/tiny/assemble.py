@@ -51,6 +51,8 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         "tiny",
         views=VIEWS,
         steps=20,
+        solver="ancestral",
+        mask_solver="euler",
         mask_guidance=0.5,
         storage="int8",
         crop_spacing_mm=(1.8, 3.2),

@@ -191,6 +191,18 @@ def test_mask_guidance_is_the_models_unless_told(model, model_folder, chest_labe
         strengthened.job(**CHEST, mask_guidance=1)
 
 
+def test_the_solver_is_the_models_unless_told(model_folder, chest_labels, tmp_path) -> None:
+    """With a mask it may be another one than without."""
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    written = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**written, "solver": "ancestral", "mask_solver": "heun"}))
+    own = maisi.load(folder)
+    assert (own.job(**CHEST).solver, own.job(chest_labels).solver) == ("ancestral", "heun")
+    assert own.job(chest_labels, solver="euler").solver == "euler"
+    (folder / "model.json").write_text(json.dumps({**written, "solver": "ancestral"}))
+    assert maisi.load(folder).job(chest_labels).solver == "ancestral"
+
+
 def test_guidance_without_a_mask_goes_away_from_no_region(model) -> None:
     x = torch.randn(1, 4, 8, 8, 4, generator=torch.Generator().manual_seed(0))
     times = torch.tensor([500.0])

@@ -168,7 +168,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         padded=padded_size(size, model.size_multiple),
         labels=labels,
         steps=request.steps or model.default_steps,
-        solver=request.solver or model.solver,
+        solver=request.solver or model.usual_solver(masked=labels is not None),
         notes=tuple(notes),
         mask_source=source,
         custom_labels=model.custom_labels,

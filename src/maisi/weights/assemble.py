@@ -33,6 +33,7 @@ def assemble(
     views: Sequence[FieldOfView] = (),
     steps: int | None = None,
     solver: str | None = None,
+    mask_solver: str | None = None,
     mask_guidance: float = 0.0,
     storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
@@ -48,6 +49,7 @@ def assemble(
         views: what the model was trained on.
         steps: default number of denoising steps.
         solver: default solver.
+        mask_solver: default solver with a mask; None: the same.
         mask_guidance: default strength of label maps.
         storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
@@ -85,6 +87,7 @@ def assemble(
             "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,
             "solver": solver or usual_solver,
+            "mask_solver": mask_solver,
             "mask_guidance": mask_guidance,
             "ranges": None if ranges is None else RANGES,
             "library": None if library is None else LIBRARY,

@@ -89,6 +89,7 @@ class ModelConfig(Config):
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints; None: that of any image.
         default_steps: sampling steps unless the request says otherwise.
         solver: sampling method unless the request says otherwise.
+        mask_solver: the same with a mask, inpainting included; None: `solver`.
         mask_guidance: of generation from a mask, unless the request says otherwise; see `Request`.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
@@ -110,6 +111,7 @@ class ModelConfig(Config):
     crop_spacing_mm: tuple[PositiveFloat, PositiveFloat] | None = None
     default_steps: PositiveInt
     solver: str
+    mask_solver: str | None = None
     mask_guidance: NonNegativeFloat = 0.0
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
@@ -134,6 +136,10 @@ class ModelConfig(Config):
     def library_index(self) -> str | None:
         """Where the index of its label maps is, below the model's folder."""
         return None if self.library is None else f"{self.library}/{INDEX}"
+
+    def usual_solver(self, masked: bool) -> str:
+        """Name of the solver where the request names none."""
+        return self.mask_solver if masked and self.mask_solver is not None else self.solver
 
     @property
     def files(self) -> dict[Part, str]:
