@@ -20,7 +20,8 @@ LEVELS = (
     ("data", "weights", "splitting"),
     ("training", "generation"),
     ("evaluation", "presets", "baselines"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 """Parts of the package: a module imports from its own part and from lower levels. This is the table's one home."""
 

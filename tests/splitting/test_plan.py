@@ -46,6 +46,13 @@ def test_less_memory_more_parts_until_nothing_fits(task: str) -> None:
         plan(FIXED_BYTES, task)
 
 
+def test_between_32_parts_and_one_for_each_row_lie_64() -> None:
+    size = (512, 16, 16)
+    many = foreseen(CONFIG, Plan("decode", size, 0, 64, "disk", "none"), CPU, torch.float32)
+    found = make_plan(CONFIG, "decode", size, many.peak_bytes, device=CPU, dtype=torch.float32)
+    assert (found.parts, found.storage) == (64, "disk")
+
+
 def test_parts_on_a_cpu_have_few_rows_and_those_elsewhere_as_many_as_fit() -> None:
     def parts(device: str, *size: int) -> int:
         return make_plan(CONFIG, "decode", size, 10**12, device=torch.device(device), dtype=torch.float32).parts  # type: ignore[arg-type]

@@ -33,8 +33,10 @@ PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Numbers of parts that are tried; with more of them a plan saves little, and edges are computed twice more often."""
 
 CPU_ROWS = 16
-"""Of the image in a part on a CPU, or up to half as many more: larger parts take more memory and are no quicker there.
-"""
+"""Of the image in a part on a CPU, at most: larger parts take more memory and are no quicker there."""
+
+CPU_PARTS = 32
+"""On a CPU, at most, where memory allows fewer: with more of them edges are computed twice more often."""
 
 CUDA_VALUES = 2**31
 """A tensor on CUDA has fewer values: cuDNN counts them in 32 bits."""
@@ -133,8 +135,7 @@ def make_plan(
     def can_be_counted(plan: Plan) -> bool:
         return device.type != "cuda" or largest_tensor(config, plan, device, dtype) < CUDA_VALUES
 
-    enough = rows * config.compression // CPU_ROWS if device.type == "cpu" else 1
-    fewest = max((n for n in PARTS if n <= enough), default=1)
+    fewest = min(rows * config.compression // CPU_ROWS, CPU_PARTS) if device.type == "cpu" else 1
     counts = sorted({min(n, rows) for n in PARTS if n >= fewest})
     recomputed = _recomputed(config, task, processes)
     ways = [(*way, parts) for way in _ways(recomputed, device) for parts in counts]
