@@ -43,6 +43,7 @@ from end_to_end import MODALITY, SPACING
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from maisi.cuda_graph import CudaGraphs
 from maisi.device import feature_layout, resolve_precision
 from maisi.diffusion.rectified_flow import RectifiedFlow
 from maisi.diffusion.sampler import sample
@@ -53,6 +54,7 @@ from maisi.weights.load import load_network
 
 KINDS = ("bf16", "reference")
 PHASES = ("steps", "decode")
+REFERENCE_DECODES = ("reference", "decode")
 
 DECODE_GFLOP = 106.0
 """Of the released decoder for each 32^3 voxels of its image; a multiplication and its addition are two."""
@@ -164,13 +166,14 @@ class Ours(Side):
         dtype = next(self.unet.parameters()).dtype
         layout = feature_layout(self.place.device, dtype)
         spacing, modality = self.conditions()
-        unet = self.timed(self.unet)
 
         def denoise(x: Tensor, times: Tensor) -> Tensor:
             x = x.to(dtype).contiguous(memory_format=layout)
-            return unet(x, times, spacing=spacing, modality=modality).float()
+            made: Tensor = self.unet(x, times, spacing=spacing, modality=modality).float()
+            return made
 
-        return sample(RectifiedFlow(reference_rounding=True), denoise, noise.to(self.place.device), steps=steps)
+        step = self.timed(CudaGraphs(denoise))
+        return sample(RectifiedFlow(reference_rounding=True), step, noise.to(self.place.device), steps=steps)
 
     def decode(self, latent: Tensor, plan: Plan) -> Tensor:
         return decode_ours(self.autoencoder, latent, plan)
@@ -260,6 +263,15 @@ class Bench:
             "exactness": [],
             "work": {},
         }
+
+    def given(self, size: Triple) -> int | None:
+        """Bytes that ours may use to decode a size, of `--memory`; None: all that is free."""
+        if self.a.memory != "half":
+            return None if self.a.memory is None else int(float(self.a.memory) * 2**30)
+        rows = [
+            m for m in self.result["measurements"] if (m["size"], m["kind"], m["phase"]) == (size, *REFERENCE_DECODES)
+        ]
+        return next((m["peak_bytes"] // 2 for m in rows if m.get("peak_bytes")), None)
 
     def step(self, group: str, entry: dict[str, Any], work: Callable[[], dict[str, Any]], expected: float = 0) -> bool:
         """Add to a group what `work` gives, or why it gives nothing; whether it did."""
@@ -352,7 +364,8 @@ def plan_for(bench: Bench, size: Triple, share: float = 1.0) -> Plan:
     side, place = bench.sides["bf16"], bench.place
     device, dtype = codec.place_of(side.autoencoder)
     others = sum(other.held for other in bench.sides.values() if other is not side)
-    limit = None if bench.a.memory is None else int(share * bench.a.memory * 2**30) + others
+    given = bench.given(size)
+    limit = None if given is None else int(share * given) + others
     if limit is None and share < 1:
         limit = place.held() + int(share * torch.cuda.mem_get_info()[0])
     return codec.coding_plan(side.autoencoder.config, "decode", size, device, dtype, limit)
@@ -569,10 +582,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", default="256,512x512x128,512,512x512x768", help="images: 256 or 512x512x128, commas")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=1, help="measurements of each kind, alternating")
+    parser.add_argument("--rounds", default="1", help="measurements of each kind, alternating; of each size: 3,1")
     parser.add_argument("--seconds", type=float, default=170, help="start nothing that would end later; 0: no limit")
     parser.add_argument(
-        "--memory", type=float, help="GiB that ours may use in all to decode; default: all that is free"
+        "--memory", default="half", help="GiB that ours may use in all to decode, `half` of the reference's, or `free`"
     )
     parser.add_argument("--stitch", choices=("cpu", "cuda"), default="cpu", help="where the reference blends windows")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -581,8 +594,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, help="JSON file; the table goes beside it as .md")
     a = parser.parse_args()
     a.sizes = [beside.sizes(size.replace("x", ",")) for size in a.sizes.split(",")]
+    a.rounds = [int(count) for count in a.rounds.split(",")]
     a.warm_up = a.warm_up or (32 if a.small else 128)
     a.stitch = a.device if a.device == "cpu" else a.stitch
+    a.memory = None if a.memory == "free" else a.memory
     return a
 
 
@@ -600,10 +615,10 @@ def run(bench: Bench, folder: Path) -> None:
     count_work(bench)
     bench.write()
     for index, size in enumerate(a.sizes):
-        for number in range(a.rounds):
+        for number in range(a.rounds[min(index, len(a.rounds) - 1)]):
             latents: dict[str, Tensor] = {}
             for phase, work in (("steps", steps_of), ("decode", decode_of)):
-                for kind in KINDS:
+                for kind in reversed(KINDS):  # what the reference takes may be ours' limit
                     entry = {"size": size, "kind": kind, "phase": phase, "round": number}
                     expected = bench.expected(kind, phase, size)
                     done = lambda w=work, k=kind, s=size, x=latents: w(bench, k, s, x)  # noqa: E731

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "maisi"
 
 LEVELS = (
     ("errors", "config", "volume", "anatomy", "conditions", "tumors", "request"),
-    ("io", "layers", "device"),
+    ("io", "layers", "device", "cuda_graph"),
     ("networks", "diffusion"),
     ("data", "weights", "splitting"),
     ("training", "generation"),

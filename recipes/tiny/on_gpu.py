@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from maisi.anatomy import TUMORS
 from maisi.conditions import Conditions
 from maisi.config import read_yaml
+from maisi.cuda_graph import CudaGraphs
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import window_ct
 from maisi.data.tumor_examples import inpainting_region
@@ -299,26 +300,38 @@ NOMINAL = 10_000
 
 
 class Student(Trainee):
-    """A `Trainee` that never waits for the GPU: what is not finite counts as no gradient."""
+    """A `Trainee` that never waits for the GPU: what is not finite counts as no gradient.
+
+    All gradients lie in one tensor, which keeps its place, as graphs of launches need it.
+    """
+
+    def __init__(self, name: str, module: nn.Module, config: OptimizerConfig, steps: int) -> None:
+        super().__init__(name, module, config, steps)
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
+        start = 0
+        for p in self.parameters:
+            p.grad = self.gradients.as_strided(p.shape, p.stride(), start)
+            start += p.numel()
+        self.values = list(module.state_dict().values())
+
+    def learn(self, loss: Tensor) -> None:
+        """Put a loss's gradients in place of those there are."""
+        self.gradients.zero_()
+        loss.backward()
 
     def apply_at(self, over: float) -> None:
         """One optimizer step at a share of the time."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(int(over * NOMINAL), NOMINAL)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        finite = norm.isfinite()
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad = torch.where(finite, parameter.grad, 0.0)
+        norm = self.gradients.norm()
+        factor = (self.config.clip / norm).clamp(max=1)
+        self.gradients.copy_(torch.where(norm.isfinite(), self.gradients * factor, 0.0))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def average(self, step: int) -> None:
-        """Let the moving average follow; all tensors in one launch."""
+        """Let the moving average follow."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        values = self.module.state_dict()
-        own = [self.ema.values[name] for name in values]
-        torch._foreach_lerp_(own, [value.detach() for value in values.values()], 1 - decay)
+        torch._foreach_lerp_(list(self.ema.values.values()), self.values, 1 - decay)
 
     def averaged(self, fresh: nn.Module) -> nn.Module:
         """A copy with the averaged weights."""
@@ -389,7 +402,7 @@ def train_autoencoder(
             found = model.encode(x)
             made = model.decode(found.mean + torch.exp(0.5 * found.log_variance) * torch.randn_like(found.mean))
         terms = {"l1": F.l1_loss(made.float(), x)}
-        terms["l1"].backward()
+        student.learn(terms["l1"])
         student.apply_at(over)
         student.average(step)
         losses.add(terms)
@@ -419,7 +432,7 @@ def train_autoencoder(
             judge.requires_grad_(False)
             if weight:
                 terms["adversarial"] = weight * adversarial(judge(made).float(), True)
-        sum(terms.values(), torch.zeros((), device=device)).backward()
+        student.learn(sum(terms.values(), torch.zeros((), device=device)))
         student.apply_at(over)
         student.average(step)
         judge.requires_grad_(True)
@@ -427,7 +440,7 @@ def train_autoencoder(
             with autocast(device):
                 on_real, on_made = judge(x).float(), judge(made.detach()).float()
             terms["judge"] = 0.5 * (adversarial(on_real, True) + adversarial(on_made, False))
-            terms["judge"].backward()
+            critic.learn(terms["judge"])
             critic.apply_at(0.1)
         losses.add(terms)
         if step % 300 == 299:
@@ -466,22 +479,37 @@ def save_picture(path: Path, columns: list[list[Tensor]]) -> None:
     Image.fromarray(pixels).save(path)
 
 
+TOLD = ("spacing", "top_region", "bottom_region", "modality")
+
+
 @dataclass
 class Bank:
-    """Views of one size on the device: latents float16, and what goes with them."""
+    """Views of one size on the device, by name: latents float16, what goes with them, and what the U-Net is told."""
 
-    mean: Tensor
-    log_variance: Tensor
-    labels: Tensor
-    image: Tensor
-    region: Tensor
-    told: dict[str, Tensor]
-    untold: dict[str, Tensor]
-    clean: Tensor
+    tensors: dict[str, Tensor]
     crop: bool
+    oldest: int = 0
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return len(self.tensors["mean"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def clean(self) -> Tensor:
+        """Numbers of the views without tumours, which the U-Net learns."""
+        return torch.nonzero(~self["tumors"]).flatten()
+
+    def take(self, fresh: Bank, most: int) -> None:
+        """Add views, or put them in the place of the oldest where there are as many as may be."""
+        room = max(0, min(most - len(self), len(fresh)))
+        into = (self.oldest + torch.arange(len(fresh) - room)) % len(self)
+        self.oldest = (self.oldest + len(into)) % len(self)
+        for name, own in self.tensors.items():
+            own[into.to(own.device)] = fresh[name][room:]
+            if room:
+                self.tensors[name] = torch.cat([own, fresh[name][:room]])
 
 
 @torch.no_grad()
@@ -501,17 +529,16 @@ def encoded(model: Autoencoder, views: list[DrawnView], device: torch.device) ->
             means.append(found.mean.half())
             spreads.append(found.log_variance.half())
             images.append(x)
-        hidden = [Conditions(v.conditions.spacing_mm, (), "ct") for v in members]
-        told = condition_tensors([v.conditions for v in members])
         banks[size] = Bank(
-            torch.cat(means),
-            torch.cat(spreads),
-            torch.from_numpy(np.stack([v.labels for v in members])).to(device),
-            torch.cat(images),
-            torch.from_numpy(np.stack([v.region for v in members])).to(device),
-            {name: value.to(device) for name, value in told.items()},
-            {name: value.to(device) for name, value in condition_tensors(hidden).items()},
-            torch.tensor([i for i, v in enumerate(members) if not v.tumors]),
+            {
+                "mean": torch.cat(means),
+                "log_variance": torch.cat(spreads),
+                "labels": torch.from_numpy(np.stack([v.labels for v in members])).to(device),
+                "image": torch.cat(images),
+                "region": torch.from_numpy(np.stack([v.region for v in members])).to(device),
+                "tumors": torch.tensor([v.tumors for v in members]),
+                **{name: t.to(device) for name, t in condition_tensors([v.conditions for v in members]).items()},
+            },
             members[0].crop,
         )
     return banks
@@ -522,20 +549,28 @@ def share_of(size: tuple[int, ...]) -> float:
     return sum(share for share, kind in KINDS if tuple(kind.size) == tuple(size))
 
 
-def drawn(bank: Bank, chosen: Tensor, hide: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents drawn from their distributions, scaled, and what they are told (no regions where `hide`)."""
-    mean, spread = bank.mean[chosen].float(), torch.exp(0.5 * bank.log_variance[chosen].float())
-    told = {
-        name: torch.where(hide.view(-1, *[1] * (value.ndim - 1)), bank.untold[name][chosen], value[chosen])
-        for name, value in bank.told.items()
-    }
+def scale_for(banks: list[Bank]) -> float:
+    """One over the deviation of all latents without tumours."""
+    means = [bank["mean"][bank.clean.to(bank["mean"].device)].float() for bank in banks]
+    count = sum(m.numel() for m in means)
+    average = sum(float(m.sum().double()) for m in means) / count
+    return 1 / math.sqrt(sum(float(m.square().sum().double()) for m in means) / count - average**2)
+
+
+def drawn(bank: Bank, chosen: Tensor, hide: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """Latents drawn from their distributions, scaled, and what they are `TOLD` (no regions where `hide`)."""
+    mean, spread = bank["mean"][chosen].float(), torch.exp(0.5 * bank["log_variance"][chosen].float())
+    told = [bank[name][chosen] for name in TOLD]
+    told = [
+        t.masked_fill(hide[:, None], 0.0) if name.endswith("region") else t for name, t in zip(TOLD, told, strict=True)
+    ]
     return (mean + spread * torch.randn_like(mean)) * scale, told
 
 
 @torch.no_grad()
 def importance(model: Autoencoder, banks: dict[tuple[int, ...], Bank]) -> Tensor:
     """See `channel_weights`."""
-    z = max(banks.values(), key=len).mean[:4].float()
+    z = max(banks.values(), key=len)["mean"][:4].float()
     with autocast(z.device):
         weights = channel_weights(lambda z: model.decode(last(z)), z)
     say("weights of channels:", " ".join(f"{w:.2f}" for w in weights.flatten().tolist()))
@@ -550,7 +585,12 @@ def perturbed(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
 
 
 def train_unet(
-    banks: dict[tuple[int, ...], Bank], weights: Tensor, device: torch.device, seconds: float, a: argparse.Namespace
+    banks: dict[tuple[int, ...], Bank],
+    weights: Tensor,
+    device: torch.device,
+    seconds: float,
+    renew: Callable[[], None],
+    a: argparse.Namespace,
 ) -> tuple[UNet, float]:
     """On views without tumours, crops left out. Returns the network and the scale factor (of what was `begun`, its)."""
     torch.manual_seed(1)
@@ -561,32 +601,33 @@ def train_unet(
         net = loaded(a.begun, device, UNet).requires_grad_(True).train()
     placed(net, device)
     config = OptimizerConfig(
-        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
+        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.999
     )
     student = Student("unet", net, config, NOMINAL)
-    whole = {size: bank for size, bank in banks.items() if not bank.crop and len(bank.clean)}
-    pooled = [bank.mean[bank.clean.to(device)].float().square().sum().double() for bank in whole.values()]
-    centre = [bank.mean[bank.clean.to(device)].float().sum().double() for bank in whole.values()]
-    count = sum(bank.mean[0].numel() * len(bank.clean) for bank in whole.values())
-    average = float(sum(centre)) / count
-    scale = 1 / math.sqrt(float(sum(pooled)) / count - average**2) if a.begun is None else scale_of(a.begun)
+    whole = [size for size, bank in banks.items() if not bank.crop and len(bank.clean)]
+    scale = scale_for([banks[size] for size in whole]) if a.begun is None else scale_of(a.begun)
     say(f"scale factor {scale:.4f};", ", ".join(f"{s}: {len(b.clean)} of {len(b)} views" for s, b in banks.items()))
-    sizes = list(whole)
-    chances = np.array([share_of(size) for size in sizes])
+    chances = np.array([share_of(size) for size in whole])
     torch.manual_seed(a.seed)
     rng, generator, losses = np.random.default_rng(a.seed), torch.Generator().manual_seed(a.seed), Losses()
+
+    @CudaGraphs
+    def learn(noisy: Tensor, times: Tensor, target: Tensor, *told: Tensor) -> Tensor:
+        with autocast(device):
+            prediction = net(noisy, times, **dict(zip(TOLD, told, strict=True)))
+        loss: Tensor = (weights * (prediction.float() - target).square()).mean()
+        student.learn(loss)
+        return loss.detach()
+
     for step, over in Clock(seconds, "unet"):
-        size = sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]
-        bank = whole[size]
+        size = whole[int(rng.choice(len(whole), p=chances / chances.sum()))]
+        bank = banks[size]
         batch = max(2, a.voxels * 64 // math.prod(size))
         chosen = bank.clean[torch.from_numpy(rng.integers(0, len(bank.clean), batch))].to(device)
         hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
         z, told = drawn(bank, chosen, hide, scale)
         noisy, times, target = perturbed(z, generator)
-        with autocast(device):
-            prediction = net(last(noisy), times, **told)
-        loss = (weights * (prediction.float() - target).square()).mean()
-        loss.backward()
+        loss = learn(last(noisy), times, target, *told)
         student.apply_at(over)
         student.average(step)
         losses.add({"loss": loss})
@@ -594,6 +635,7 @@ def train_unet(
             say(losses.read())
             if a.device == "cpu":
                 in_parts(student.averaged(UNet(net.config)), a.out / "so-far.safetensors", scale)
+        renew()
     averaged = student.averaged(UNet(net.config))
     in_parts(averaged, a.out / "unet.safetensors", scale)
     return averaged, scale  # type: ignore[return-value]
@@ -606,6 +648,7 @@ def train_controlnet(
     weights: Tensor,
     device: torch.device,
     seconds: float,
+    renew: Callable[[], None],
     a: argparse.Namespace,
 ) -> ControlNet:
     """On all views; half of the items inpaint."""
@@ -622,7 +665,7 @@ def train_controlnet(
     net.requires_grad_(True).train()
     placed(net, device)
     settings = OptimizerConfig(
-        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.997
+        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
     )
     student = Student("controlnet", net, settings, NOMINAL)
     table = torch.from_numpy(config.told_table()).to(device)
@@ -633,6 +676,23 @@ def train_controlnet(
     torch.manual_seed(a.seed + 1)
     rng, generator = np.random.default_rng(a.seed + 1), torch.Generator().manual_seed(a.seed + 1)
     losses = Losses()
+
+    @CudaGraphs
+    def learn(
+        noisy: Tensor, times: Tensor, target: Tensor, labels: Tensor, image: Tensor, paint: Tensor, *told: Tensor
+    ) -> Tensor:
+        bits = inpainting_mask(mask_tensor(table[labels.long()]).bfloat16(), image, paint)
+        heavy = F.adaptive_max_pool3d(weighty[labels.long()][:, None], tuple(noisy.shape[2:]))
+        named = dict(zip(TOLD, told, strict=True))
+        with autocast(device):
+            residuals = net(noisy, times, last(bits), modality=named["modality"])
+            prediction = unet(noisy, times, residuals=residuals, **named)
+        weight = 1 + (run.label_weight - 1) * heavy
+        errors = weight * weights * (prediction.float() - target).square()
+        loss: Tensor = errors.sum() / (weight.sum() * target.shape[1])
+        student.learn(loss)
+        return loss.detach()
+
     for step, over in Clock(seconds, "controlnet"):
         size = sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]
         bank = banks[size]
@@ -641,18 +701,9 @@ def train_controlnet(
         hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
         z, told = drawn(bank, chosen, hide, scale)
         noisy, times, target = perturbed(z, generator)
-        labels = bank.labels[chosen]
         everywhere = torch.from_numpy(rng.random(batch) >= run.inpainting).to(device).view(-1, 1, 1, 1, 1)
-        region = bank.region[chosen][:, None] | everywhere
-        bits = inpainting_mask(mask_tensor(table[labels.long()]).bfloat16(), bank.image[chosen], region)
-        heavy = F.adaptive_max_pool3d(weighty[labels.long()][:, None], tuple(z.shape[2:]))
-        with autocast(device):
-            x = last(noisy)
-            residuals = net(x, times, last(bits), modality=told["modality"])
-            prediction = unet(x, times, residuals=residuals, **told)
-        weight = 1 + (run.label_weight - 1) * heavy
-        loss = (weight * weights * (prediction.float() - target).square()).sum() / (weight.sum() * target.shape[1])
-        loss.backward()
+        paint = bank["region"][chosen][:, None] | everywhere
+        loss = learn(last(noisy), times, target, bank["labels"][chosen], bank["image"][chosen], paint, *told)
         student.apply_at(over)
         student.average(step)
         losses.add({"loss": loss})
@@ -660,6 +711,7 @@ def train_controlnet(
             say(losses.read())
             if a.device == "cpu":
                 in_parts(student.averaged(ControlNet(config)), a.out / "so-far.safetensors", scale)
+        renew()
     averaged = student.averaged(ControlNet(config))
     in_parts(averaged, a.out / "controlnet.safetensors", scale)
     return averaged  # type: ignore[return-value]
@@ -695,13 +747,13 @@ def pictures(
     for size, count in (((112, 80, 80), 6), ((128, 128, 128), 3), ((144, 112, 112), 2)):
         for index in range(min(count, len(banks[size])) if size in banks else 0):
             bank = banks[size]
-            told = {name: value[index : index + 1] for name, value in bank.told.items()}
+            told = {name: bank[name][index : index + 1] for name in TOLD}
             masks: list[Tensor | None] = [None]
             if control is not None:
                 table = torch.from_numpy(control.config.told_table()).to(device)
-                masks.append(last(inpainting_mask(mask_tensor(table[bank.labels[index : index + 1].long()]))))
-            noise = torch.randn(1, *bank.mean.shape[1:], generator=torch.Generator().manual_seed(index))
-            rows = [bank.image[index, 0].float()]
+                masks.append(last(inpainting_mask(mask_tensor(table[bank["labels"][index : index + 1].long()]))))
+            noise = torch.randn(1, *bank["mean"].shape[1:], generator=torch.Generator().manual_seed(index))
+            rows = [bank["image"][index, 0].float()]
             for mask in masks:
 
                 def denoise(x: Tensor, t: Tensor, mask: Tensor | None = mask, told: Any = told) -> Tensor:
@@ -736,11 +788,12 @@ def main() -> None:
     parser.add_argument("--begun-controlnet", type=Path, help="a ControlNet to go on with")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of U-Net and ControlNet")
     parser.add_argument("--seed", type=int, default=1, help="of views, noise and order")
-    parser.add_argument("--most", type=int, default=3000, help="views of each of two rounds; 5 MB of the GPU each")
+    parser.add_argument("--most", type=int, default=5000, help="views on the GPU at a time, of 5 MB each")
+    parser.add_argument("--renew", type=float, default=15, help="seconds after which views drawn since are taken")
     parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
-    parser.add_argument("--waiting", type=int, default=300, help="views there beyond which no more are drawn")
+    parser.add_argument("--waiting", type=int, default=300, help="views on the disk, and in memory, at most")
     parser.add_argument(
-        "--draw", type=float, default=0, help="seconds to draw views before a first stage that needs them"
+        "--draw", type=float, default=0, help="seconds to draw views, at least, before a first stage that needs them"
     )
     a = parser.parse_args()
     stages = [stage for stage in STAGES if stage in a.stages.split(",")]
@@ -763,17 +816,22 @@ def main() -> None:
     ]
     for job in jobs:
         job.start()
-    views: dict[str, DrawnView] = {}
-    wanted = [a.most]
+    views: list[DrawnView] = []
+    wanted = [True]
 
     def keep_gathering() -> None:
         with ThreadPoolExecutor(4) as pool:
             while wanted[0]:
-                paths = sorted(a.views.glob("??????.npz"))[: max(0, min(200, wanted[0] - len(views)))]
-                for path, view in zip(paths, pool.map(read_view, paths), strict=True):
-                    views[path.name] = view
+                paths = sorted(a.views.glob("??????.npz"))[: max(0, min(100, a.waiting - len(views)))]
+                views.extend(pool.map(read_view, paths))
+                for path in paths:
                     path.unlink()
-                time.sleep(0.0 if paths else 1.0)
+                time.sleep(0.0 if paths else 0.5)
+
+    def gathered() -> list[DrawnView]:
+        taken = views[:]
+        del views[: len(taken)]
+        return taken
 
     def seconds_for(stage: str, spare: float) -> float:
         left = a.seconds - (time.monotonic() - STARTED) - spare
@@ -787,32 +845,40 @@ def main() -> None:
             model = train_autoencoder(source, device, seconds, a.batch, a.patch, a.out, warming.join)
         else:
             model = trained(a.autoencoder, device, Autoencoder)
-        time.sleep(a.draw)
-        known = sorted(views)[: a.most]
-        say(f"{len(views)} views so far")
         if stages == ["autoencoder"]:
             return
-        banks = encoded(model, [views[name] for name in known], device)
-        say(f"encoded {len(known)} views")
+        banks: dict[tuple[int, ...], Bank] = {}
+        last_time = [time.monotonic()]
+
+        def renew(after: float = a.renew) -> None:
+            if time.monotonic() - last_time[0] < after:
+                return
+            for size, fresh in encoded(model, gathered(), device).items():
+                if size in banks:
+                    banks[size].take(fresh, int(a.most * share_of(size)))
+                else:
+                    banks[size] = fresh
+            last_time[0] = time.monotonic()
+
+        until = time.monotonic() + a.draw
+        while time.monotonic() < until or not banks:
+            time.sleep(1)
+            renew(0)
+        say(f"{sum(len(bank) for bank in banks.values())} views")
         weights = importance(model, banks)
-        if "controlnet" in stages:
-            wanted[0] = 2 * a.most
         if "unet" in stages:
-            unet, scale = train_unet(banks, weights, device, seconds_for("unet", 25), a)
+            unet, scale = train_unet(banks, weights, device, seconds_for("unet", 25), renew, a)
         else:
             unet, scale = trained(a.unet, device, UNet), scale_of(a.unet)
         if "controlnet" not in stages:
             pictures(model, unet, None, scale, banks, device, a.out)
             return
-        fresh = [view for name, view in list(views.items()) if name not in known][: a.most]
-        for size, bank in encoded(model, fresh, device).items():
-            banks[size] = joined(banks[size], bank) if size in banks else bank
-        say(f"encoded {len(fresh)} more views")
-        control = train_controlnet(unet, scale, banks, weights, device, seconds_for("controlnet", 12), a)
+        say(f"{sum(len(bank) for bank in banks.values())} views")
+        control = train_controlnet(unet, scale, banks, weights, device, seconds_for("controlnet", 12), renew, a)
         pictures(model, unet, control, scale, banks, device, a.out)
     finally:
         (a.views / "stop").touch()
-        wanted[0] = 0
+        wanted[0] = False
     reading.result()
     say("done")
 
@@ -850,19 +916,6 @@ def warm_up(device: torch.device) -> None:
     with torch.no_grad(), autocast(device):
         model(last(torch.rand(1, 1, 32, 32, 32, device=device)))
     torch.cuda.synchronize()
-
-
-def joined(first: Bank, second: Bank) -> Bank:
-    """Two banks of one size as one."""
-    values: dict[str, Any] = {
-        name: torch.cat([getattr(first, name), getattr(second, name)])
-        for name in ("mean", "log_variance", "labels", "image", "region")
-    }
-    for name in ("told", "untold"):
-        one, other = getattr(first, name), getattr(second, name)
-        values[name] = {key: torch.cat([one[key], other[key]]) for key in one}
-    values["clean"] = torch.cat([first.clean, second.clean + len(first)])
-    return Bank(**values, crop=first.crop)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     batch=st.integers(1, 2),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     last=st.booleans(),
-    recompute=st.sampled_from(["none", "upsampled", "inner"]),
+    recompute=st.sampled_from(["none", "upsampled", "inner", "finest"]),
 )
 def test_values_and_gradients_are_the_unsplit_ones(
     name: str,
@@ -102,7 +102,7 @@ def test_values_and_gradients_are_the_unsplit_ones(
 
 
 @pytest.mark.parametrize("storage", ["device", "host", "disk"])
-@pytest.mark.parametrize("recompute", ["none", "upsampled", "inner"])
+@pytest.mark.parametrize("recompute", ["none", "upsampled", "inner", "finest"])
 def test_where_parts_wait_changes_nothing(tmp_path: Path, storage: Storage, recompute: Recomputed) -> None:
     torch.manual_seed(0)
     model = Autoencoder(SMALL)
@@ -114,11 +114,11 @@ def test_where_parts_wait_changes_nothing(tmp_path: Path, storage: Storage, reco
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("upsampled", 2), ("inner", 2)])
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("upsampled", 2), ("inner", 2), ("finest", 3)])
 def test_only_the_finest_maps_are_computed_anew(
     recompute: Recomputed, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last upsampled map: for its statistics and for the inner map of the block after it, not for its shortcut."""
+    """The last upsampled map: for its statistics and whenever the block after it is computed, not for its shortcut."""
     config = AutoencoderConfig(**SMALL.model_dump() | {"num_res_blocks": (2, 2, 2), "upsampling": "trilinear"})
     model = Autoencoder(config).requires_grad_(False)
     counts: Counter[int] = Counter()
@@ -136,7 +136,7 @@ def test_only_the_finest_maps_are_computed_anew(
     assert all(counts[pointer] == 1 for pointer in coarser)
     conv, second = blocks[last].conv, blocks[last + 2]
     assert counts[conv.weight.data_ptr()] == times  # type: ignore[operator, union-attr]
-    assert counts[second.conv1.weight.data_ptr()] == (2 if recompute == "inner" else 1)  # type: ignore[operator, union-attr]
+    assert counts[second.conv1.weight.data_ptr()] == (2 if recompute in ("inner", "finest") else 1)  # type: ignore[operator, union-attr]
 
 
 def test_files_of_waiting_parts_go_when_something_fails(tmp_path: Path) -> None:

@@ -148,6 +148,19 @@ def test_processes_compute_nothing_anew_that_takes_two_rows_of_a_neighbour(
     assert tried == expected
 
 
+def test_a_gpu_computes_all_of_the_finest_resolution_anew_before_its_maps_leave_it() -> None:
+    size, gpu = (512, 512, 512), torch.device("cuda")
+    config = AutoencoderConfig(**CONFIG.model_dump() | {"num_res_blocks": (2, 2, 2)})
+    least = {
+        recompute: foreseen(config, Plan("decode", size, 0, 64, "device", recompute), gpu, torch.bfloat16).peak_bytes
+        for recompute in ("inner", "finest")
+    }
+    assert least["finest"] < 0.9 * least["inner"]
+    found = make_plan(config, "decode", size, least["finest"], device=gpu, dtype=torch.bfloat16)
+    assert (found.storage, found.recompute) == ("device", "finest")
+    assert "all that lies between the finest maps computed anew" in str(found)
+
+
 @pytest.mark.parametrize("task", ["encode", "decode"])
 def test_a_small_disk_makes_more_be_computed_anew_and_one_too_small_is_refused(
     task: str, monkeypatch: pytest.MonkeyPatch
@@ -171,7 +184,7 @@ def test_a_small_disk_makes_more_be_computed_anew_and_one_too_small_is_refused(
         on_disk(small.waiting_bytes // 2)
 
 
-@pytest.mark.parametrize("recompute", ["none", "upsampled", "inner"])
+@pytest.mark.parametrize("recompute", ["none", "upsampled", "inner", "finest"])
 @pytest.mark.parametrize("task", ["encode", "decode"])
 def test_as_much_waits_on_disk_as_was_foreseen(
     task: str, recompute: Recomputed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

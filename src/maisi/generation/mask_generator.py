@@ -270,6 +270,7 @@ class MaskGenerator:
         """Noise and its denoising: `1 C X/4 Y/4 Z/4`, scaled."""
         import torch
 
+        from maisi.cuda_graph import CudaGraphs
         from maisi.diffusion import process_from_config, sample
 
         generator = torch.Generator().manual_seed(item_seed(order.request.seed, number))
@@ -287,7 +288,7 @@ class MaskGenerator:
 
         return sample(
             process_from_config(order.masks.process),
-            denoise,
+            CudaGraphs(denoise),
             noise.to(self.device),
             steps=order.steps,
             solver=order.solver,

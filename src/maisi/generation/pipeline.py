@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from maisi.conditions import Conditions, mask_bits, stack
 from maisi.config import Config, parse_config
+from maisi.cuda_graph import CudaGraphs
 from maisi.device import feature_layout, parse_memory, peak_memory, resolve_device, resolve_precision
 from maisi.diffusion.guidance import guided
 from maisi.diffusion.process import Process, process_from_config
@@ -374,7 +375,7 @@ class Model:
             prediction: Tensor = self.unet(x, times, **told, residuals=residuals)
             return prediction.float()
 
-        return denoise
+        return CudaGraphs(denoise)
 
     def _mask(self, labels: np.ndarray[Any, np.dtype[np.uint8]] | None, known: Known | None) -> Tensor | None:
         """What the ControlNet is told: label bits, and the known image if it looks at one."""

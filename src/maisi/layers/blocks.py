@@ -99,6 +99,11 @@ def doubled(x: Tensor) -> Tensor:
         from maisi.layers import kernels
 
         return kernels.doubled(x)
+    if x.is_meta and not torch.is_grad_enabled():  # PyTorch takes 9 ms to find out the result's shape
+        last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        layout = torch.channels_last_3d if last else torch.contiguous_format
+        doubled_size = (*x.shape[:2], *(2 * n for n in x.shape[2:]))
+        return torch.empty(doubled_size, dtype=x.dtype, device=x.device, memory_format=layout)
     return F.interpolate(x, scale_factor=2.0, mode="trilinear")
 
 

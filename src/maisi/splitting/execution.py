@@ -31,12 +31,13 @@ from maisi.splitting.layers import (
 )
 from maisi.splitting.maps import FeatureMap, Parts, Store, cuts
 
-Recomputed = Literal["none", "upsampled", "inner"]
+Recomputed = Literal["none", "upsampled", "inner", "finest"]
 """Maps that are not stored: their rows are computed anew each time they are needed.
 
 "upsampled" are those that an upsampling makes, the widest of a decoder; "inner" are these and the map inside each
-residual block whose own input is stored. Both only at the finest resolution, whose maps decide the peak. Under
-autograd, where those of all resolutions are kept: at all of them, and inside every residual block.
+residual block whose own input is stored; "finest" are all but what residual blocks give. Only at the finest resolution,
+whose maps decide the peak. Under autograd, where those of all resolutions are kept: at all of them, and inside every
+residual block.
 """
 
 Result = TypeVar("Result")
@@ -145,7 +146,7 @@ class Execution:
         shortcut: FeatureMap = x
         if isinstance(block.shortcut, nn.Conv3d):
             shortcut = mixed(x, block.shortcut)
-        if recompute == "inner" and (isinstance(x, Parts) or torch.is_grad_enabled()):
+        if recompute == "finest" or (recompute == "inner" and (isinstance(x, Parts) or torch.is_grad_enabled())):
             h_moments: Moments | None = self._moments(inner)
         elif isinstance(x, Parts) and _halves(block) and not torch.is_grad_enabled():
             # both maps together are no wider than x, which each part of them can take the place of

@@ -74,6 +74,8 @@ class Moments:
     def merged(self, other: Moments) -> Moments:
         """Of both together (Chan et al. 1979)."""
         count = self.count + other.count
+        if self.mean.is_meta:
+            return Moments(count, self.mean, self.deviations)
         mean, deviations = other.mean.to(self.mean.device), other.deviations.to(self.mean.device)
         difference = mean - self.mean
         return Moments(
@@ -126,13 +128,18 @@ class Activation:
             return kernels.scaled(dense, scale, bias - mean * scale, self.silu, wish, out)
         if not torch.is_grad_enabled() and len(x) == 1:
             # with fixed statistics a group norm is a batch norm, whose kernel rounds once and needs no scratch
-            y = F.batch_norm(x, mean[0], variance[0], weight, bias, False, 0.0, self.norm.eps)
+            y = _normed(x, mean[0], variance[0], weight, bias, self.norm.eps)
         else:
             scale = weight * torch.rsqrt(variance + self.norm.eps)
             shift = bias - mean * scale
             shape = (*scale.shape, 1, 1, 1)
             y = torch.addcmul(shift.reshape(shape), x, scale.reshape(shape)).to(x.dtype)
         return F.silu(y, inplace=not torch.is_grad_enabled()) if self.silu else y
+
+
+def _normed(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Batch norm with fixed statistics; of a map without data its place alone, which PyTorch takes a while to find."""
+    return torch.empty_like(x) if x.is_meta else F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
 
 class Activated(FeatureMap):

@@ -88,6 +88,7 @@ class Plan:
         waiting = gib(self.waiting_bytes)
         where = {"device": "", "host": f", {waiting} waiting in the machine's memory", "disk": f", {waiting} on disk"}
         anew = {"none": "", "upsampled": ", the widest map computed anew", "inner": ", the finest maps computed anew"}
+        anew["finest"] = ", all that lies between the finest maps computed anew"
         shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
         way = f"{how}{where[self.storage]}{anew[self.recompute]}"
         return f"{self.task} {size}: {way}; about {gib(self.peak_bytes)}{shared} beside the weights"
@@ -137,15 +138,17 @@ def make_plan(
 
     fewest = min(rows * config.compression // CPU_ROWS, CPU_PARTS) if device.type == "cpu" else 1
     counts = sorted({min(n, rows) for n in PARTS if n >= fewest})
-    recomputed = _recomputed(config, task, processes)
-    ways = [(*way, parts) for way in _ways(recomputed, device) for parts in counts]
-    tried: list[Plan] = []
-    for way in [*ways, *(("disk", recompute, rows) for recompute in recomputed)]:
-        plan = candidate(*way)
+    recomputed = _recomputed(config, task, device, processes)
+    for way in _ways(recomputed, device):
+        if candidate(*way, counts[-1]).peak_bytes > budget:
+            continue  # in fewer parts it takes more
+        for plan in (candidate(*way, parts) for parts in counts):
+            if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
+                return plan
+    smallest = [candidate("disk", recompute, rows) for recompute in recomputed]
+    for plan in smallest:
         if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
             return plan
-        tried.append(plan)
-    smallest = tried[-len(recomputed) :]
     fitting = [plan for plan in smallest if plan.peak_bytes <= budget]
     if not fitting:
         least = min(plan.peak_bytes for plan in smallest)
@@ -166,14 +169,16 @@ def make_plan(
     )
 
 
-def _recomputed(config: AutoencoderConfig, task: Task, processes: int) -> Sequence[Recomputed]:
+def _recomputed(config: AutoencoderConfig, task: Task, device: torch.device, processes: int) -> Sequence[Recomputed]:
     """What can be computed anew, the least first.
 
     Processes have one row of each neighbour; a map that is interpolated needs two, and so does one inside a block.
+    All of the finest resolution only where memory is what there is least of: it is a third more arithmetic.
     """
     upsampled: Sequence[Recomputed] = ("upsampled",) if task == "decode" else ()
     if processes == 1:
-        return ("none", *upsampled, "inner")
+        finest: Sequence[Recomputed] = ("finest",) if task == "decode" and device.type == "cuda" else ()
+        return ("none", *upsampled, "inner", *finest)
     return ("none",) if config.upsampling == "trilinear" else ("none", *upsampled)
 
 

@@ -8,7 +8,7 @@ PyTorch's own Muon takes 2D parameters only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,50 +49,50 @@ class MuonAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Make one step with the gradients that are there."""
+        """Make one step with the gradients that are there; alike things together, for on a GPU each costs a launch."""
         for group in self.param_groups:
             given = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not group["muon"]:
-                for parameter in given:
-                    self._adam(parameter, group)
-                continue
-            alike: dict[tuple[int, ...], list[Tensor]] = {}
-            for parameter in given:
-                alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
-            for parameters in alike.values():
-                self._muon(parameters, group)
+            if given:
+                (self._muon if group["muon"] else self._adam)(given, group)
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update weights that are matrices of one size together: on a GPU each product costs a launch."""
-        updates = []
-        for parameter in parameters:
-            state, gradient = self.state[parameter], parameter.grad
-            assert gradient is not None
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(state["momentum"], group["momentum"])
-            updates.append(update.reshape(update.shape[0], -1))
-        matrices = orthogonal(torch.stack(updates))
-        scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-        for parameter, matrix in zip(parameters, matrices, strict=True):
-            parameter.add_(matrix.reshape(parameter.shape), alpha=-group["lr"] * scale)
+        gradients = [_gradient(parameter) for parameter in parameters]
+        momenta = self._kept("momentum", parameters)
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        matrices = orthogonal([update.reshape(len(update), -1) for update in updates])
+        moves = [matrix.reshape(p.shape) for matrix, p in zip(matrices, parameters, strict=True)]
+        torch._foreach_mul_(moves, [0.2 * max(matrix.shape) ** 0.5 for matrix in matrices])
+        torch._foreach_add_(parameters, moves, alpha=-group["lr"])
 
-    def _adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.int64)
-            state["mean"] = torch.zeros_like(parameter)
-            state["square"] = torch.zeros_like(parameter)
-        state["step"] += 1
+    def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
-        count = int(state["step"])
-        state["mean"].lerp_(gradient, 1 - first)
-        state["square"].lerp_(gradient.square(), 1 - second)
-        spread = (state["square"] / (1 - second**count)).sqrt_().add_(1e-8)
-        rate = group["lr"] * group["adam_fraction"] / (1 - first**count)
-        parameter.addcdiv_(state["mean"], spread, value=-rate)
+        means, squares = self._kept("mean", parameters), self._kept("square", parameters)
+        gradients = [_gradient(parameter) for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
+        spreads, rates = torch._foreach_sqrt(squares), []
+        corrections = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            count = int(state.setdefault("step", torch.zeros((), dtype=torch.int64)).add_(1))
+            corrections.append((1 - second**count) ** -0.5)
+            rates.append(-group["lr"] * group["adam_fraction"] / (1 - first**count))
+        torch._foreach_mul_(spreads, corrections)
+        torch._foreach_add_(spreads, 1e-8)
+        torch._foreach_addcdiv_(parameters, means, spreads, rates)
+
+    def _kept(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
+        """A tensor of each parameter's state, zero at first."""
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter)
+        return [self.state[parameter][name] for parameter in parameters]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -100,22 +100,32 @@ def is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) >= SMALLEST_SIDE
 
 
-def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Return about the nearest matrix with orthonormal rows or columns: singular values come to 0.7 to 1.2.
+def orthogonal(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tensor]:
+    """Return about the nearest matrices with orthonormal rows or columns: singular values come to 0.7 to 1.2.
 
-    Every iterate is a polynomial in the small Gram matrix times `matrix`, so the iterations run on Gram matrices and
-    the long side is multiplied twice in all, not in each of them. Matrices `... M N` are treated one by one.
+    Every iterate is a polynomial in the small Gram matrix times the matrix `M N`, so the iterations run on Gram
+    matrices, those of one size together, and the long side is multiplied twice in all, not in each of them.
     """
+    norms = torch._foreach_add(torch._foreach_norm(list(matrices)), 1e-7)
+    scaled = torch._foreach_div(list(matrices), norms)
+    wide = [x.mT if x.shape[0] > x.shape[1] else x for x in scaled]
+    alike: dict[int, list[int]] = {}
+    for index, x in enumerate(wide):
+        alike.setdefault(len(x), []).append(index)
+    for indices in alike.values():
+        polynomials = _iterated(torch.stack([wide[i] @ wide[i].mT for i in indices]), iterations)
+        for i, polynomial in zip(indices, polynomials, strict=True):
+            wide[i] = polynomial @ wide[i]
+    return [x.mT if matrix.shape[0] > matrix.shape[1] else x for x, matrix in zip(wide, matrices, strict=True)]
+
+
+def _iterated(gram: Tensor, iterations: int) -> Tensor:
+    """The polynomial in Gram matrices `B M M`, as a matrix each."""
     a, b, c = NEWTON_SCHULZ
-    x: Tensor = matrix / (torch.linalg.matrix_norm(matrix, keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    gram = x @ x.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    product = identity
+    product = identity.expand_as(gram)
     for _ in range(iterations):
         factor = a * identity + b * gram + c * gram @ gram
         product = factor @ product
         gram = factor @ gram @ factor
-    x = product @ x
-    return x.mT if tall else x
+    return product

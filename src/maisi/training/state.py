@@ -47,8 +47,8 @@ class ExponentialMovingAverage:
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards the module's values after step number `step` (0, 1, ...)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in module.state_dict().items():
-            self.values[name].lerp_(value, 1 - decay)
+        values = module.state_dict()
+        torch._foreach_lerp_([self.values[name] for name in values], list(values.values()), 1 - decay)
 
 
 @dataclass(frozen=True)
