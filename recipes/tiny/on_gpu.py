@@ -113,7 +113,7 @@ KINDS = (
 """How often each kind of view is drawn. The crops are for the ControlNet alone, and so are views with tumours."""
 
 STAGES = ("autoencoder", "unet", "controlnet")
-SHARES = {"autoencoder": 0.30, "unet": 0.50, "controlnet": 0.20}
+SHARES = {"autoencoder": 0.30, "unet": 0.42, "controlnet": 0.28}
 """Of the time that the stages to train have."""
 
 BLUR = 0.1
@@ -627,7 +627,7 @@ def train_unet(
         hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
         z, told = drawn(bank, chosen, hide, scale)
         noisy, times, target = perturbed(z, generator)
-        loss = learn(last(noisy), times, target, *told)
+        loss = learn(last(noisy), times, last(target), *told)
         student.apply_at(over)
         student.average(step)
         losses.add({"loss": loss})
@@ -703,7 +703,7 @@ def train_controlnet(
         noisy, times, target = perturbed(z, generator)
         everywhere = torch.from_numpy(rng.random(batch) >= run.inpainting).to(device).view(-1, 1, 1, 1, 1)
         paint = bank["region"][chosen][:, None] | everywhere
-        loss = learn(last(noisy), times, target, bank["labels"][chosen], bank["image"][chosen], paint, *told)
+        loss = learn(last(noisy), times, last(target), bank["labels"][chosen], bank["image"][chosen], paint, *told)
         student.apply_at(over)
         student.average(step)
         losses.add({"loss": loss})
@@ -860,10 +860,10 @@ def main() -> None:
                     banks[size] = fresh
             last_time[0] = time.monotonic()
 
-        until = time.monotonic() + a.draw
-        while time.monotonic() < until or not banks:
-            time.sleep(1)
+        time.sleep(a.draw)
+        while not banks:
             renew(0)
+            time.sleep(1)
         say(f"{sum(len(bank) for bank in banks.values())} views")
         weights = importance(model, banks)
         if "unet" in stages:

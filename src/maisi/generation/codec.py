@@ -21,7 +21,7 @@ from maisi.data.preprocess import pad_to_multiple, unwindow_ct, window_ct, windo
 from maisi.device import feature_layout, resolve_device, resolve_precision
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
-from maisi.splitting.autoencoder import decoded, encoded
+from maisi.splitting.autoencoder import brought, decoded, encoded
 from maisi.splitting.execution import Execution
 from maisi.splitting.maps import Pulled
 from maisi.splitting.plan import Plan, Task, Triple, budget_beside, make_plan, waiting_room
@@ -273,8 +273,11 @@ def _decoded_slabs(
     device, dtype = place_of(autoencoder)
     axis, execution = _execution(plan, device, group)
     latent = latent.to(device, dtype).contiguous(memory_format=layout_of(autoencoder))
-    for start, _, rows in decoded(autoencoder, latent, execution, axis):
-        yield start, intensities(rows[0, 0].cpu().numpy(), modality)
+
+    def bring(start: int, rows: Tensor) -> tuple[int, NDArray[np.int16]]:
+        return start, intensities(rows[0, 0].cpu().numpy(), modality)
+
+    yield from brought(decoded(autoencoder, latent, execution, axis), bring)
 
 
 def _execution(plan: Plan | None, device: torch.device, group: Processes | None = None) -> tuple[int, Execution]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from maisi.splitting.maps import FIRST_SPATIAL_DIM, FeatureMap, Whole
 
 Piece = tuple[int, int, Tensor]
 """First row, the row after the last, and the rows `B C X Y Z`."""
+
+Result = TypeVar("Result")
 
 
 def decoded(autoencoder: Autoencoder, latent: Tensor | FeatureMap, execution: Execution, axis: int) -> Iterator[Piece]:
@@ -44,6 +46,31 @@ def encoded(autoencoder: Autoencoder, image: Tensor | FeatureMap, execution: Exe
         mean = cast(nn.Module, autoencoder.quant_conv_mu)(h)
         log_variance = cast(nn.Module, autoencoder.quant_conv_log_sigma)(h).clamp(-30.0, 20.0)
         yield start, stop, torch.cat([mean, log_variance], 1).to(_output_dtype(autoencoder))
+
+
+def brought(pieces: Iterator[Piece], bring: Callable[[int, Tensor], Result]) -> Iterator[Result]:
+    """What `bring`, which takes parts to the CPU, makes of first row and rows; a CUDA device computes meanwhile."""
+    waiting: tuple[int, Tensor, torch.cuda.Event] | None = None
+    aside: torch.cuda.Stream | None = None
+
+    def fetched(start: int, rows: Tensor, ready: torch.cuda.Event) -> Result:
+        assert aside is not None
+        aside.wait_event(ready)
+        with torch.cuda.stream(aside):
+            return bring(start, rows)
+
+    for start, _, rows in pieces:
+        if rows.device.type != "cuda":
+            yield bring(start, rows)
+            continue
+        aside = aside or torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record()
+        if waiting is not None:
+            yield fetched(*waiting)
+        waiting = start, rows, ready
+    if waiting is not None:
+        yield fetched(*waiting)
 
 
 def decode(autoencoder: Autoencoder, latent: Tensor, execution: Execution, axis: int) -> Tensor:

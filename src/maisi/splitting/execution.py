@@ -29,15 +29,15 @@ from maisi.splitting.layers import (
     TransposedConvolved,
     mixed,
 )
-from maisi.splitting.maps import FeatureMap, Parts, Store, cuts
+from maisi.splitting.maps import Begun, FeatureMap, Parts, Store, cuts
 
 Recomputed = Literal["none", "upsampled", "inner", "finest"]
 """Maps that are not stored: their rows are computed anew each time they are needed.
 
 "upsampled" are those that an upsampling makes, the widest of a decoder; "inner" are these and the map inside each
-residual block whose own input is stored; "finest" are all but what residual blocks give. Only at the finest resolution,
-whose maps decide the peak. Under autograd, where those of all resolutions are kept: at all of them, and inside every
-residual block.
+residual block whose own input is stored; "finest" are those inside all residual blocks, but for as many first rows as
+the block's result, which takes their place, leaves room for. Only at the finest resolution, whose maps decide the
+peak. Under autograd, where those of all resolutions are kept: at all of them, and inside every residual block.
 """
 
 Result = TypeVar("Result")
@@ -146,8 +146,11 @@ class Execution:
         shortcut: FeatureMap = x
         if isinstance(block.shortcut, nn.Conv3d):
             shortcut = mixed(x, block.shortcut)
-        if recompute == "finest" or (recompute == "inner" and (isinstance(x, Parts) or torch.is_grad_enabled())):
-            h_moments: Moments | None = self._moments(inner)
+        h_moments: Moments | None
+        if recompute in ("inner", "finest") and (isinstance(x, Parts) or torch.is_grad_enabled()):
+            h_moments = self._moments(inner)
+        elif recompute == "finest":
+            h, h_moments = self._begun(inner, 1 - _share_of_source(block))
         elif isinstance(x, Parts) and _halves(block) and not torch.is_grad_enabled():
             # both maps together are no wider than x, which each part of them can take the place of
             beside = Parts(x.axis, x.size)
@@ -157,7 +160,7 @@ class Execution:
             h, h_moments = self._stored(inner, True, release=False)
         assert h_moments is not None
         outer = Convolved(Activated(h, Activation(block.norm2, h_moments)), block.conv2)
-        return Sum(outer, shortcut, shared=h is inner)
+        return Sum(outer, shortcut, shared=h is inner or isinstance(h, Begun))
 
     def _stored(
         self, x: FeatureMap, normed: bool, release: bool, beside: tuple[FeatureMap, Parts] | None = None
@@ -194,6 +197,17 @@ class Execution:
 
         return self._joint([computed_twice(partial(found, *place)) for place in self._places(x.size)])
 
+    def _begun(self, x: FeatureMap, share: float) -> tuple[Begun, Moments]:
+        """Compute all parts of a map for its statistics, and store those within a share of its rows."""
+        stored, found = Begun(x), []
+        for first, end, device in self._places(x.size):
+            made = x.rows(first, end, device)
+            found.append(Moments.of(made))
+            if end <= share * x.size:
+                stored.add(first, end, self.store.put(made, x.axis))
+            del made
+        return stored, self._joint(found)
+
     def _joint(self, found: Sequence[Moments]) -> Moments:
         mine = reduce(Moments.merged, found)
         return mine if self.group is None else self.group.merged(mine)
@@ -215,6 +229,11 @@ def _finest(blocks: Sequence[nn.Module]) -> list[bool]:
     doublings = list(accumulate(isinstance(block, Upsample) - isinstance(block, Downsample) for block in blocks))
     most = max(doublings)
     return [doubled == most for doubled in doublings]
+
+
+def _share_of_source(block: ResidualBlock) -> float:
+    """Of the values of a block's result, those of the coarser map that its upsampled input comes from."""
+    return block.conv1.in_channels / block.conv1.out_channels / 8
 
 
 def _halves(block: ResidualBlock) -> bool:

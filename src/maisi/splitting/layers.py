@@ -64,6 +64,8 @@ class Moments:
         counted = x[:, :, :rows, :columns] if x.is_meta else x  # in a forecast one piece stands for all
         pieces = [piece for stretch in torch.split(counted, rows, 2) for piece in torch.split(stretch, columns, 3)]
         found = [_statistics(piece.to(wide)) for piece in pieces]
+        if x.is_meta:
+            return cls(x[0, 0].numel(), *found[0])
         mean, variance = (torch.stack(each).double() for each in zip(*found, strict=True))
         sizes = [float(piece[0, 0].numel()) for piece in pieces]
         count = torch.tensor(sizes, device=x.device, dtype=torch.float64).reshape(-1, 1, 1)

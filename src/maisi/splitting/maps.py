@@ -268,6 +268,32 @@ class Parts(FeatureMap):
         self._parts = [entry for entry in self._parts if entry[1] > before]
 
 
+class Begun(Parts):
+    """A map of which only the first parts are stored; rows of the others are computed when they are asked for."""
+
+    def __init__(self, computed: FeatureMap) -> None:
+        super().__init__(computed.axis, computed.size)
+        self._computed, self._end = computed, 0
+
+    def add(self, start: int, stop: int, part: Waiting) -> None:
+        """See `Parts`; here in order, from the first row on."""
+        super().add(start, stop, part)
+        self._end = stop
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Those stored, and those computed."""
+        middle = min(max(start, self._end), stop)
+        pieces = [super().rows(start, middle, device)] if start < middle else []
+        if middle < stop:
+            pieces.append(self._computed.rows(middle, stop, device))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def release(self, before: int) -> None:
+        """Drop parts, and let go of what the others are computed from."""
+        super().release(before)
+        self._computed.release(before)
+
+
 @dataclass(frozen=True)
 class Store:
     """Where parts are put.
