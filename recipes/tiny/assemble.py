@@ -53,7 +53,7 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         steps=20,
         solver="ancestral",
         mask_solver="euler",
-        mask_guidance=0.5,
+        mask_guidance=1.5,
         storage="int8",
         crop_spacing_mm=(1.8, 3.2),
         ranges=ranges,

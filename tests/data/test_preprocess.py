@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maisi.data.preprocess import (
@@ -75,6 +75,7 @@ def test_training_sizes_are_the_nearest_multiples_but_never_nothing() -> None:
     assert nearest_multiple((512, 500, 30)) == (512, 512, 128)
 
 
+@settings(deadline=None)
 @given(sizes, spacings)
 def test_resampling_to_a_size_keeps_the_extent(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
     volume = Volume.from_spacing(np.zeros((9, 8, 7), np.float32), spacing, (3.0, -2.0, 5.0))

@@ -51,10 +51,10 @@ def encoded(autoencoder: Autoencoder, image: Tensor | FeatureMap, execution: Exe
 def brought(pieces: Iterator[Piece], bring: Callable[[int, Tensor], Result]) -> Iterator[Result]:
     """What `bring`, which takes parts to the CPU, makes of first row and rows; a CUDA device computes meanwhile."""
     waiting: tuple[int, Tensor, torch.cuda.Event] | None = None
-    aside: torch.cuda.Stream | None = None
+    asides: dict[torch.device, torch.cuda.Stream] = {}
 
     def fetched(start: int, rows: Tensor, ready: torch.cuda.Event) -> Result:
-        assert aside is not None
+        aside = asides.setdefault(rows.device, torch.cuda.Stream(rows.device))  # type: ignore[no-untyped-call]
         aside.wait_event(ready)
         with torch.cuda.stream(aside):
             return bring(start, rows)
@@ -63,9 +63,8 @@ def brought(pieces: Iterator[Piece], bring: Callable[[int, Tensor], Result]) -> 
         if rows.device.type != "cuda":
             yield bring(start, rows)
             continue
-        aside = aside or torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
+        ready.record(torch.cuda.current_stream(rows.device))
         if waiting is not None:
             yield fetched(*waiting)
         waiting = start, rows, ready
