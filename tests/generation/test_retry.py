@@ -110,6 +110,19 @@ def test_a_faint_tumour_is_made_again_from_the_same_noise_with_more_guidance(che
     assert best_of(make, 0).details["contrast_as_usual"] is False
 
 
+@pytest.mark.parametrize(("given", "asked"), [(1.5, [1.5, 0.75, 0.375]), (None, [None] * 3)])
+def test_after_each_attempt_that_fails_the_label_map_guides_half_as_much(chest, given, asked) -> None:
+    make, _ = maker(chest, [300, 200, 400])
+    settings = []
+
+    def told(setting: Setting) -> Item:
+        settings.append(setting)
+        return make(setting)
+
+    best_of(told, 2, mask_guidance=given)
+    assert [setting.mask_guidance for setting in settings] == asked
+
+
 def test_mr_is_not_judged_as_hu(chest) -> None:
     make, _ = maker(chest, [900], modality="mri_t1")
     told = best_of(make, 0).details["quality"]

@@ -2,6 +2,7 @@
 
 An item with a mask whose report does not pass is made again from other noise, as often as the request allows, and the
 best is kept; where a tumour lacks the contrast of its kind, from the same noise with the guidance that mends it.
+After each attempt that fails the label map guides half as much: that exaggerates what a model knows little of.
 Without a mask there is nothing that other noise would have to follow: it is judged once.
 """
 
@@ -30,7 +31,11 @@ def ranges_of(folder: ModelFolder) -> QualityRanges:
 
 
 def best_of(
-    make: Callable[[Setting], Item], retries: int, ranges: QualityRanges | None = None, guidance: float = 0.0
+    make: Callable[[Setting], Item],
+    retries: int,
+    ranges: QualityRanges | None = None,
+    guidance: float = 0.0,
+    mask_guidance: float | None = None,
 ) -> Item:
     """Make an item, judge it, and make it anew where that is of use.
 
@@ -39,6 +44,7 @@ def best_of(
         retries: attempts after the first, at most.
         ranges: what passes; None: the carried ranges.
         guidance: of the first attempt.
+        mask_guidance: of the first attempt; None: all attempts have what the job says.
 
     Returns:
         The first item that passes, its tumours with the contrast of their kind, or the one with the best score, the
@@ -47,7 +53,7 @@ def best_of(
         took.
     """
     ranges = ranges or carried_ranges()
-    setting = Setting(guidance)
+    setting = Setting(guidance, mask_guidance=mask_guidance)
     attempts: list[_Judged] = []
     judging = 0.0
     while True:
@@ -58,6 +64,8 @@ def best_of(
         if attempts[-1].passed or item.labels is None or len(attempts) > retries:
             break
         setting = attempts[-1].contrasts.next(setting)
+        if setting.mask_guidance is not None and not attempts[-1].report.passed:
+            setting = replace(setting, mask_guidance=setting.mask_guidance / 2)
     kept = min(range(len(attempts)), key=lambda number: attempts[number].score)
     best = attempts[kept]
     quality = {**best.report.as_json(), "attempts": len(attempts), "kept": kept, "ranges": ranges.source}

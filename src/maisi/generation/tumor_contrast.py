@@ -24,10 +24,12 @@ class Setting:
     Attributes:
         guidance: its scale, see `maisi.diffusion.guided`.
         noise: number of the noise it starts from.
+        mask_guidance: that by the label map; None: as the job says.
     """
 
     guidance: float = 0.0
     noise: int = 0
+    mask_guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class Contrasts:
         if self.ratio == 1:
             return replace(made_with, noise=made_with.noise + 1)
         if self.ratio == 0:
-            return Setting(min(made_with.guidance + STRONGER, high), made_with.noise + 1)
+            return replace(made_with, guidance=min(made_with.guidance + STRONGER, high), noise=made_with.noise + 1)
         guidance = min(max((1 + made_with.guidance) * self.ratio - 1, low), high)
-        return Setting(guidance, made_with.noise + (guidance == made_with.guidance))
+        return replace(made_with, guidance=guidance, noise=made_with.noise + (guidance == made_with.guidance))
 
     def as_details(self, made_with: Setting) -> dict[str, object]:
         """For an item's record; nothing where there are no tumours."""
