@@ -30,7 +30,7 @@ from maisi.training.splitting import SplittingConfig, coding_for, step_bytes
 
 SMALL = AutoencoderConfig(channels=(16, 16), num_res_blocks=(1, 1), norm_groups=8)
 WAYS = {
-    "decode": (("device", "none"), ("device", "upsampled"), ("device", "inner"), ("disk", "none")),
+    "decode": (("device", "none"), ("device", "upsampled"), ("device", "inner"), ("device", "finest"), ("disk", "none")),
     "encode": (("device", "none"), ("device", "inner"), ("disk", "none")),
     "train": (("device", "none"), ("device", "inner")),
 }
@@ -101,6 +101,7 @@ def pictures(result: dict[str, Any], out: Path) -> None:
     for index, way in enumerate(WAYS[result["task"]]):
         rows = [row for row in result["memory"] if tuple(row["way"]) == way]
         again = {"none": "", "upsampled": ", upsampled ones computed anew", "inner": ", inner ones computed anew"}
+        again["finest"] = ", nearly all finest ones computed anew"
         name = {"device": "maps in memory", "disk": "maps on disk"}[way[0]] + again[way[1]]
         parts = [row["parts"] for row in rows]
         axes.plot(parts, [row["peak_bytes"] / 2**30 for row in rows], "o-", color=f"C{index}", label=name)
