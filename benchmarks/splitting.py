@@ -30,7 +30,13 @@ from maisi.training.splitting import SplittingConfig, coding_for, step_bytes
 
 SMALL = AutoencoderConfig(channels=(16, 16), num_res_blocks=(1, 1), norm_groups=8)
 WAYS = {
-    "decode": (("device", "none"), ("device", "upsampled"), ("device", "inner"), ("device", "finest"), ("disk", "none")),
+    "decode": (
+        ("device", "none"),
+        ("device", "upsampled"),
+        ("device", "inner"),
+        ("device", "finest"),
+        ("disk", "none"),
+    ),
     "encode": (("device", "none"), ("device", "inner"), ("disk", "none")),
     "train": (("device", "none"), ("device", "inner")),
 }
