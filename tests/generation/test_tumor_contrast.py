@@ -70,6 +70,13 @@ def test_the_next_guidance_sets_the_contrast_or_other_noise_is_drawn(ratio, guid
     assert (found.guidance, found.noise) == pytest.approx(following)
 
 
+@pytest.mark.parametrize(("ratio", "following"), [(0.8, -0.5), (0.5, -0.8), (2.0, 2.5)])
+def test_guidance_by_the_label_map_counts_to_the_contrast(ratio, following) -> None:
+    """1 + 0 + 1.5, times the ratio, is 1 + following + 1.5, as far as the range goes."""
+    found = Contrasts({26: -100.0}, 0.3, ratio).next(Setting(0.0, 3, mask_guidance=1.5))
+    assert (found.guidance, found.noise, found.mask_guidance) == (pytest.approx(following), 3, 1.5)
+
+
 @given(ratio=st.floats(0, 100), guidance=st.floats(-0.8, 6), noise=st.integers(0, 10))
 def test_no_attempt_repeats_another_and_none_leaves_the_range(ratio, guidance, noise) -> None:
     now = Setting(guidance, noise)

@@ -65,15 +65,16 @@ class Contrasts:
     def next(self, made_with: Setting) -> Setting:
         """What another attempt is to be made with.
 
-        A tumour's contrast grows about with 1 + guidance: from the same noise it can be set, up or down. Where it is as
-        usual, or can't be set further, the image is drawn anew.
+        A tumour's contrast grows about with 1 + guidance, that by the label map with it: from the same noise it can be
+        set, up or down. Where it is as usual, or can't be set further, the image is drawn anew.
         """
         low, high = GUIDANCE_RANGE
         if self.ratio == 1:
             return replace(made_with, noise=made_with.noise + 1)
         if self.ratio == 0:
             return replace(made_with, guidance=min(made_with.guidance + STRONGER, high), noise=made_with.noise + 1)
-        guidance = min(max((1 + made_with.guidance) * self.ratio - 1, low), high)
+        beside = 1 + (made_with.mask_guidance or 0)
+        guidance = min(max((beside + made_with.guidance) * self.ratio - beside, low), high)
         return replace(made_with, guidance=guidance, noise=made_with.noise + (guidance == made_with.guidance))
 
     def as_details(self, made_with: Setting) -> dict[str, object]:
