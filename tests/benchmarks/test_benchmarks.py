@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from types import ModuleType
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_gpu_script_on_the_cpu(load, tmp_path: Path, monkeypatch: pytest.MonkeyP
     result = json.loads(out.read_text())
     rows = result["measurements"]
     assert [(row["kind"], row["phase"]) for row in rows[:4]] == [
-        (kind, phase) for phase in ("steps", "decode") for kind in ("bf16", "reference")
+        (kind, phase) for phase in ("steps", "decode") for kind in ("reference", "bf16")
     ]
     assert len(rows) == 8
     assert all(row["finite"] and row["seconds"] > 0 and row["peak_bytes"] is None for row in rows)
@@ -100,6 +101,21 @@ def test_gpu_script_on_the_cpu(load, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert parts["largest_difference"] < 1e-4 < precision["relative_error"] < 0.1
     assert 0 < seams["relative_error"] < 0.5
     assert "| 32x32x48 | decoding |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(("memory", "bytes_given"), [("half", 500), (None, None), ("2", 2 * 2**30)])
+def test_gpu_script_gives_ours_half_of_what_the_reference_took(
+    load, memory: str | None, bytes_given: int | None
+) -> None:
+    place = {"size": (32, 32, 32), "phase": "decode"}
+    measured = [
+        place | {"kind": "bf16", "peak_bytes": 90},
+        place | {"kind": "reference", "peak_bytes": 1000},
+        place | {"kind": "reference", "peak_bytes": 80, "phase": "steps"},
+        place | {"kind": "reference", "peak_bytes": 70, "size": (48, 32, 32)},
+    ]
+    bench = SimpleNamespace(a=SimpleNamespace(memory=memory), result={"measurements": measured})
+    assert load("gpu").Bench.given(bench, (32, 32, 32)) == bytes_given
 
 
 def test_gpu_script_tells_of_what_fails(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
