@@ -55,7 +55,6 @@ from maisi.weights.load import load_network
 
 KINDS = ("bf16", "reference")
 PHASES = ("steps", "decode")
-REFERENCE_DECODES = ("reference", "decode")
 
 DECODE_GFLOP = 106.0
 """Of the released decoder for each 32^3 voxels of its image; a multiplication and its addition are two."""
@@ -273,9 +272,8 @@ class Bench:
         """Bytes that ours may use to decode a size, of `--memory`; None: all that is free."""
         if self.a.memory != "half":
             return None if self.a.memory is None else int(float(self.a.memory) * 2**30)
-        rows = [
-            m for m in self.result["measurements"] if (m["size"], m["kind"], m["phase"]) == (size, *REFERENCE_DECODES)
-        ]
+        wanted = (size, "reference", "decode")
+        rows = [m for m in self.result["measurements"] if (m["size"], m["kind"], m["phase"]) == wanted]
         return next((m["peak_bytes"] // 2 for m in rows if m.get("peak_bytes")), None)
 
     def step(self, group: str, entry: dict[str, Any], work: Callable[[], dict[str, Any]], expected: float = 0) -> bool:
@@ -625,7 +623,8 @@ def run(bench: Bench, folder: Path) -> None:
     for index, size in enumerate(a.sizes):
         for number in range(a.rounds[min(index, len(a.rounds) - 1)]):
             latents: dict[str, Tensor] = {}
-            for phase, work in ((phase, {"steps": steps_of, "decode": decode_of}[phase]) for phase in a.phases):
+            for phase in a.phases:
+                work = steps_of if phase == "steps" else decode_of
                 for kind in reversed(KINDS):  # what the reference takes may be ours' limit
                     entry = {"size": size, "kind": kind, "phase": phase, "round": number}
                     expected = bench.expected(kind, phase, size)

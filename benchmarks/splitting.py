@@ -106,8 +106,12 @@ def pictures(result: dict[str, Any], out: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for index, way in enumerate(WAYS[result["task"]]):
         rows = [row for row in result["memory"] if tuple(row["way"]) == way]
-        again = {"none": "", "upsampled": ", upsampled ones computed anew", "inner": ", inner ones computed anew"}
-        again["finest"] = ", nearly all finest ones computed anew"
+        again = {
+            "none": "",
+            "upsampled": ", upsampled ones computed anew",
+            "inner": ", inner ones computed anew",
+            "finest": ", nearly all finest ones computed anew",
+        }
         name = {"device": "maps in memory", "disk": "maps on disk"}[way[0]] + again[way[1]]
         parts = [row["parts"] for row in rows]
         axes.plot(parts, [row["peak_bytes"] / 2**30 for row in rows], "o-", color=f"C{index}", label=name)

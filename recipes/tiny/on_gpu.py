@@ -312,7 +312,6 @@ class Student(Trainee):
         for p in self.parameters:
             p.grad = self.gradients.as_strided(p.shape, p.stride(), start)
             start += p.numel()
-        self.values = list(module.state_dict().values())
 
     def learn(self, loss: Tensor) -> None:
         """Put a loss's gradients in place of those there are."""
@@ -327,11 +326,6 @@ class Student(Trainee):
         factor = (self.config.clip / norm).clamp(max=1)
         self.gradients.copy_(torch.where(norm.isfinite(), self.gradients * factor, 0.0))
         self.optimizer.step()
-
-    def average(self, step: int) -> None:
-        """Let the moving average follow."""
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.ema.values.values()), self.values, 1 - decay)
 
     def averaged(self, fresh: nn.Module) -> nn.Module:
         """A copy with the averaged weights."""
@@ -404,7 +398,7 @@ def train_autoencoder(
         terms = {"l1": F.l1_loss(made.float(), x)}
         student.learn(terms["l1"])
         student.apply_at(over)
-        student.average(step)
+        student.ema.update(student.module, step)
         losses.add(terms)
         if step % 400 == 399:
             say(losses.read())
@@ -434,7 +428,7 @@ def train_autoencoder(
                 terms["adversarial"] = weight * adversarial(judge(made).float(), True)
         student.learn(sum(terms.values(), torch.zeros((), device=device)))
         student.apply_at(over)
-        student.average(step)
+        student.ema.update(student.module, step)
         judge.requires_grad_(True)
         if weight:
             with autocast(device):
@@ -501,6 +495,12 @@ class Bank:
         """Numbers of the views without tumours, which the U-Net learns."""
         return torch.nonzero(~self["tumors"]).flatten()
 
+    def chosen(self, voxels: int, rng: np.random.Generator, clean: bool = False) -> Tensor:
+        """Numbers of a batch of views, two or more, of about as many latent voxels; `clean`: of those alone."""
+        among = self.clean if clean else torch.arange(len(self))
+        batch = max(2, voxels // self["mean"][0, 0].numel())
+        return among[torch.from_numpy(rng.integers(0, len(among), batch))].to(self["mean"].device)
+
     def take(self, fresh: Bank, most: int) -> None:
         """Add views, or put them in the place of the oldest where there are as many as may be."""
         room = max(0, min(most - len(self), len(fresh)))
@@ -557,14 +557,29 @@ def scale_for(banks: list[Bank]) -> float:
     return 1 / math.sqrt(sum(float(m.square().sum().double()) for m in means) / count - average**2)
 
 
-def drawn(bank: Bank, chosen: Tensor, hide: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
-    """Latents drawn from their distributions, scaled, and what they are `TOLD` (no regions where `hide`)."""
+def bank_of(banks: dict[tuple[int, ...], Bank], sizes: list[tuple[int, ...]], rng: np.random.Generator) -> Bank:
+    """One of some sizes, as often as its views are drawn."""
+    chances = np.array([share_of(size) for size in sizes])
+    return banks[sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]]
+
+
+def noised(
+    bank: Bank, chosen: Tensor, scale: float, rng: np.random.Generator, generator: torch.Generator
+) -> list[Tensor]:
+    """Noisy latents, drawn from their distributions and scaled, times, target, and what they are `TOLD`.
+
+    One in ten is told no regions.
+    """
+    hide = torch.from_numpy(rng.random(len(chosen)) < 0.1).to(chosen.device)
     mean, spread = bank["mean"][chosen].float(), torch.exp(0.5 * bank["log_variance"][chosen].float())
     told = [bank[name][chosen] for name in TOLD]
     told = [
         t.masked_fill(hide[:, None], 0.0) if name.endswith("region") else t for name, t in zip(TOLD, told, strict=True)
     ]
-    return (mean + spread * torch.randn_like(mean)) * scale, told
+    z = (mean + spread * torch.randn_like(mean)) * scale
+    times = PROCESS.draw_times(len(z), z[0, 0].numel(), generator)
+    noisy, target = PROCESS.perturb(z, torch.randn_like(z), times)
+    return [last(noisy), times.to(z.device), last(target), *told]
 
 
 @torch.no_grad()
@@ -575,13 +590,6 @@ def importance(model: Autoencoder, banks: dict[tuple[int, ...], Bank]) -> Tensor
         weights = channel_weights(lambda z: model.decode(last(z)), z)
     say("weights of channels:", " ".join(f"{w:.2f}" for w in weights.flatten().tolist()))
     return weights
-
-
-def perturbed(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, times, target."""
-    times = PROCESS.draw_times(len(z), z[0, 0].numel(), generator)
-    noisy, target = PROCESS.perturb(z, torch.randn_like(z), times)
-    return noisy, times.to(z.device), target
 
 
 def train_unet(
@@ -607,7 +615,6 @@ def train_unet(
     whole = [size for size, bank in banks.items() if not bank.crop and len(bank.clean)]
     scale = scale_for([banks[size] for size in whole]) if a.begun is None else scale_of(a.begun)
     say(f"scale factor {scale:.4f};", ", ".join(f"{s}: {len(b.clean)} of {len(b)} views" for s, b in banks.items()))
-    chances = np.array([share_of(size) for size in whole])
     torch.manual_seed(a.seed)
     rng, generator, losses = np.random.default_rng(a.seed), torch.Generator().manual_seed(a.seed), Losses()
 
@@ -620,16 +627,11 @@ def train_unet(
         return loss.detach()
 
     for step, over in Clock(seconds, "unet"):
-        size = whole[int(rng.choice(len(whole), p=chances / chances.sum()))]
-        bank = banks[size]
-        batch = max(2, a.voxels * 64 // math.prod(size))
-        chosen = bank.clean[torch.from_numpy(rng.integers(0, len(bank.clean), batch))].to(device)
-        hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
-        z, told = drawn(bank, chosen, hide, scale)
-        noisy, times, target = perturbed(z, generator)
-        loss = learn(last(noisy), times, last(target), *told)
+        bank = bank_of(banks, whole, rng)
+        chosen = bank.chosen(a.voxels, rng, clean=True)
+        loss = learn(*noised(bank, chosen, scale, rng, generator))
         student.apply_at(over)
-        student.average(step)
+        student.ema.update(student.module, step)
         losses.add({"loss": loss})
         if step % 400 == 399:
             say(losses.read())
@@ -672,7 +674,6 @@ def train_controlnet(
     weighty = torch.zeros(256, device=device)
     weighty[list(run.weighted_labels)] = 1
     sizes = list(banks)
-    chances = np.array([share_of(size) for size in sizes])
     torch.manual_seed(a.seed + 1)
     rng, generator = np.random.default_rng(a.seed + 1), torch.Generator().manual_seed(a.seed + 1)
     losses = Losses()
@@ -694,18 +695,14 @@ def train_controlnet(
         return loss.detach()
 
     for step, over in Clock(seconds, "controlnet"):
-        size = sizes[int(rng.choice(len(sizes), p=chances / chances.sum()))]
-        bank = banks[size]
-        batch = max(2, a.voxels // 2 * 64 // math.prod(size))
-        chosen = torch.from_numpy(rng.integers(0, len(bank), batch)).to(device)
-        hide = torch.from_numpy(rng.random(batch) < 0.1).to(device)
-        z, told = drawn(bank, chosen, hide, scale)
-        noisy, times, target = perturbed(z, generator)
-        everywhere = torch.from_numpy(rng.random(batch) >= run.inpainting).to(device).view(-1, 1, 1, 1, 1)
+        bank = bank_of(banks, sizes, rng)
+        chosen = bank.chosen(a.voxels // 2, rng)
+        noisy, times, target, *told = noised(bank, chosen, scale, rng, generator)
+        everywhere = torch.from_numpy(rng.random(len(chosen)) >= run.inpainting).to(device).view(-1, 1, 1, 1, 1)
         paint = bank["region"][chosen][:, None] | everywhere
-        loss = learn(last(noisy), times, last(target), bank["labels"][chosen], bank["image"][chosen], paint, *told)
+        loss = learn(noisy, times, target, bank["labels"][chosen], bank["image"][chosen], paint, *told)
         student.apply_at(over)
-        student.average(step)
+        student.ema.update(student.module, step)
         losses.add({"loss": loss})
         if step % 200 == 199:
             say(losses.read())
@@ -817,11 +814,10 @@ def main() -> None:
     for job in jobs:
         job.start()
     views: list[DrawnView] = []
-    wanted = [True]
 
     def keep_gathering() -> None:
         with ThreadPoolExecutor(4) as pool:
-            while wanted[0]:
+            while not (a.views / "stop").exists():
                 paths = sorted(a.views.glob("??????.npz"))[: max(0, min(100, a.waiting - len(views)))]
                 views.extend(pool.map(read_view, paths))
                 for path in paths:
@@ -848,17 +844,18 @@ def main() -> None:
         if stages == ["autoencoder"]:
             return
         banks: dict[tuple[int, ...], Bank] = {}
-        last_time = [time.monotonic()]
+        renewed = time.monotonic()
 
         def renew(after: float = a.renew) -> None:
-            if time.monotonic() - last_time[0] < after:
+            nonlocal renewed
+            if time.monotonic() - renewed < after:
                 return
             for size, fresh in encoded(model, gathered(), device).items():
                 if size in banks:
                     banks[size].take(fresh, int(a.most * share_of(size)))
                 else:
                     banks[size] = fresh
-            last_time[0] = time.monotonic()
+            renewed = time.monotonic()
 
         time.sleep(a.draw)
         while not banks:
@@ -878,7 +875,6 @@ def main() -> None:
         pictures(model, unet, control, scale, banks, device, a.out)
     finally:
         (a.views / "stop").touch()
-        wanted[0] = False
     reading.result()
     say("done")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -51,10 +52,10 @@ def encoded(autoencoder: Autoencoder, image: Tensor | FeatureMap, execution: Exe
 def brought(pieces: Iterator[Piece], bring: Callable[[int, Tensor], Result]) -> Iterator[Result]:
     """What `bring`, which takes parts to the CPU, makes of first row and rows; a CUDA device computes meanwhile."""
     waiting: tuple[int, Tensor, torch.cuda.Event] | None = None
-    asides: dict[torch.device, torch.cuda.Stream] = {}
+    stream_on = cache(torch.cuda.Stream)
 
     def fetched(start: int, rows: Tensor, ready: torch.cuda.Event) -> Result:
-        aside = asides.setdefault(rows.device, torch.cuda.Stream(rows.device))  # type: ignore[no-untyped-call]
+        aside = stream_on(rows.device)
         aside.wait_event(ready)
         with torch.cuda.stream(aside):
             return bring(start, rows)

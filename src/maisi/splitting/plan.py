@@ -87,8 +87,12 @@ class Plan:
         how = "whole" if self.parts == 1 else f"{self.parts} parts along {AXES[self.axis]}"
         waiting = gib(self.waiting_bytes)
         where = {"device": "", "host": f", {waiting} waiting in the machine's memory", "disk": f", {waiting} on disk"}
-        anew = {"none": "", "upsampled": ", the widest map computed anew", "inner": ", the finest maps computed anew"}
-        anew["finest"] = ", all that lies between the finest maps computed anew"
+        anew = {
+            "none": "",
+            "upsampled": ", the widest map computed anew",
+            "inner": ", the finest maps computed anew",
+            "finest": ", all that lies between the finest maps computed anew",
+        }
         shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
         way = f"{how}{where[self.storage]}{anew[self.recompute]}"
         return f"{self.task} {size}: {way}; about {gib(self.peak_bytes)}{shared} beside the weights"
@@ -136,6 +140,9 @@ def make_plan(
     def can_be_counted(plan: Plan) -> bool:
         return device.type != "cuda" or largest_tensor(config, plan, device, dtype) < CUDA_VALUES
 
+    def will_do(plan: Plan) -> bool:
+        return plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan)
+
     fewest = min(rows * config.compression // CPU_ROWS, CPU_PARTS) if device.type == "cpu" else 1
     counts = sorted({min(n, rows) for n in PARTS if n >= fewest})
     recomputed = _recomputed(config, task, device, processes)
@@ -143,11 +150,11 @@ def make_plan(
         if candidate(*way, counts[-1]).peak_bytes > budget:
             continue  # in fewer parts it takes more
         for plan in (candidate(*way, parts) for parts in counts):
-            if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
+            if will_do(plan):
                 return plan
     smallest = [candidate("disk", recompute, rows) for recompute in recomputed]
     for plan in smallest:
-        if plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan):
+        if will_do(plan):
             return plan
     fitting = [plan for plan in smallest if plan.peak_bytes <= budget]
     if not fitting:

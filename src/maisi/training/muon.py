@@ -71,8 +71,8 @@ class MuonAdam(torch.optim.Optimizer):
         gradients = [_gradient(parameter) for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
-        spreads, rates = torch._foreach_sqrt(squares), []
-        corrections = []
+        spreads = torch._foreach_sqrt(squares)
+        corrections, rates = [], []
         for parameter in parameters:
             state = self.state[parameter]
             count = int(state.setdefault("step", torch.zeros((), dtype=torch.int64)).add_(1))
