@@ -69,10 +69,13 @@ def test_more_noise_is_worse_in_every_measure():
     assert [r.mae_hu for r in results] == sorted(r.mae_hu for r in results)
 
 
-def test_mae_is_in_hu_inside_the_window():
+@pytest.mark.parametrize("shift", [25, -25])
+def test_errors_are_in_hu_inside_the_window(shift: int):
     rng = np.random.default_rng(3)
     hu = rng.integers(-900, 900, (20, 10, 9)).astype(np.int16)
-    assert compare(hu, hu + np.int16(25)).mae_hu == pytest.approx(25, abs=1e-3)
+    found = compare(hu, hu + np.int16(shift))
+    assert found.mae_hu == pytest.approx(25, abs=1e-3)
+    assert found.bias_hu == pytest.approx(shift, abs=1e-3)
 
 
 def test_what_the_window_clips_is_no_error():
@@ -103,6 +106,7 @@ def test_structures_are_measured_by_their_own_voxels():
         a, b = (np.clip(v[where].astype(float), -1000, 1000) for v in (hu, made))
         assert found[name].voxels == where.sum()
         assert found[name].mae_hu == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
+        assert found[name].bias_hu == pytest.approx((b - a).mean(), abs=1e-3)
         assert found[name].psnr_db == pytest.approx(peak_signal_noise_ratio(a, b, data_range=2000), abs=1e-4)
     assert compare_structures(hu, hu, labels, {"one": [1]})["one"].psnr_db == math.inf
     with pytest.raises(MaisiError, match="one grid"):

@@ -66,6 +66,7 @@ def test_rows_are_those_of_another_implementation(result, data) -> None:
         shifted = (v + 1000 for v in (a, b))  # SSIM compares means, so it is not blind to the zero
         assert row["ssim"] == pytest.approx(structural_similarity(*shifted, win_size=7, data_range=2000), abs=1e-6)
         assert row["mae_hu"] == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
+        assert row["bias_hu"] == pytest.approx((b - a).mean(), abs=1e-3)
         assert row["perceptual"] > 0
 
 

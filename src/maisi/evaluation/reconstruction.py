@@ -1,8 +1,8 @@
-"""How close a reconstructed CT is to its original: PSNR, SSIM, mean absolute error, in all and by structure.
+"""How close a reconstructed CT is to its original: PSNR, SSIM, mean and mean absolute error, in all and by structure.
 
 Knows no network.
 
-All three look at HU clipped to the window that the models know, [-1000, 1000]; PSNR and SSIM see it mapped to
+All look at HU clipped to the window that the models know, [-1000, 1000]; PSNR and SSIM see it mapped to
 [0, 1], so their data range is 1. Sums run over slabs along X, so temporary arrays stay small.
 """
 
@@ -33,17 +33,19 @@ SLAB = 16
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The three measures of one volume, or their means over several.
+    """The measures of one volume, or their means over several.
 
     Attributes:
         psnr_db: higher is closer; infinite for equal volumes.
         ssim: 1 for equal volumes.
         mae_hu: mean absolute difference in HU.
+        bias_hu: mean difference in HU, above 0 where what was made is too bright.
     """
 
     psnr_db: float
     ssim: float
     mae_hu: float
+    bias_hu: float
 
 
 def compare(original_hu: Array, made_hu: Array, window: Window = "uniform") -> Reconstruction:
@@ -57,6 +59,7 @@ def compare(original_hu: Array, made_hu: Array, window: Window = "uniform") -> R
         psnr(original, made),
         ssim(original, made, window),
         mean_absolute_error(original, made) * (HU_MAX - HU_MIN),
+        -_mean(original, made, np.positive) * (HU_MAX - HU_MIN),
     )
 
 
@@ -67,11 +70,13 @@ class StructureError:
     Attributes:
         voxels: of the structure.
         mae_hu: mean absolute difference in HU.
+        bias_hu: mean difference in HU, above 0 where what was made is too bright.
         psnr_db: of its voxels alone, with the whole window as data range; infinite where nothing differs.
     """
 
     voxels: int
     mae_hu: float
+    bias_hu: float
     psnr_db: float
 
 
@@ -85,12 +90,13 @@ def compare_structures(
     """
     _require_same_shape(original_hu, made_hu)
     _require_same_shape(original_hu, labels)
-    voxels, absolute, squared = np.zeros((3, 256))
+    voxels, signed, absolute, squared = np.zeros((4, 256))
     for start in range(0, len(labels), SLAB):
         slab = slice(start, start + SLAB)
         ids = label_ids(labels[slab]).ravel()
         difference = (window_ct(made_hu[slab]) - window_ct(original_hu[slab])).astype(np.float64).ravel()
         voxels += np.bincount(ids, minlength=256)
+        signed += np.bincount(ids, difference, 256)
         absolute += np.bincount(ids, np.abs(difference), 256)
         squared += np.bincount(ids, difference**2, 256)
     found = {}
@@ -98,8 +104,9 @@ def compare_structures(
         chosen = sorted(members)
         count = voxels[chosen].sum()
         if count:
-            mae, mse = absolute[chosen].sum() / count, squared[chosen].sum() / count
-            found[name] = StructureError(int(count), float(mae * (HU_MAX - HU_MIN)), _decibels(mse, 1.0))
+            mae, bias = ((HU_MAX - HU_MIN) * sums[chosen].sum() / count for sums in (absolute, signed))
+            mse = squared[chosen].sum() / count
+            found[name] = StructureError(int(count), float(mae), float(bias), _decibels(mse, 1.0))
     return found
 
 

@@ -38,7 +38,7 @@ from maisi.weights.load import sha256
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-MEASURES = ("psnr", "ssim", "mae_hu", "perceptual")
+MEASURES = ("psnr", "ssim", "mae_hu", "bias_hu", "perceptual")
 _NO_NAMES: Mapping[int, str] = MappingProxyType({})
 
 _DECISIVE = {"spacing_mm", "features", "feature_weights", "slices"}
@@ -171,6 +171,7 @@ class ReconstructionStudy:
             "psnr": _finite(whole.psnr_db),
             "ssim": whole.ssim,
             "mae_hu": whole.mae_hu,
+            "bias_hu": whole.bias_hu,
             "perceptual": near,
             "structures": {} if labels is None else _structures(ct, made, labels, names),
         }
@@ -184,7 +185,7 @@ class ReconstructionStudy:
         if self.cache is None:
             return {"volume": entry.name, **compute()}
         settings = self.config.model_dump(mode="json", include=_DECISIVE)
-        key = ["reconstruction", dict(self.identity), settings, entry.hash]
+        key = ["reconstruction", MEASURES, dict(self.identity), settings, entry.hash]
         return {"volume": entry.name, **self.cache.json(key, compute)}
 
     def _summary(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -195,7 +196,7 @@ class ReconstructionStudy:
             held = [row["structures"][name] for row in rows if name in row["structures"]]
             key = name.replace(" ", "_")
             summary[f"volumes_{key}"] = len(held)
-            for measure in ("mae_hu", "psnr"):
+            for measure in ("mae_hu", "bias_hu", "psnr"):
                 summary |= self._interval(f"{measure}_{key}", [one[measure] for one in held])
         return summary
 
@@ -260,7 +261,8 @@ def _structures(ct: Volume, made: Volume, labels: Volume, custom: Mapping[int, s
     groups |= {name: [id] for id, name in sorted(names.items()) if name not in groups}
     found = compare_structures(ct.array, made.array, labels.array, groups)
     return {
-        name: {"voxels": one.voxels, "mae_hu": one.mae_hu, "psnr": _finite(one.psnr_db)} for name, one in found.items()
+        name: {"voxels": e.voxels, "mae_hu": e.mae_hu, "bias_hu": e.bias_hu, "psnr": _finite(e.psnr_db)}
+        for name, e in found.items()
     }
 
 
