@@ -416,8 +416,7 @@ def train_autoencoder(
         x = last(patches.batch(batch, rng))
         weight = 0.1 * min(1.0, max(0.0, (over - 0.08) / 0.15))
         with torch.no_grad(), autocast(device):
-            z = model.encode(x).mean
-            z = z + BLUR * z.std() * torch.rand(batch, 1, 1, 1, 1, device=device) * torch.randn_like(z)
+            z = blurred(model.encode(x).mean)
         with autocast(device):
             made = model.decode(z).float()
             seen = perceptual(features, made, x, torch.rand(3))
@@ -473,7 +472,7 @@ def train_decoder(
         count = max(1, voxels // bank["image"][0].numel())
         chosen = torch.from_numpy(rng.integers(0, len(bank), count)).to(device)
         x, mean = bank["image"][chosen].float(), bank["mean"][chosen].float()
-        z = mean + torch.exp(0.5 * bank["log_variance"][chosen].float()) * torch.randn_like(mean)
+        z = blurred(mean + torch.exp(0.5 * bank["log_variance"][chosen].float()) * torch.randn_like(mean))
         with autocast(device):
             made = model.decode(last(z)).float()
             seen = perceptual(features, made, x, torch.rand(2))
@@ -488,6 +487,11 @@ def train_decoder(
     model.load_state_dict(student.ema.values)
     save_network(a.out / "autoencoder.safetensors", model, storage="float16")
     return model.eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def blurred(z: Tensor) -> Tensor:
+    """Latents with noise, see `BLUR`."""
+    return z + BLUR * z.std() * torch.rand(len(z), 1, 1, 1, 1, device=z.device) * torch.randn_like(z)
 
 
 def freeze_encoder(model: Autoencoder) -> None:
