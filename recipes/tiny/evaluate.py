@@ -187,7 +187,7 @@ class Evaluation:
         return {"cases": rows, "means": {part: means([r for r in rows if r["part"] == part]) for part in parts}}
 
     def reconstruction(self, case: PreparedCase) -> dict[str, Any]:
-        """The three measures of one case."""
+        """The measures of one case."""
         ct = ct_of(self.folder, case)
         if not is_head_neck(case):
             ct = crop_or_pad(ct, at_most(ct.shape, TORSO_CROP))

@@ -45,6 +45,7 @@ from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet, ControlNetConfig, inpainting_mask
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
 from maisi.networks.unet import TrunkConfig, UNet, UNetConfig
+from maisi.training.autoencoder import freeze_encoder
 from maisi.training.controlnet import ControlNetRun
 from maisi.training.diffusion import soften_conditions
 from maisi.training.latents import condition_tensors, mask_tensor
@@ -453,8 +454,8 @@ def train_decoder(
 ) -> Autoencoder:
     """The decoder alone, on whole views.
 
-    Group norms see another mixture of tissue and air there than in patches around tissue: a decoder that knows patches
-    alone makes bone 35 HU too dark. Squared errors tell means apart that absolute ones and features do not.
+    One that knew patches around tissue alone made bone 33 HU too dark in whole heads, where group norms see another
+    mixture of tissue and air. Squared errors tell means apart that absolute ones and features do not.
     """
     model.requires_grad_(True).train()
     freeze_encoder(model)
@@ -466,13 +467,12 @@ def train_decoder(
     )
     student = Student("decoder", model, config, NOMINAL)
     torch.manual_seed(a.seed)
-    rng, losses, voxels = np.random.default_rng(a.seed), Losses(), a.batch * a.patch**3
+    rng, losses = np.random.default_rng(a.seed), Losses()
+    voxels = a.batch * a.patch**3 // AUTOENCODER.compression**3
     for step, over in Clock(seconds, "decoder on views"):
         bank = bank_of(banks, list(banks), rng)
-        count = max(1, voxels // bank["image"][0].numel())
-        chosen = torch.from_numpy(rng.integers(0, len(bank), count)).to(device)
-        x, mean = bank["image"][chosen].float(), bank["mean"][chosen].float()
-        z = blurred(mean + torch.exp(0.5 * bank["log_variance"][chosen].float()) * torch.randn_like(mean))
+        chosen = bank.chosen(voxels, rng, least=1)
+        x, z = bank["image"][chosen].float(), blurred(bank.latents(chosen))
         with autocast(device):
             made = model.decode(last(z)).float()
             seen = perceptual(features, made, x, torch.rand(2))
@@ -492,12 +492,6 @@ def train_decoder(
 def blurred(z: Tensor) -> Tensor:
     """Latents with noise, see `BLUR`."""
     return z + BLUR * z.std() * torch.rand(len(z), 1, 1, 1, 1, device=z.device) * torch.randn_like(z)
-
-
-def freeze_encoder(model: Autoencoder) -> None:
-    """Leave the latents as they are."""
-    for part in (model.encoder, model.quant_conv_mu, model.quant_conv_log_sigma):
-        part.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -550,10 +544,15 @@ class Bank:
         """Numbers of the views without tumours, which the U-Net learns."""
         return torch.nonzero(~self["tumors"]).flatten()
 
-    def chosen(self, voxels: int, rng: np.random.Generator, clean: bool = False) -> Tensor:
-        """Numbers of a batch of views, two or more, of about as many latent voxels; `clean`: of those alone."""
+    def latents(self, chosen: Tensor) -> Tensor:
+        """Latents of views, float32, drawn from their distributions."""
+        mean, spread = self["mean"][chosen].float(), torch.exp(0.5 * self["log_variance"][chosen].float())
+        return mean + spread * torch.randn_like(mean)
+
+    def chosen(self, voxels: int, rng: np.random.Generator, clean: bool = False, least: int = 2) -> Tensor:
+        """Numbers of a batch of views, `least` or more, of about as many latent voxels; `clean`: of those alone."""
         among = self.clean if clean else torch.arange(len(self))
-        batch = max(2, voxels // self["mean"][0, 0].numel())
+        batch = max(least, voxels // self["mean"][0, 0].numel())
         return among[torch.from_numpy(rng.integers(0, len(among), batch))].to(self["mean"].device)
 
     def take(self, fresh: Bank, most: int) -> None:
@@ -626,12 +625,11 @@ def noised(
     One in ten is told no regions.
     """
     hide = torch.from_numpy(rng.random(len(chosen)) < 0.1).to(chosen.device)
-    mean, spread = bank["mean"][chosen].float(), torch.exp(0.5 * bank["log_variance"][chosen].float())
     told = [bank[name][chosen] for name in TOLD]
     told = [
         t.masked_fill(hide[:, None], 0.0) if name.endswith("region") else t for name, t in zip(TOLD, told, strict=True)
     ]
-    z = (mean + spread * torch.randn_like(mean)) * scale
+    z = bank.latents(chosen) * scale
     times = PROCESS.draw_times(len(z), z[0, 0].numel(), generator)
     noisy, target = PROCESS.perturb(z, torch.randn_like(z), times)
     return [last(noisy), times.to(z.device), last(target), *told]

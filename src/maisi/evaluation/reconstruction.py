@@ -59,7 +59,7 @@ def compare(original_hu: Array, made_hu: Array, window: Window = "uniform") -> R
         psnr(original, made),
         ssim(original, made, window),
         mean_absolute_error(original, made) * (HU_MAX - HU_MIN),
-        -_mean(original, made, np.positive) * (HU_MAX - HU_MIN),
+        _mean(made, original, np.positive) * (HU_MAX - HU_MIN),
     )
 
 

@@ -100,6 +100,12 @@ def quieten(model: Autoencoder) -> None:
         model.quant_conv_log_sigma.bias.sub_(8.0)
 
 
+def freeze_encoder(model: Autoencoder) -> None:
+    """Train the decoder alone, so that latents stay what they are."""
+    for part in (model.encoder, model.quant_conv_mu, model.quant_conv_log_sigma):
+        part.requires_grad_(False)
+
+
 class AutoencoderStage:
     """See `maisi.training.loop.Stage`."""
 
@@ -113,8 +119,7 @@ class AutoencoderStage:
             model = _initial(run, self.source)
             discriminator = PatchDiscriminator(run.discriminator)
         if run.decoder_only:
-            for part in (model.encoder, model.quant_conv_mu, model.quant_conv_log_sigma):
-                part.requires_grad_(False)
+            freeze_encoder(model)
         shape = (run.patches.batch_size, model.config.in_channels, *run.patches.size)
         self.coding = coding_for(run.splitting, model.config, shape, self.device, run.loop.dtype)
         self.layout = feature_layout(self.device, run.loop.dtype)
