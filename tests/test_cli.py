@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import maisi
 from maisi import cli
@@ -201,6 +202,25 @@ def test_a_full_disk_is_a_sentence(model_folder, tmp_path, capsys, monkeypatch) 
     assert generate(model_folder, tmp_path / "out") == 2
     assert "No space left on device; free some space" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_is_a_sentence(model_folder, tmp_path, capsys, monkeypatch) -> None:
+    def starved(*args, **kwargs):
+        torch.empty(2**50)
+
+    monkeypatch.setattr("maisi.generation.pipeline.sample", starved)
+    assert generate(model_folder, tmp_path / "out") == 2
+    assert "memory did not suffice; close what else uses it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_faults_keep_their_traceback(model_folder, tmp_path, monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("maisi.generation.pipeline.sample", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        generate(model_folder, tmp_path / "out")
 
 
 # ---- generation --------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +26,35 @@ def test_without_a_gpu_the_function_is_called_each_time() -> None:
     for n in (1, 2, 1, 1):
         torch.testing.assert_close(function(torch.ones(n)), torch.full((n,), 2.0))
     assert len(calls) == 4
+
+
+@dataclass
+class OnCuda:
+    """As much of a tensor on CUDA as recording looks at before it clones."""
+
+    value: float
+    shape: tuple[int, ...] = (1,)
+    dtype: torch.dtype = torch.float32
+    device: ClassVar[torch.device] = torch.device("cuda")
+
+    def clone(self) -> OnCuda:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it.")
+
+
+def test_what_cannot_be_recorded_is_called_and_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    function = CudaGraphs(lambda x: 2 * x.value)  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        assert [function(OnCuda(n)) for n in (1.0, 2.0, 3.0, 4.0)] == [2.0, 4.0, 6.0, 8.0]  # type: ignore[arg-type]
+    assert [str(warning.message).endswith("CUDA out of memory. Tried to allocate 2 GiB.") for warning in recwarn] == [
+        True
+    ]
+
+
+def test_a_training_step_that_cannot_be_recorded_is_not_made_twice() -> None:
+    function = CudaGraphs(lambda x: x.value)  # type: ignore[attr-defined]
+    function._seen.add((((1,), torch.float32),))  # type: ignore[arg-type]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        function(OnCuda(1.0))  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 
-from maisi.device import free_memory, parse_memory, peak_memory, resolve_device, resolve_precision, used_memory
+from maisi.device import (
+    fault_of,
+    free_memory,
+    parse_memory,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+    used_memory,
+)
 from maisi.errors import MaisiError
 
 HELD = """
@@ -76,3 +84,27 @@ def test_memory_in_use_grows_with_tensors() -> None:
     fresh = mmap.mmap(-1, 2**26)  # what the allocator kept of freed tensors would not be new to the process
     ballast = torch.frombuffer(fresh, dtype=torch.float32).fill_(1)
     assert used_memory(torch.device("cpu")) > before + ballast.numel() * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "memory did not suffice"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), "memory did not suffice"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory did not suffice"),
+        (MemoryError(), "memory did not suffice"),
+        (
+            RuntimeError("CUDA error: unspecified launch failure\nCompile with"),
+            "failed (CUDA error: unspecified launch",
+        ),
+    ],
+)
+def test_faults_of_devices_are_sentences(error: MemoryError | RuntimeError, told: str) -> None:
+    sentence = fault_of(error)
+    assert sentence is not None
+    assert told in sentence
+    assert "\n" not in sentence
+
+
+def test_other_errors_are_no_faults_of_devices() -> None:
+    assert fault_of(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")) is None

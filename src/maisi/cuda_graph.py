@@ -7,6 +7,7 @@ inputs, and tensors that it changes besides must stay where they are.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,13 +30,14 @@ class CudaGraphs:
     """A function of tensors that lie on one device; where that is no CUDA device, it is called as it is.
 
     With shapes for the first time it is called, in which libraries look for their kernels; the second time it is
-    recorded. Recordings share their memory, which is held as long as this lives.
+    recorded. Recordings share their memory, which is held as long as this lives. Where nothing is trained and shapes
+    cannot be recorded (memory for a second copy is missing, or a library refuses), it is called as it is.
     """
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
         self.compute = compute
         self._seen: set[Shapes] = set()
-        self._recordings: dict[Shapes, Recording] = {}
+        self._recordings: dict[Shapes, Recording | None] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Call it, or launch what was recorded; the result is a tensor of its own."""
@@ -46,8 +48,10 @@ class CudaGraphs:
             self._seen.add(shapes)
             return self._aside(inputs) if torch.is_grad_enabled() else self.compute(*inputs)
         if shapes not in self._recordings:
-            self._recordings[shapes] = self._recorded(inputs)
+            self._recordings[shapes] = self._recorded_or_not(inputs)
         recording = self._recordings[shapes]
+        if recording is None:
+            return self.compute(*inputs)
         for own, x in zip(recording.inputs, inputs, strict=True):
             own.copy_(x)
         recording.graph.replay()
@@ -62,9 +66,21 @@ class CudaGraphs:
         main.wait_stream(aside)
         return result
 
+    def _recorded_or_not(self, inputs: tuple[Tensor, ...]) -> Recording | None:
+        """None where that fails; a training step that failed half-way may have changed something, so it raises."""
+        if torch.is_grad_enabled():
+            return self._recorded(inputs)
+        try:
+            return self._recorded(inputs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        torch.cuda.empty_cache()
+        warnings.warn(f"CUDA records no graph here, so steps take longer: {reason}", stacklevel=3)
+        return None
+
     def _recorded(self, inputs: tuple[Tensor, ...]) -> Recording:
         own = tuple(x.clone() for x in inputs)
-        pool = next((known.graph.pool() for known in self._recordings.values()), None)
+        pool = next((known.graph.pool() for known in self._recordings.values() if known is not None), None)
         graph = torch.cuda.CUDAGraph()
         # other threads may use the GPU meanwhile
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

@@ -57,6 +57,13 @@ def run(arguments: Sequence[str]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _refuse(f"The disk is full ({error.filename or 'writing'}); free some space or choose another disk.")
+    except (MemoryError, RuntimeError) as error:
+        from maisi.device import fault_of
+
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        return _refuse(fault)
 
 
 def _interrupt(number: int, frame: object) -> None:

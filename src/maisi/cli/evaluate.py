@@ -12,8 +12,15 @@ from maisi.cli.evaluate_reconstruction import reconstruction
 from maisi.cli.evaluate_response import response
 from maisi.cli.evaluate_segmenter import segmenter
 from maisi.cli.evaluate_study import study
+from maisi.cli.options import set_up_memory
 
-evaluate = click.Group("evaluate", help="Judge images and models; each writes result.json, table.md, figure.png.")
+
+@click.group()
+def evaluate() -> None:
+    """Judge images and models; each writes result.json, table.md, figure.png."""
+    set_up_memory(None)
+
+
 _MEMBERS: tuple[click.Command, ...] = (
     reconstruction,
     fid,

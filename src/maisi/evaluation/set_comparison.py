@@ -24,6 +24,7 @@ from pydantic import Field
 import maisi
 from maisi.config import Config
 from maisi.data.preprocess import window_ct
+from maisi.device import keep_freed_memory
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.fid import PLANES, FidConfig, FidScore, PlaneMoments, fid, on_common_grid, pooled
@@ -138,7 +139,7 @@ class SetStudy:
             return
         threads = max(1, torch.get_num_threads() // self.workers)
         context = multiprocessing.get_context("spawn")
-        with context.Pool(min(self.workers, len(entries)), torch.set_num_threads, (threads,)) as pool:
+        with context.Pool(min(self.workers, len(entries)), _prepare_worker, (threads,)) as pool:
             yield from pool.imap(task, entries)
 
     def _halved(self, made: VolumeSet, real: VolumeSet) -> tuple[Halvings | None, list[str]]:
@@ -223,6 +224,12 @@ def chosen_pairs(count: int, most: int, seed: int) -> list[tuple[int, int]]:
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     order = np.random.default_rng([seed, count]).permutation(len(pairs))[:most]
     return [pairs[number] for number in sorted(order)]
+
+
+def _prepare_worker(threads: int) -> None:
+    """What a process of its own needs before it looks at volumes."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def _by_name(made: VolumeSet, real: VolumeSet) -> dict[str, VolumeSet]:

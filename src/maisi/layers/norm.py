@@ -32,7 +32,9 @@ class GroupNorm(nn.GroupNorm):
 
     def activated(self, x: Tensor) -> Tensor:
         """`B C X Y Z` -> the same, normed, then SiLU."""
-        return self._by_kernels(x, silu=True) if self.affine and usable(x) else F.silu(self(x))
+        if self.affine and usable(x):
+            return self._by_kernels(x, silu=True)
+        return F.silu(self(x), inplace=not torch.is_grad_enabled())
 
     def _by_kernels(self, x: Tensor, silu: bool) -> Tensor:
         made = _Normed.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)  # type: ignore[no-untyped-call]

@@ -97,6 +97,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         reference = x[:, :, :1, :1, :1].detach()
         variance, mean = torch.var_mean(x - reference, (2, 3, 4), correction=0)
         return mean.double() + reference.flatten(1), variance
+    if len(x) == 1:
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean[None], variance[None]
     each = [torch.batch_norm_update_stats(sample[None], None, None, 0.0) for sample in x]
     mean, variance = (torch.stack(values) for values in zip(*each, strict=True))
     return mean, variance
@@ -222,17 +225,15 @@ class TransposedConvolved(FeatureMap):
         return -((self.kernel - 2 - start) // 2), stop // 2 + 1
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """The convolution without padding along the cut axis gives rows 2 first - 1 and on."""
+        """Padded along the cut axis too, it gives rows 2 first and on; without, oneDNN takes three times as long."""
         first, end = self._reach(start, stop)
         first, end = max(first, 0), min(end, self.base.size)
         x = self.base.rows(first, end, device)
         assert self.conv.bias is not None
         weight, bias = on(self.conv.weight, device), on(self.conv.bias, device)
         weight = doubling_kernel(weight) if self.folded else weight
-        padding, extra = [1, 1, 1], [0 if self.folded else 1] * 3
-        padding[self.axis] = extra[self.axis] = 0
-        y = F.conv_transpose3d(x, weight, bias, stride=2, padding=padding, output_padding=extra)
-        return y.narrow(self.dim, start - (2 * first - 1), stop - start)
+        y = F.conv_transpose3d(x, weight, bias, stride=2, padding=1, output_padding=0 if self.folded else 1)
+        return y.narrow(self.dim, start - 2 * first, stop - start)
 
     def release(self, before: int) -> None:
         """Rows below the reach of `before` are done with."""

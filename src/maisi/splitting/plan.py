@@ -147,9 +147,11 @@ def make_plan(
     counts = sorted({min(n, rows) for n in PARTS if n >= fewest})
     recomputed = _recomputed(config, task, device, processes)
     for way in _ways(recomputed, device):
+        if will_do(plan := candidate(*way, counts[0])):
+            return plan
         if candidate(*way, counts[-1]).peak_bytes > budget:
             continue  # in fewer parts it takes more
-        for plan in (candidate(*way, parts) for parts in counts):
+        for plan in (candidate(*way, parts) for parts in counts[1:]):
             if will_do(plan):
                 return plan
     smallest = [candidate("disk", recompute, rows) for recompute in recomputed]
