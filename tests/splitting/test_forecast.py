@@ -12,8 +12,8 @@ SHAPE = (1, 4, 8, 8, 8)
 BYTES = 4 * 4 * 8**3
 
 
-def nothing(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, trained: bool) -> int:
-    return 0
+def nothing(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, trained: bool) -> tuple[int, int]:
+    return 0, 0
 
 
 def given(layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
@@ -73,8 +73,25 @@ def test_large_float32_convolutions_take_any_layout_as_it_is(dtype: torch.dtype,
 
     with torch.inference_mode():
         peak = forecast(run, scratch_of(torch.device("cpu")))
-    # while the layout is changed there are two maps; then one and the result
-    assert peak == max(2 * x.nbytes, (1 + copies) * (x.nbytes + made.nbytes))
+    # while the layout is changed there are two maps; then one and the result, and twice the weights at the points
+    kept = 0 if copies else 2 * weight.nbytes
+    assert peak == max(2 * x.nbytes, (1 + copies) * (x.nbytes + made.nbytes) + kept)
+
+
+def test_what_stays_beside_weights_counts_once_and_as_long_as_they_live() -> None:
+    def kept(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, trained: bool) -> tuple[int, int]:
+        return 0, 1000
+
+    def run() -> None:
+        x = given()
+        weights = [torch.empty(4, 4, 1, 1, 1, device="meta") for _ in range(2)]
+        for weight in weights * 3:
+            F.conv3d(x, weight)
+
+    with torch.inference_mode():
+        counter = counted(run, kept)
+    assert counter.peak == 2 * BYTES + 2 * (4 * 4 * 4 + 1000)
+    assert counter.live == 0
 
 
 @pytest.mark.parametrize(("z", "columns"), [(8, 27), (700, 27)])

@@ -127,9 +127,8 @@ _AT_POINTS: MutableMapping[Tensor, tuple[int, list[Tensor]]] = WeakTensorKeyDict
 
 
 def kept_bytes(weight: Tensor) -> int:
-    """What stays in memory beside weights that have been used so on a large map."""
-    taken = weight.dtype == torch.float32 and tuple(weight.shape[2:]) == (TAPS,) * 3
-    return weight.numel() * weight.element_size() * POINTS // TAPS if taken else 0
+    """What stays in memory beside weights that have been used so."""
+    return weight.numel() * weight.element_size() * POINTS // TAPS
 
 
 def _at_points(weight: Tensor) -> list[Tensor]:

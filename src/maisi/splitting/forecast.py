@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from maisi.layers import winograd
 from maisi.layers.convolution import is_small
 
-Scratch = Callable[[Tensor, Tensor, Tensor, bool], int]
-"""Bytes that a convolution, or its backward pass, takes beside its tensors: from its input, weights and output, and
-whether it is trained."""
+Scratch = Callable[[Tensor, Tensor, Tensor, bool], tuple[int, int]]
+"""Bytes that a convolution, or its backward pass, takes beside its tensors, and those that stay beside its weights from
+then on: from its input, weights and output, and whether it is trained."""
 
 CONVOLUTIONS = frozenset({"aten::convolution", "aten::conv3d", "aten::conv_transpose3d.input"})
 """Names of the forward operation; in inference mode PyTorch does not take it apart, so others reach the counter."""
@@ -40,6 +40,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.scratch = scratch
         self.live = self.peak = self.largest = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._beside: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -50,15 +51,31 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in made:
             self._count(tensor.untyped_storage())
             self.largest = max(self.largest, tensor.numel())
-        self.peak = max(self.peak, self.live + self._scratch_in(func.name(), args, made[0] if made else None))
+        scratch = self._scratch_in(func.name(), args, made[0] if made else None)
+        self.peak = max(self.peak, self.live + scratch)
         return result
 
     def _scratch_in(self, name: str, args: Sequence[Any], made: Tensor | None) -> int:
         if name == "aten::convolution_backward":
-            return self.scratch(args[1], args[2], args[0], True)
+            taken, kept = self.scratch(args[1], args[2], args[0], True)
+            self._keep(args[2], kept)
+            return taken
         if name in CONVOLUTIONS and made is not None:
-            return self.scratch(args[0], args[1], made, torch.is_grad_enabled())
+            taken, kept = self.scratch(args[0], args[1], made, torch.is_grad_enabled())
+            self._keep(args[1], kept)
+            return taken
         return 0
+
+    def _keep(self, weight: Tensor, size: int) -> None:
+        """Count what stays beside weights, once, until they go."""
+        if size and id(weight) not in self._beside:
+            self._beside.add(id(weight))
+            self.live += size
+            weakref.finalize(weight, self._let_go, id(weight), size)
+
+    def _let_go(self, weight: int, size: int) -> None:
+        self._beside.discard(weight)
+        self.live -= size
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
@@ -87,19 +104,19 @@ def counted(run: Callable[[], object], scratch: Scratch) -> Counter:
 
 def scratch_of(device: torch.device) -> Scratch:
     """What convolutions take on a device beside their input and output; unknown, so nothing, on all but CPUs."""
-    return _cpu_scratch if device.type == "cpu" else lambda source, weight, result, trained: 0
+    return _cpu_scratch if device.type == "cpu" else lambda source, weight, result, trained: (0, 0)
 
 
-def _cpu_scratch(source: Tensor, weight: Tensor, result: Tensor, trained: bool) -> int:
+def _cpu_scratch(source: Tensor, weight: Tensor, result: Tensor, trained: bool) -> tuple[int, int]:
     """In training small maps are left to a kernel that writes out what each voxel of the smaller map takes from.
 
     Else oneDNN computes in its own layouts: maps that are not channels-last are copied in and out. What Winograd's
-    algorithm is for takes maps of any layout in small blocks.
+    algorithm is for takes maps of any layout in small blocks, and keeps the weights' values at its points.
     """
     if trained and source.dtype == torch.float32 and is_small(source, weight):
-        return weight[0].numel() * min(source[0, 0].numel(), result[0, 0].numel()) * source.itemsize
+        return weight[0].numel() * min(source[0, 0].numel(), result[0, 0].numel()) * source.itemsize, 0
     one_by_one = all(to >= n - 2 for n, to in zip(source.shape[2:], result.shape[2:], strict=True))
     if not trained and one_by_one and winograd.is_large(source, weight, result.shape[2:]):
-        return 0
+        return 0, winograd.kept_bytes(weight)
     plain = not source.is_contiguous(memory_format=torch.channels_last_3d)
-    return (source.numel() * source.itemsize + result.numel() * result.itemsize) if plain else 0
+    return (source.numel() * source.itemsize + result.numel() * result.itemsize) if plain else 0, 0

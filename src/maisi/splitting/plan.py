@@ -17,7 +17,6 @@ import torch
 
 from maisi.device import feature_layout, free_memory, used_memory
 from maisi.errors import MaisiError
-from maisi.layers import winograd
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import decoded, encoded
 from maisi.splitting.execution import Execution, Group, Recomputed
@@ -258,9 +257,7 @@ def _counted(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype:
 
     with torch.inference_mode():
         counter = counted(run, scratch_of(device))
-    half = model.decoder if decoding else model.encoder
-    kept = sum(winograd.kept_bytes(weight) for weight in half.parameters()) if device.type == "cpu" else 0
-    return FIXED_BYTES + kept + counter.peak, ledger.peak, counter.largest
+    return FIXED_BYTES + counter.peak, ledger.peak, counter.largest
 
 
 @dataclass
