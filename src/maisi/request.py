@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pydantic
 from pydantic import BeforeValidator, Field
 
@@ -32,9 +31,9 @@ def _items(value: object) -> list[Any]:
     """Split '128,128,64', '128x128x64' or a sequence into a list; a lone value becomes a list of one."""
     if isinstance(value, str):
         return [part for part in re.split(r"[\s,;x]+", value.strip()) if part]
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return list(value)
-    return [value]
+    if hasattr(value, "tolist"):  # an array: asked so, a request that is refused never waits for NumPy's import
+        value = value.tolist()
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _numbers(value: object, what: str, mend: str) -> list[float]:
@@ -234,6 +233,8 @@ def item_seed(seed: int, item: int, attempt: int = 0) -> int:
 
     An item that is made again takes another `attempt`; the first is 0.
     """
+    import numpy as np
+
     again = (attempt,) if attempt else ()
     state = np.random.SeedSequence((seed, item), spawn_key=again).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

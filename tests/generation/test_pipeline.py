@@ -191,6 +191,17 @@ def test_mask_guidance_is_the_models_unless_told(model, model_folder, chest_labe
         strengthened.job(**CHEST, mask_guidance=1)
 
 
+def test_the_steps_are_the_models_unless_told(model_folder, chest_labels, tmp_path) -> None:
+    """With a mask they may be others than without."""
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    written = json.loads((folder / "model.json").read_text())
+    assert maisi.load(folder).job(chest_labels).steps == maisi.load(folder).job(**CHEST).steps == 2
+    (folder / "model.json").write_text(json.dumps({**written, "mask_steps": 7}))
+    own = maisi.load(folder)
+    assert (own.job(**CHEST).steps, own.job(chest_labels).steps) == (2, 7)
+    assert own.job(chest_labels, steps=3).steps == 3
+
+
 def test_the_solver_is_the_models_unless_told(model_folder, chest_labels, tmp_path) -> None:
     """With a mask it may be another one than without."""
     folder = shutil.copytree(model_folder, tmp_path / "copy")

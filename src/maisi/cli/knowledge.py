@@ -50,7 +50,10 @@ def models() -> None:
         masks = "follows masks" if config.controlnet else "no masks"
         masks += " and makes them" if config.masks else ""
         click.echo(f"{name}: {', '.join(regions) or 'regions unknown'}; {masks}; {config.process['kind']}, ", nl=False)
-        click.echo(f"{config.default_steps} steps; {megabytes:.0f} MB; {model.folder / config.card}")
+        steps = f"{config.default_steps} steps"
+        if config.usual_steps(masked=True) != config.default_steps:
+            steps += f" ({config.usual_steps(masked=True)} with a mask)"
+        click.echo(f"{steps}; {megabytes:.0f} MB; {model.folder / config.card}")
 
 
 COMMANDS = (labels, models)

@@ -90,7 +90,8 @@ def make_inpaint_job(
             raise MaisiError("The labels hold no tumour to remove; give labels with one.")
     else:
         grow_tumors(mask, request.tumor, np.random.default_rng(0))
-    steps, solver = request.steps or model.default_steps, request.solver or model.usual_solver(masked=True)
+    steps = request.steps or model.usual_steps(masked=True)
+    solver = request.solver or model.usual_solver(masked=True)
     ranges = None if request.ranges is None else read_ranges(request.ranges)
     return InpaintJob(request, ct, mask, steps, solver, tuple(notes), ranges)
 

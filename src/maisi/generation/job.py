@@ -167,7 +167,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         size=size,
         padded=padded_size(size, model.size_multiple),
         labels=labels,
-        steps=request.steps or model.default_steps,
+        steps=request.steps or model.usual_steps(masked=labels is not None),
         solver=request.solver or model.usual_solver(masked=labels is not None),
         notes=tuple(notes),
         mask_source=source,

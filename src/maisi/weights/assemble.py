@@ -32,6 +32,7 @@ def assemble(
     *,
     views: Sequence[FieldOfView] = (),
     steps: int | None = None,
+    mask_steps: int | None = None,
     solver: str | None = None,
     mask_solver: str | None = None,
     mask_guidance: float = 0.0,
@@ -48,6 +49,7 @@ def assemble(
         name: what the model is called; `ddpm-ct` and `rflow-ct` get the released models' table of views.
         views: what the model was trained on.
         steps: default number of denoising steps.
+        mask_steps: default number with a mask; None: the same.
         solver: default solver.
         mask_solver: default solver with a mask; None: the same.
         mask_guidance: default strength of label maps.
@@ -86,6 +88,7 @@ def assemble(
             "custom_labels": _own_classes(headers),
             "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,
+            "mask_steps": mask_steps,
             "solver": solver or usual_solver,
             "mask_solver": mask_solver,
             "mask_guidance": mask_guidance,

@@ -88,6 +88,7 @@ class ModelConfig(Config):
         custom_labels: classes of the user's own that the model was trained on, id -> name.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints; None: that of any image.
         default_steps: sampling steps unless the request says otherwise.
+        mask_steps: the same with a mask, inpainting included; None: `default_steps`.
         solver: sampling method unless the request says otherwise.
         mask_solver: the same with a mask, inpainting included; None: `solver`.
         mask_guidance: of generation from a mask, unless the request says otherwise; see `Request`.
@@ -110,6 +111,7 @@ class ModelConfig(Config):
     custom_labels: dict[int, str] = Field(default={})
     crop_spacing_mm: tuple[PositiveFloat, PositiveFloat] | None = None
     default_steps: PositiveInt
+    mask_steps: PositiveInt | None = None
     solver: str
     mask_solver: str | None = None
     mask_guidance: NonNegativeFloat = 0.0
@@ -136,6 +138,10 @@ class ModelConfig(Config):
     def library_index(self) -> str | None:
         """Where the index of its label maps is, below the model's folder."""
         return None if self.library is None else f"{self.library}/{INDEX}"
+
+    def usual_steps(self, masked: bool) -> int:
+        """Sampling steps where the request says none."""
+        return self.mask_steps if masked and self.mask_steps is not None else self.default_steps
 
     def usual_solver(self, masked: bool) -> str:
         """Name of the solver where the request names none."""
