@@ -144,9 +144,8 @@ def keep_freed_memory(sparing: bool = False) -> None:
     """Have the C library keep freed memory for the next tensor, where it can be told to (glibc); elsewhere do nothing.
 
     Otherwise every large tensor on a CPU is mapped anew and its pages are zeroed by the kernel: a training step of a
-    small U-Net took 1.38 s so and 0.95 s with this, decoding 128^3 voxels 6.0 s and 4.6 s, and a whole chest 50 s and
-    26 s on a virtual machine whose pages come slowly. The process's memory no longer shrinks while it runs, and what
-    lies between its tensors can take a third more than a plan foresees.
+    small U-Net took 1.38 s so and 0.95 s with this, decoding 128^3 voxels 6.0 s and 4.6 s. The process's memory no
+    longer shrinks while it runs, and what lies between its tensors can take a third more than a plan foresees.
 
     Args:
         sparing: only memory of tensors below 32 MiB, which is little more than foreseen; half of the gain.
