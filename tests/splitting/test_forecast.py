@@ -78,6 +78,23 @@ def test_large_float32_convolutions_take_any_layout_as_it_is(dtype: torch.dtype,
     assert peak == max(2 * x.nbytes, (1 + copies) * (x.nbytes + made.nbytes) + kept)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_what_winograd_computes_keeps_kernels(stride: int) -> None:
+    weight = torch.empty(64, 64, 3, 3, 3, device="meta")
+    x = torch.empty(1, 64, 8, 64, 64, device="meta").contiguous(memory_format=torch.channels_last_3d)
+
+    def convolve() -> None:
+        F.conv3d(x, weight, stride=stride, padding=1)
+
+    def double() -> None:
+        F.conv_transpose3d(x, weight, stride=2, padding=1, output_padding=1)
+
+    cpu, cuda = (scratch_of(torch.device(name)) for name in ("cpu", "cuda"))
+    with torch.inference_mode():
+        assert forecast(convolve, cpu) - forecast(convolve, cuda) == (2 * weight.nbytes if stride == 1 else 0)
+        assert forecast(double, cpu) == forecast(double, cuda)
+
+
 def test_what_stays_beside_weights_counts_once_and_as_long_as_they_live() -> None:
     def kept(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, trained: bool) -> tuple[int, int]:
         return 0, 1000

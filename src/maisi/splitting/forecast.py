@@ -57,14 +57,14 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _scratch_in(self, name: str, args: Sequence[Any], made: Tensor | None) -> int:
         if name == "aten::convolution_backward":
-            taken, kept = self.scratch(args[1], args[2], args[0], True)
-            self._keep(args[2], kept)
-            return taken
-        if name in CONVOLUTIONS and made is not None:
-            taken, kept = self.scratch(args[0], args[1], made, torch.is_grad_enabled())
-            self._keep(args[1], kept)
-            return taken
-        return 0
+            result, source, weight, trained = *args[:3], True
+        elif name in CONVOLUTIONS and made is not None:
+            source, weight, result, trained = *args[:2], made, torch.is_grad_enabled()
+        else:
+            return 0
+        taken, kept = self.scratch(source, weight, result, trained)
+        self._keep(weight, kept)
+        return taken
 
     def _keep(self, weight: Tensor, size: int) -> None:
         """Count what stays beside weights, once, until they go."""
@@ -115,7 +115,7 @@ def _cpu_scratch(source: Tensor, weight: Tensor, result: Tensor, trained: bool) 
     """
     if trained and source.dtype == torch.float32 and is_small(source, weight):
         return weight[0].numel() * min(source[0, 0].numel(), result[0, 0].numel()) * source.itemsize, 0
-    one_by_one = all(to >= n - 2 for n, to in zip(source.shape[2:], result.shape[2:], strict=True))
+    one_by_one = all(n - 2 <= to <= n for n, to in zip(source.shape[2:], result.shape[2:], strict=True))
     if not trained and one_by_one and winograd.is_large(source, weight, result.shape[2:]):
         return 0, winograd.kept_bytes(weight)
     plain = not source.is_contiguous(memory_format=torch.channels_last_3d)
