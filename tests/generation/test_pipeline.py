@@ -202,6 +202,19 @@ def test_the_steps_are_the_models_unless_told(model_folder, chest_labels, tmp_pa
     assert own.job(chest_labels, steps=3).steps == 3
 
 
+def test_views_larger_than_known_take_more_steps(model_folder, chest_labels, tmp_path) -> None:
+    """The model knows chests of up to 1.25 times 384 x 256 x 256 mm, and 48 mm more are a tenth more."""
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    written = json.loads((folder / "model.json").read_text())
+    process = {**written["process"], "num_train_timesteps": 40}
+    (folder / "model.json").write_text(json.dumps({**written, "default_steps": 20, "process": process}))
+    own = maisi.load(folder)
+    wish = {"region": "chest", "spacing": (8, 8, 8)}
+    assert [own.job(size=(x, 32, 32), **wish).steps for x in (32, 60, 66, 120, 240)] == [20, 20, 22, 40, 40]
+    assert own.job(size=(66, 32, 32), steps=5, **wish).steps == 5
+    assert own.job(chest_labels).steps == 20
+
+
 def test_the_solver_is_the_models_unless_told(model_folder, chest_labels, tmp_path) -> None:
     """With a mask it may be another one than without."""
     folder = shutil.copytree(model_folder, tmp_path / "copy")

@@ -144,6 +144,13 @@ class Adviser:
         found += _outside(limits, size, spacing_mm)
         return tuple(found)
 
+    def beyond(self, regions: Sequence[str], size: Triple, spacing_mm: Spacing) -> float:
+        """How many times as far as the model knows a volume reaches, along the axis where that is most; at least 1."""
+        if not self.views:
+            return 1.0
+        known = self._limits(regions).extent_mm
+        return round(max(1.0, *(n * s / axis.high for n, s, axis in zip(size, spacing_mm, known, strict=True))), 3)
+
     def _usual(self, regions: Sequence[str]) -> tuple[Spacing, Triple]:
         """(extent in mm, size) of the finest of the common views of the regions, moved into the limits."""
         if not self.views:

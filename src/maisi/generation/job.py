@@ -7,6 +7,7 @@ to what was asked for. Without a mask the volume's centre is the world's origin;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,13 +162,17 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     if None in (request.size, request.spacing) or request.fov == "auto":
         notes.append(f"Size {_show(size)} at {_show(spacing)} mm.")
     notes += adviser.warnings(regions, size, spacing)
+    usual = model.usual_steps(masked=labels is not None)
+    steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model)
+    if steps != usual and request.steps is None:
+        notes.append(f"{steps} steps in place of {usual}, for so large a field of view.")
     job = Job(
         request=request,
         conditions=Conditions(spacing, regions, request.modality),
         size=size,
         padded=padded_size(size, model.size_multiple),
         labels=labels,
-        steps=request.steps or model.usual_steps(masked=labels is not None),
+        steps=request.steps or steps,
         solver=request.solver or model.usual_solver(masked=labels is not None),
         notes=tuple(notes),
         mask_source=source,
@@ -178,6 +183,15 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     )
     _ = job.of_item(0)
     return job
+
+
+def _steps_beyond(usual: int, beyond: float, model: ModelConfig) -> int:
+    """Steps for a volume that reaches so many times as far as the model knows, but not more than it has times.
+
+    Parts that lie further apart than any it has seen need more looks to agree: in few steps a head becomes two.
+    """
+    most = int(model.process.get("num_train_timesteps", usual))
+    return max(usual, min(math.ceil(usual * beyond), most))
 
 
 def _mask_guidance(request: Request, model: ModelConfig, masked: bool) -> float:
