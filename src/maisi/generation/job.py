@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,7 +164,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         notes.append(f"Size {_show(size)} at {_show(spacing)} mm.")
     notes += adviser.warnings(regions, size, spacing)
     usual = model.usual_steps(masked=labels is not None)
-    steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model)
+    steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model.process)
     if steps != usual and request.steps is None:
         notes.append(f"{steps} steps in place of {usual}, for so large a field of view.")
     job = Job(
@@ -185,13 +186,13 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     return job
 
 
-def _steps_beyond(usual: int, beyond: float, model: ModelConfig) -> int:
-    """Steps for a volume that reaches so many times as far as the model knows, but not more than it has times.
+def _steps_beyond(usual: int, beyond: float, process: Mapping[str, Any]) -> int:
+    """Steps for a volume that reaches so many times as far as the model knows, but not more than its process has times.
 
     Parts that lie further apart than any it has seen need more looks to agree: in few steps a head becomes two.
     """
-    most = int(model.process.get("num_train_timesteps", usual))
-    return max(usual, min(math.ceil(usual * beyond), most))
+    times = int(process.get("num_train_timesteps", 1000))  # as processes have them that do not say
+    return max(usual, min(math.ceil(usual * beyond), times))
 
 
 def _mask_guidance(request: Request, model: ModelConfig, masked: bool) -> float:

@@ -56,7 +56,7 @@ class Moments:
             from maisi.layers import kernels
 
             return cls(x[0, 0].numel(), *kernels.channel_moments(x))
-        if x.is_meta and not torch.is_grad_enabled():  # a forecast; the pieces below take next to nothing
+        if x.is_meta and not torch.is_grad_enabled():  # a forecast; the pieces below take little, if none is kept
             unknown = torch.empty(x.shape[:2], dtype=torch.float64, device=x.device)
             return cls(x[0, 0].numel(), unknown, unknown)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
