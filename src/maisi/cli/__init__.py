@@ -1,6 +1,7 @@
 """The command `maisi`. Each command turns its options into checked values and calls one function.
 
-Imports stand inside the commands: `maisi --help` and every refused request answer without loading torch.
+Imports stand inside the commands, and a command is imported when it is asked for: `maisi --help` and every refused
+request answer without loading torch.
 """
 
 from __future__ import annotations
@@ -13,20 +14,8 @@ from collections.abc import Sequence
 import click
 
 import maisi
-from maisi.cli import (
-    baseline,
-    evaluate,
-    exchange,
-    generation,
-    images,
-    knowledge,
-    mask,
-    quality,
-    report,
-    training,
-    weights,
-)
 from maisi.cli.group import processes, speaks, tell
+from maisi.cli.lazy import LazyGroup
 from maisi.errors import MaisiError
 
 BAD_INPUT = 2
@@ -76,12 +65,28 @@ def _refuse(sentence: str) -> int:
     return BAD_INPUT
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+HOMES = {
+    "baseline": "maisi.cli.baseline",
+    "decode": "maisi.cli.images",
+    "encode": "maisi.cli.images",
+    "evaluate": "maisi.cli.evaluate",
+    "export": "maisi.cli.exchange",
+    "generate": "maisi.cli.generation",
+    "inpaint": "maisi.cli.generation",
+    "labels": "maisi.cli.knowledge",
+    "mask": "maisi.cli.mask",
+    "models": "maisi.cli.knowledge",
+    "phantom": "maisi.cli.images",
+    "prepare": "maisi.cli.training",
+    "quality": "maisi.cli.quality",
+    "report": "maisi.cli.report",
+    "segment": "maisi.cli.images",
+    "train": "maisi.cli.training",
+    "weights": "maisi.cli.weights",
+}
+
+
+@click.group(cls=LazyGroup, homes=HOMES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(maisi.__version__, prog_name="maisi")
 def cli() -> None:
     """Synthetic 3D CT with labels: generate volumes, train the networks that do it, and judge the result."""
-
-
-for _group in (generation, mask, quality, evaluate, report, exchange, images, training, baseline, weights, knowledge):
-    for _command in _group.COMMANDS:
-        cli.add_command(_command)

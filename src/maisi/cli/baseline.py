@@ -72,6 +72,3 @@ def generate(
     if place.missing:
         fill(place, lambda number, report: made.item(request, number, report))
     say_items(output, count, place)
-
-
-COMMANDS = (baseline,)

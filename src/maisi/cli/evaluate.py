@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import click
 
-from maisi.cli.evaluate_fid import fid
-from maisi.cli.evaluate_fidelity import fidelity
-from maisi.cli.evaluate_medians import medians
-from maisi.cli.evaluate_memorisation import memorisation
-from maisi.cli.evaluate_reconstruction import reconstruction
-from maisi.cli.evaluate_response import response
-from maisi.cli.evaluate_segmenter import segmenter
-from maisi.cli.evaluate_study import study
+from maisi.cli.lazy import LazyGroup
 from maisi.cli.options import set_up_memory
 
+HOMES = {
+    name: f"maisi.cli.evaluate_{name}"
+    for name in (
+        "fid",
+        "fidelity",
+        "medians",
+        "memorisation",
+        "reconstruction",
+        "response",
+        "segmenter",
+        "study",
+    )
+}
 
-@click.group()
+
+@click.group(cls=LazyGroup, homes=HOMES)
 def evaluate() -> None:
     """Judge images and models; each writes result.json, table.md, figure.png."""
     set_up_memory(None)
-
-
-_MEMBERS: tuple[click.Command, ...] = (
-    reconstruction,
-    fid,
-    response,
-    memorisation,
-    fidelity,
-    medians,
-    segmenter,
-    study,
-)
-for _command in _MEMBERS:
-    evaluate.add_command(_command)
-
-COMMANDS = (evaluate,)

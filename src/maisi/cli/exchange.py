@@ -46,6 +46,3 @@ def _label(word: str) -> int:
         return label_id(word)
     label_name(int(word))  # or the error that the id has no name
     return int(word)
-
-
-COMMANDS = (export,)

@@ -153,6 +153,3 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
         model = Model(folder, device, precision, limit) if by_network else None
         fill(place, lambda number, report: inpaint_item(model, job, number, report))
     say_items(output, request.count, place)
-
-
-COMMANDS = (generate, inpaint)

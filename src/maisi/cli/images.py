@@ -178,6 +178,3 @@ def segment(ct: Path, output: Path) -> None:
     names = label_names(ids_in(labels.array))
     write_volume(output, labels, description="labels made by maisi", synthetic=False, names=names)
     click.echo(str(output))
-
-
-COMMANDS = (encode, decode, phantom, segment)

@@ -54,6 +54,3 @@ def models() -> None:
         if config.usual_steps(masked=True) != config.default_steps:
             steps += f" ({config.usual_steps(masked=True)} with a mask)"
         click.echo(f"{steps}; {megabytes:.0f} MB; {model.folder / config.card}")
-
-
-COMMANDS = (labels, models)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import click
 
-from maisi.cli import mask_generator, mask_import, mask_library
+from maisi.cli.lazy import LazyGroup
 
-mask = click.Group("mask", help="Label maps: made, brought in, found, changed.")
-for _command in (*mask_import.MASK_COMMANDS, *mask_generator.MASK_COMMANDS, *mask_library.MASK_COMMANDS):
-    mask.add_command(_command)
+HOMES = {
+    "deform": "maisi.cli.mask_library",
+    "generate": "maisi.cli.mask_generator",
+    "import": "maisi.cli.mask_import",
+    "library": "maisi.cli.mask_library",
+}
 
-COMMANDS = (mask,)
+
+@click.group(cls=LazyGroup, homes=HOMES)
+def mask() -> None:
+    """Label maps: made, brought in, found, changed."""

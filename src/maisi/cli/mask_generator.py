@@ -85,6 +85,3 @@ def _destination(output: Path, order: MaskOrder, folder: ModelFolder, first: int
         "weights_sha256": weights_used(folder),
     }
     return destination(output, content, range(first, first + request.count))
-
-
-MASK_COMMANDS = (generate,)

@@ -99,6 +99,3 @@ def _source(path: Path, name: str, table: object) -> Source:
     names = read_label_names(path)
     words: Vocabulary = vocabulary(name) if table is None else custom_vocabulary(table, name, names)
     return Source(labels=read_labels(path), vocabulary=words, name=str(path), names=names)
-
-
-MASK_COMMANDS = (import_,)

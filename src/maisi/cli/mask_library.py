@@ -123,7 +123,3 @@ def _pair(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         raise MaisiError(f"'{text}' is no pair of factors; write --zoom 0.95,1.05.") from None
     return (low, high)
-
-
-COMMANDS = ()
-MASK_COMMANDS = (library, deform)

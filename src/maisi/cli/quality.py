@@ -95,6 +95,3 @@ def _summary(ranges: QualityRanges) -> str:
         origin = f"{entry.cases} case(s)" if entry.cases else "too few cases, carried range"
         rows.append(f"{name:22}  {entry.low:6.0f} to {entry.high:5.0f} HU  {origin}")
     return "\n".join(rows)
-
-
-COMMANDS = (quality,)

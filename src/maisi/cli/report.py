@@ -24,6 +24,3 @@ def report(folders: Sequence[Path], title: str, output: Path) -> None:
     with atomic_path(output) as part:
         part.write_text(page, encoding="utf-8")
     click.echo(f"{output}")
-
-
-COMMANDS = (report,)

@@ -84,6 +84,3 @@ def train(stage: str | None, file: Path | None, output: Path | None, example: bo
         raise MaisiError(f"The run's settings are missing; start from what `maisi train --example {stage}` prints.")
     folder = output or Path("runs") / file.stem
     click.echo(f"{folder}: reached step {runs.run_stage(stage, file, folder)}")
-
-
-COMMANDS = (prepare, train)

@@ -95,6 +95,3 @@ def show(file: Path) -> None:
     notes = {k: v for k, v in header.metadata.items() if k not in ("maisi.network", "maisi.config")}
     facts = {"network": header.network, "parameters": header.parameters, "storage": header.storage}
     click.echo(json.dumps({**facts, "config": header.config, **notes, "sha256": sha256(file)}, indent=2))
-
-
-COMMANDS = (weights,)
