@@ -96,7 +96,7 @@ def test_the_latent_is_divided_by_the_scale_factor(model, monkeypatch) -> None:
 
 def test_the_memory_named_decides_the_plan_and_changes_nothing_else(model, monkeypatch) -> None:
     monkeypatch.setattr(plan, "used_memory", lambda device: 10**9)  # that of a process moves while it runs
-    monkeypatch.setattr(plan, "CPU_ROWS", 96)
+    monkeypatch.setattr(plan, "CPU_PART", 10**6)
     wishes = {**CHEST, "size": (96, 96, 96)}
     job = model.job(**wishes)
     whole = model.footprint(job)

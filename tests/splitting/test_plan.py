@@ -27,7 +27,8 @@ def plan(budget: float, task: str = "decode") -> Plan:
 
 
 @pytest.mark.parametrize("task", ["encode", "decode"])
-def test_less_memory_more_parts_until_nothing_fits(task: str) -> None:
+def test_less_memory_more_parts_until_nothing_fits(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "CPU_PART", 16 * CONFIG.channels[0])  # several parts at once, not first a whole
     first = plan(1e12, task)
     assert (first.parts, first.storage, first.recompute, first.axis) == (6, "device", "none", 0)
     found = [first]
@@ -54,11 +55,14 @@ def test_between_32_parts_and_one_for_each_row_lie_64() -> None:
 
 
 def test_parts_on_a_cpu_have_few_rows_and_those_elsewhere_as_many_as_fit() -> None:
-    def parts(device: str, *size: int) -> int:
-        return make_plan(CONFIG, "decode", size, 10**12, device=torch.device(device), dtype=torch.float32).parts  # type: ignore[arg-type]
+    def parts(device: str, length: int, channels: int = 64) -> int:
+        config = CONFIG.model_copy(update={"channels": (channels, 64, 64)})
+        size = (length, 16, 16)
+        return make_plan(config, "decode", size, 10**12, device=torch.device(device), dtype=torch.float32).parts
 
-    assert [parts("cpu", n, 16, 16) for n in (16, 32, 64, 128, 512, 1024)] == [1, 2, 4, 8, 32, 32]
-    assert [parts("cuda", n, 16, 16) for n in (16, 512)] == [1, 1]
+    assert [parts("cpu", n) for n in (16, 32, 64, 128, 512, 1024)] == [1, 2, 4, 8, 32, 32]
+    assert [parts("cpu", 128, channels) for channels in (8, 32, 128)] == [1, 4, 16], "wider maps, fewer rows"
+    assert [parts("cuda", n) for n in (16, 512)] == [1, 1]
 
 
 def test_the_refusal_names_a_budget_that_does() -> None:
@@ -72,7 +76,7 @@ def test_the_refusal_names_a_budget_that_does() -> None:
 def test_on_cuda_no_tensor_has_more_values_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 channels of 2**28 voxels are 2**32 values; two parts have rows of each other, so it takes three."""
     size = (1024, 512, 512)
-    monkeypatch.setattr(planning, "CPU_ROWS", size[0])
+    monkeypatch.setattr(planning, "CPU_PART", 10**6)
 
     def made(device: str) -> Plan:
         return make_plan(CONFIG, "decode", size, 10**15, device=torch.device(device), dtype=torch.bfloat16)
@@ -108,7 +112,7 @@ def test_an_image_that_is_pulled_is_not_counted() -> None:
 
 @pytest.mark.parametrize("task", ["encode", "decode"])
 def test_processes_share_the_memory_and_the_rows(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "CPU_ROWS", SIZE[0])  # all of them whole, to be compared
+    monkeypatch.setattr(planning, "CPU_PART", 10**6)  # all of them whole, to be compared
 
     def shared(processes: int) -> Plan:
         return make_plan(CONFIG, task, SIZE, 10**12, device=CPU, dtype=torch.float32, processes=processes)  # type: ignore[arg-type]

@@ -31,8 +31,9 @@ AXES = "XYZ"
 PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Numbers of parts that are tried; with more of them a plan saves little, and edges are computed twice more often."""
 
-CPU_ROWS = 16
-"""Of the image in a part on a CPU, at most: larger parts take more memory and are no quicker there."""
+CPU_PART = 16 * 64
+"""Rows of the image times channels of the finest maps in a part on a CPU, at most: larger parts take more memory and are
+no quicker there, smaller ones are slower."""
 
 CPU_PARTS = 32
 """On a CPU, at most, where memory allows fewer: with more of them edges are computed twice more often."""
@@ -142,7 +143,7 @@ def make_plan(
     def will_do(plan: Plan) -> bool:
         return plan.peak_bytes <= budget and has_room(plan) and can_be_counted(plan)
 
-    fewest = min(rows * config.compression // CPU_ROWS, CPU_PARTS) if device.type == "cpu" else 1
+    fewest = min(rows * config.compression * config.channels[0] // CPU_PART, CPU_PARTS) if device.type == "cpu" else 1
     counts = sorted({min(n, rows) for n in PARTS if n >= fewest})
     recomputed = _recomputed(config, task, device, processes)
     for way in _ways(recomputed, device):
