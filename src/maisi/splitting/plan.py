@@ -32,8 +32,8 @@ PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Numbers of parts that are tried; with more of them a plan saves little, and edges are computed twice more often."""
 
 CPU_PART = 16 * 64
-"""Rows of the image times channels of the finest maps in a part on a CPU, at most: larger parts take more memory and are
-no quicker there, smaller ones are slower."""
+"""Rows of the image times channels of the finest maps in a part on a CPU, at most: larger parts take more memory and
+are no quicker there, smaller ones are slower."""
 
 CPU_PARTS = 32
 """On a CPU, at most, where memory allows fewer: with more of them edges are computed twice more often."""
