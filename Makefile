@@ -18,7 +18,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # Beside the reference on this machine, a few minutes; more sizes, budgets and rounds: python benchmarks/NAME.py --help
 bench: $(VENV)/.installed-test

@@ -32,6 +32,7 @@ def test_defaults():
         "modality": "ct",
         "guidance": 0.0,
         "mask_guidance": None,
+        "self_guidance": None,
         "fov": "given",
         "solver": None,
         "retries": 2,

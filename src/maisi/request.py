@@ -177,6 +177,8 @@ class Request(Config):
         modality: a key of `anatomy.MODALITIES`.
         guidance: strength of classifier-free guidance; 0 is off.
         mask_guidance: how far to go away from what is made without the mask; 0 is off, None the model's default.
+        self_guidance: without a mask, how far to go away from what the model makes when it takes its input to be
+            noisier than it is; 0 is off, None the model's default. Each step takes twice as long.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
         solver: name of a solver; None takes the model's default.
     """
@@ -201,6 +203,7 @@ class Request(Config):
     modality: Annotated[str, BeforeValidator(_modality)] = "ct"
     guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
     mask_guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    self_guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     fov: Literal["given", "auto"] = "given"
     solver: str | None = None
     retries: int = Field(default=2, ge=0, le=10)

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maisi.diffusion import guided
+from maisi.diffusion import guided, noisier
+from maisi.diffusion.guidance import NOISIER
 from maisi.errors import MaisiError
 
 X, TIMES = torch.linspace(-1, 1, 24).reshape(2, 3, 4), torch.tensor([10.0, 900.0])
@@ -58,3 +59,13 @@ def test_meaningless_scales_are_refused(scale: float) -> None:
 
 def test_scale_minus_one_is_the_unconditional_alone() -> None:
     torch.testing.assert_close(guided(conditional, (unconditional, -1.0))(X, TIMES), unconditional(X, TIMES))
+
+
+def test_a_weaker_self_is_told_more_noise_but_no_more_than_there_can_be() -> None:
+    weaker = noisier(conditional, 1000.0)
+    torch.testing.assert_close(weaker(X, TIMES), conditional(X, torch.tensor([10 * NOISIER, 1000.0])))
+    assert torch.equal(weaker(X, torch.full((2,), 1000.0)), conditional(X, torch.full((2,), 1000.0)))
+
+
+def test_a_denoiser_that_does_not_look_at_the_time_has_no_weaker_self() -> None:
+    assert torch.equal(guided(unconditional, (noisier(unconditional, 1000.0), 2.0))(X, TIMES), unconditional(X, TIMES))

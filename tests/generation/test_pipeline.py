@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import maisi
+from maisi.diffusion.guidance import NOISIER
 from maisi.errors import MaisiError
 from maisi.generation import pipeline
 from maisi.generation.job import Job
@@ -189,6 +190,34 @@ def test_mask_guidance_is_the_models_unless_told(model, model_folder, chest_labe
     assert strengthened.job(**CHEST).mask_guidance == 0
     with pytest.raises(MaisiError, match="there is none; give a mask or a structure"):
         strengthened.job(**CHEST, mask_guidance=1)
+
+
+def test_self_guidance_goes_away_from_what_more_noise_would_mean(model) -> None:
+    x = torch.randn(1, 4, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def predict(job, time):
+        with torch.no_grad():
+            return model.denoiser(job)(x, torch.tensor([time]))
+
+    plain, guided = model.job(**CHEST), model.job(**CHEST, self_guidance=1.5)
+    told, weaker = predict(plain, 500.0), predict(plain, 500.0 * NOISIER)
+    assert not torch.equal(told, weaker)
+    assert torch.allclose(predict(guided, 500.0), told + 1.5 * (told - weaker), atol=1e-5)
+    assert torch.allclose(predict(guided, 1000.0), predict(plain, 1000.0), atol=1e-6), "no more noise than all"
+
+
+def test_self_guidance_is_the_models_unless_told(model, model_folder, chest_labels, tmp_path) -> None:
+    assert model.job(**CHEST).self_guidance == 0
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder, folder)
+    written = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**written, "self_guidance": 0.5}))
+    strengthened = maisi.load(folder)
+    assert strengthened.job(**CHEST).self_guidance == 0.5
+    assert strengthened.job(**CHEST, self_guidance=0).self_guidance == 0
+    assert strengthened.job(chest_labels).self_guidance == 0
+    with pytest.raises(MaisiError, match="without a label map; use --mask-guidance"):
+        strengthened.job(chest_labels, self_guidance=1)
 
 
 def test_the_steps_are_the_models_unless_told(model_folder, chest_labels, tmp_path) -> None:

@@ -90,6 +90,7 @@ def test_on_cuda_no_tensor_has_more_values_than_32_bits_count(monkeypatch: pytes
 
 def test_what_cuda_cannot_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "CUDA_VALUES", 1000)
+    monkeypatch.setattr(planning, "PARTS", (1, 4))
     with pytest.raises(MaisiError, match=r"more than 1000 values, .* use a smaller size, or the CPU"):
         make_plan(CONFIG, "decode", SIZE, 10**12, device=torch.device("cuda"), dtype=torch.float32)
 
@@ -152,7 +153,10 @@ def test_processes_compute_nothing_anew_that_takes_two_rows_of_a_neighbour(
     assert tried == expected
 
 
-def test_a_gpu_computes_all_of_the_finest_resolution_anew_before_its_maps_leave_it() -> None:
+def test_a_gpu_computes_all_of_the_finest_resolution_anew_before_its_maps_leave_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "PARTS", (8, 64))
     size, gpu = (512, 512, 512), torch.device("cuda")
     config = AutoencoderConfig(**CONFIG.model_dump() | {"num_res_blocks": (2, 2, 2)})
     least = {

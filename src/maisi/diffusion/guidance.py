@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a wrapper around denoisers. Knows no process and no network."""
+"""Guidance, classifier-free or away from a weaker self, as wrappers around denoisers. Knows no process, no network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from maisi.diffusion.sampler import Denoiser
 from maisi.errors import MaisiError
+
+NOISIER = 1.5
+"""How many times as noisy a weaker self takes its input to be; measured with `tiny`, see docs/log.md."""
 
 
 def guided(conditional: Denoiser, *others: tuple[Denoiser, float]) -> Denoiser:
@@ -31,3 +34,16 @@ def guided(conditional: Denoiser, *others: tuple[Denoiser, float]) -> Denoiser:
         return wanted + sum(away[1:], away[0])
 
     return denoise
+
+
+def noisier(denoise: Denoiser, noisiest: float) -> Denoiser:
+    """A weaker self of a denoiser: told `NOISIER` times the timestep, at most `noisiest`, it sees less in its input.
+
+    Going away from it sharpens what the denoiser knows without a condition (self-guidance: Li et al. 2024, "Boosting
+    flow and diffusion generation on their own").
+    """
+
+    def weaker(x: Tensor, times: Tensor) -> Tensor:
+        return denoise(x, (NOISIER * times).clamp(max=noisiest))
+
+    return weaker

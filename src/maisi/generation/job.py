@@ -55,6 +55,7 @@ class Job:
         steps: denoising steps.
         solver: name of the solver.
         mask_guidance: away from what the networks make without the mask; 0 is off.
+        self_guidance: away from what the U-Net makes when it takes its input to be noisier than it is; 0 is off.
         notes: sentences for the user: what was filled in, what the model does not know.
     """
 
@@ -72,6 +73,7 @@ class Job:
     ranges: QualityRanges | None = None
     carried: Path | None = None
     mask_guidance: float = 0.0
+    self_guidance: float = 0.0
 
     def of_item(self, number: int) -> Job:
         """The job of one item: its own mask where masks are found, organs of the sizes asked for, its own tumours.
@@ -180,6 +182,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         custom_labels=model.custom_labels,
         carried=carried,
         mask_guidance=_mask_guidance(request, model, masked=labels is not None),
+        self_guidance=_self_guidance(request, model, masked=labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
     _ = job.of_item(0)
@@ -203,6 +206,16 @@ def _mask_guidance(request: Request, model: ModelConfig, masked: bool) -> float:
         )
     wanted = model.mask_guidance if request.mask_guidance is None else request.mask_guidance
     return wanted if masked else 0.0
+
+
+def _self_guidance(request: Request, model: ModelConfig, masked: bool) -> float:
+    """The request's, or the model's; 0 with a mask."""
+    if request.self_guidance and masked:
+        raise MaisiError(
+            "Self-guidance is for volumes without a label map; use --mask-guidance with one, or leave it out."
+        )
+    wanted = model.self_guidance if request.self_guidance is None else request.self_guidance
+    return 0.0 if masked else wanted
 
 
 def _found(request: Request, size: Triple, spacing: Spacing, number: int, carried: Path | None) -> tuple[Volume, str]:

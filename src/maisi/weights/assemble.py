@@ -36,6 +36,7 @@ def assemble(
     solver: str | None = None,
     mask_solver: str | None = None,
     mask_guidance: float = 0.0,
+    self_guidance: float = 0.0,
     storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
     ranges: Path | None = None,
@@ -53,6 +54,7 @@ def assemble(
         solver: default solver.
         mask_solver: default solver with a mask; None: the same.
         mask_guidance: default strength of label maps.
+        self_guidance: default strength of guidance without them.
         storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
         ranges: quality ranges that its images are to be judged by, as `maisi quality learn` makes them.
@@ -92,6 +94,7 @@ def assemble(
             "solver": solver or usual_solver,
             "mask_solver": mask_solver,
             "mask_guidance": mask_guidance,
+            "self_guidance": self_guidance,
             "ranges": None if ranges is None else RANGES,
             "library": None if library is None else LIBRARY,
         }
