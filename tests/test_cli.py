@@ -477,7 +477,7 @@ def test_from_images_to_latents(tmp_path, capsys, model_folder) -> None:
 def test_a_plan_is_printed_and_nothing_done(model_folder, tmp_path, capsys) -> None:
     assert generate(model_folder, tmp_path / "out", "--plan", "--memory", "64GiB") == 0
     shown = capsys.readouterr().out
-    assert "decode 32 x 32 x 16: 2 parts along X; about" in shown
+    assert "decode 32 x 32 x 16: whole; about" in shown
     assert "denoise: about" in shown
     assert not (tmp_path / "out").exists()
 
