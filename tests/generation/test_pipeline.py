@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,19 @@ from maisi.weights.load import load_network, save_network, sha256
 from maisi.weights.registry import ModelFolder
 
 CHEST = {"region": ("chest",), "size": (32, 32, 16), "spacing": (8.0, 8.0, 8.0)}
+
+
+@pytest.fixture
+def changed(model_folder, tmp_path) -> Callable[..., Model]:
+    """Load the model with other values in its `model.json`."""
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    written = json.loads((folder / "model.json").read_text())
+
+    def load(**values: object) -> Model:
+        (folder / "model.json").write_text(json.dumps({**written, **values}))
+        return maisi.load(folder)
+
+    return load
 
 
 def test_one_call_makes_a_ct(model) -> None:
@@ -178,13 +192,9 @@ def test_mask_guidance_goes_away_from_no_mask_beside_that_of_tumors(model, chest
     assert torch.allclose(predict(both), told + 1.5 * (told - alone) + 2 * (told - without), atol=1e-5)
 
 
-def test_mask_guidance_is_the_models_unless_told(model, model_folder, chest_labels, tmp_path) -> None:
+def test_mask_guidance_is_the_models_unless_told(model, changed, chest_labels) -> None:
     assert model.job(chest_labels).mask_guidance == 0
-    folder = tmp_path / "copy"
-    shutil.copytree(model_folder, folder)
-    written = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**written, "mask_guidance": 0.5}))
-    strengthened = maisi.load(folder)
+    strengthened = changed(mask_guidance=0.5)
     assert strengthened.job(chest_labels).mask_guidance == 0.5
     assert strengthened.job(chest_labels, mask_guidance=0).mask_guidance == 0
     assert strengthened.job(**CHEST).mask_guidance == 0
@@ -206,13 +216,9 @@ def test_self_guidance_goes_away_from_what_more_noise_would_mean(model) -> None:
     assert torch.allclose(predict(guided, 1000.0), predict(plain, 1000.0), atol=1e-6), "no more noise than all"
 
 
-def test_self_guidance_is_the_models_unless_told(model, model_folder, chest_labels, tmp_path) -> None:
+def test_self_guidance_is_the_models_unless_told(model, changed, chest_labels) -> None:
     assert model.job(**CHEST).self_guidance == 0
-    folder = tmp_path / "copy"
-    shutil.copytree(model_folder, folder)
-    written = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**written, "self_guidance": 0.5}))
-    strengthened = maisi.load(folder)
+    strengthened = changed(self_guidance=0.5)
     assert strengthened.job(**CHEST).self_guidance == 0.5
     assert strengthened.job(**CHEST, self_guidance=0).self_guidance == 0
     assert strengthened.job(chest_labels).self_guidance == 0
@@ -220,41 +226,31 @@ def test_self_guidance_is_the_models_unless_told(model, model_folder, chest_labe
         strengthened.job(chest_labels, self_guidance=1)
 
 
-def test_the_steps_are_the_models_unless_told(model_folder, chest_labels, tmp_path) -> None:
+def test_the_steps_are_the_models_unless_told(model, changed, chest_labels) -> None:
     """With a mask they may be others than without."""
-    folder = shutil.copytree(model_folder, tmp_path / "copy")
-    written = json.loads((folder / "model.json").read_text())
-    assert maisi.load(folder).job(chest_labels).steps == maisi.load(folder).job(**CHEST).steps == 2
-    (folder / "model.json").write_text(json.dumps({**written, "mask_steps": 7}))
-    own = maisi.load(folder)
+    assert model.job(chest_labels).steps == model.job(**CHEST).steps == 2
+    own = changed(mask_steps=7)
     assert (own.job(**CHEST).steps, own.job(chest_labels).steps) == (2, 7)
     assert own.job(chest_labels, steps=3).steps == 3
 
 
-def test_views_larger_than_known_take_more_steps(model_folder, chest_labels, tmp_path) -> None:
+def test_views_larger_than_known_take_more_steps(model, changed, chest_labels) -> None:
     """The model knows chests of up to 1.25 times 384 x 256 x 256 mm, and 48 mm more are a tenth more."""
-    folder = shutil.copytree(model_folder, tmp_path / "copy")
-    written = json.loads((folder / "model.json").read_text())
-    wish = {"region": "chest", "spacing": (8, 8, 8)}
-    for process, most in ((written["process"], 80), ({**written["process"], "num_train_timesteps": 40}, 40)):
-        (folder / "model.json").write_text(json.dumps({**written, "default_steps": 20, "process": process}))
-        own = maisi.load(folder)
+    process, wish = model.folder.config.process, {"region": "chest", "spacing": (8, 8, 8)}
+    for told, most in ((process, 80), ({**process, "num_train_timesteps": 40}, 40)):
+        own = changed(default_steps=20, process=told)
         steps = [own.job(size=(x, 32, 32), **wish).steps for x in (32, 60, 66, 120, 240)]
         assert steps == [20, 20, 22, 40, most]
     assert own.job(size=(66, 32, 32), steps=5, **wish).steps == 5
     assert own.job(chest_labels).steps == 20
 
 
-def test_the_solver_is_the_models_unless_told(model_folder, chest_labels, tmp_path) -> None:
+def test_the_solver_is_the_models_unless_told(changed, chest_labels) -> None:
     """With a mask it may be another one than without."""
-    folder = shutil.copytree(model_folder, tmp_path / "copy")
-    written = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**written, "solver": "ancestral", "mask_solver": "heun"}))
-    own = maisi.load(folder)
+    own = changed(solver="ancestral", mask_solver="heun")
     assert (own.job(**CHEST).solver, own.job(chest_labels).solver) == ("ancestral", "heun")
     assert own.job(chest_labels, solver="euler").solver == "euler"
-    (folder / "model.json").write_text(json.dumps({**written, "solver": "ancestral"}))
-    assert maisi.load(folder).job(chest_labels).solver == "ancestral"
+    assert changed(solver="ancestral").job(chest_labels).solver == "ancestral"
 
 
 def test_guidance_without_a_mask_goes_away_from_no_region(model) -> None:

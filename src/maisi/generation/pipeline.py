@@ -208,8 +208,7 @@ class Model:
             "library": library,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
-        wishes |= {"mask_guidance": mask_guidance, "self_guidance": self_guidance}
-        wishes |= {"retries": retries, "ranges": ranges}
+        wishes |= {"mask_guidance": mask_guidance, "self_guidance": self_guidance, "retries": retries, "ranges": ranges}
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
 
