@@ -5,21 +5,23 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, TUMORS, label_name
 from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
 from maisi.volume import Volume
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Picture = NDArray[Any]
+Color = tuple[float, float, float]
+"""RGB in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,15 @@ _CAPTION_PX = 26
 _LEGEND_LINE_PX = 20
 _LEGEND_COLUMNS = 5
 _LEGEND_LIMIT = 40
-_DPI = 100
+_SWATCH_PX = 8
+_TEXT_PX = 12
+_SMALL_TEXT_PX = 11
+_TITLE_TEXT_PX = 15
 _AIR_HU = -500
 _FILL = 0.35
+_LIGHT: Color = (0.9, 0.9, 0.9)
+_FAINT: Color = (0.6, 0.6, 0.6)
+_FRAME: Color = (0.2, 0.2, 0.2)
 _LUNG_SHARE = 0.05
 
 
@@ -109,9 +117,9 @@ def preview(path: Path, image: Volume, labels: Volume | None = None, title: str 
         raise MaisiError("The label map and the image lie on different grids; resample one onto the other.")
     ct = image.to_ras()
     mask = None if labels is None else labels.to_ras().array
-    figure = _draw(ct, mask, title)
+    picture = _draw(ct, mask, title)
     with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=_DPI, facecolor="black", metadata={"Software": None})
+        picture.save(part, format="PNG")
 
 
 def choose_window(hu: Picture) -> Window:
@@ -125,8 +133,8 @@ def choose_window(hu: Picture) -> Window:
     return LUNG if share > _LUNG_SHARE else BONE
 
 
-def label_color(label: int) -> tuple[float, float, float]:
-    """Return the colour of a label id, RGB in [0, 1]: always the same, bright, unlike its neighbours'."""
+def label_color(label: int) -> Color:
+    """Return the colour of a label id: always the same, bright, unlike its neighbours'."""
     if label == BODY:
         return (0.75, 0.75, 0.75)
     hue = label * 0.6180339887498949 % 1.0  # the golden section spreads successive ids over the circle
@@ -161,7 +169,7 @@ class _Layout:
         return max(self.panel(plane)[1] for plane in PLANES)
 
 
-def _draw(ct: Volume, mask: Picture | None, title: str) -> Figure:
+def _draw(ct: Volume, mask: Picture | None, title: str) -> Image.Image:
     """Lay out, from the top: title, a row for each window, the labels and their legend."""
     cuts = _choose_cuts(ct.array, mask)
     slices = [plane.cut(ct.array, i) for plane, i in zip(PLANES, cuts, strict=True)]
@@ -180,36 +188,34 @@ def _draw(ct: Volume, mask: Picture | None, title: str) -> Figure:
     if names:
         canvas.row("labels", [SOFT_TISSUE.grey(flat) for flat in slices], names)
         canvas.legend(legend)
-    return canvas.figure
+    return canvas.picture
 
 
 class _Canvas:
-    """A black figure that is filled in pixels from the top; `top` is where the next row begins."""
+    """A black picture that is filled in pixels from the top; `top` is where the next row begins.
+
+    Drawn by Pillow: to import and set up matplotlib takes two seconds, a tenth of a small volume's generation.
+    """
 
     def __init__(self, width: int, height: int, layout: _Layout) -> None:
-        # Not pyplot: its global state is shared between threads.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        self.width, self.height, self.layout = width, height, layout
+        self.layout = layout
         self.top = _TITLE_PX
-        self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="black")
-        FigureCanvasAgg(self.figure)
+        self.picture = Image.new("RGB", (width, height))
+        self.pen = ImageDraw.Draw(self.picture)
 
-    def text(self, left: float, top: float, text: str, **style: Any) -> None:
-        """Write a line whose upper left corner is given, as it stands (no mathematics between $)."""
-        look: dict[str, Any] = {"color": "0.9", "va": "top", "ha": "left", "size": 9, "parse_math": False}
-        self.figure.text(left / self.width, 1 - top / self.height, text, **(look | style))
+    def text(self, left: float, top: float, text: str, size: int, color: Color, anchor: str = "la") -> None:
+        """Write a line; `anchor` as Pillow has it, by default the place is the upper left corner."""
+        self.pen.text((left, top), text, fill=_rgb(color), font=_font(size), anchor=anchor)
 
     def title(self, title: str) -> None:
         """Write the title and the convention."""
-        self.text(_GAP_PX, 8, title, size=11, weight="bold")
+        self.text(_GAP_PX, 8, title, _TITLE_TEXT_PX, _LIGHT)
         note = "patient's left is on the right (radiological convention)"
-        self.text(_GAP_PX, 27, note, size=8, color="0.6")
+        self.text(_GAP_PX, 28, note, _SMALL_TEXT_PX, _FAINT)
 
     def row(self, caption: str, pictures: Sequence[Picture], names: Sequence[Picture] = ()) -> None:
         """Place the three planes side by side under their caption; `names` are label ids to draw over."""
-        self.text(_GAP_PX, self.top + 4, caption)
+        self.text(_GAP_PX, self.top + 4, caption, _TEXT_PX, _LIGHT)
         left = _GAP_PX
         for number, plane in enumerate(PLANES):
             size = self.layout.panel(plane)
@@ -221,30 +227,52 @@ class _Canvas:
         self.top += self.layout.row_px + _CAPTION_PX + _GAP_PX
 
     def legend(self, ids: Sequence[int]) -> None:
-        """Write the names of the labels in their colours, in columns."""
-        column_px = (self.width - _GAP_PX) / _LEGEND_COLUMNS
+        """Write the names of the labels beside their colours, in columns."""
+        column_px = (self.picture.width - _GAP_PX) / _LEGEND_COLUMNS
         for number, label in enumerate(ids):
             line, column = divmod(number, _LEGEND_COLUMNS)
             name = label_name(label) if label in KNOWN_IDS else "unnamed"
-            place = (_GAP_PX + column * column_px, self.top + line * _LEGEND_LINE_PX)
-            self.text(*place, f"\u25a0 {label} {name}", size=8, color=label_color(label))
+            left, top = round(_GAP_PX + column * column_px), self.top + line * _LEGEND_LINE_PX
+            color = label_color(label)
+            self.pen.rectangle((left, top + 2, left + _SWATCH_PX, top + 2 + _SWATCH_PX), fill=_rgb(color))
+            self.text(left + _SWATCH_PX + 5, top, f"{label} {name}", _SMALL_TEXT_PX, color)
 
     def _panel(self, left: int, top: int, size: tuple[int, int], grey: Picture, overlay: Picture | None) -> None:
-        width, height = size
-        box = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        axes = self.figure.add_axes(box, xticks=[], yticks=[])
-        axes.spines[:].set_color("0.2")
-        extent = (0, width, height, 0)
-        axes.imshow(grey, cmap="gray", vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="bicubic")
+        smooth = Image.fromarray(grey.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+        # Between voxels a cubic goes beyond black and white.
+        self.picture.paste(Image.fromarray(_bytes(np.clip(np.asarray(smooth), 0, 1))), (left, top))
         if overlay is not None:
-            axes.imshow(overlay, aspect="auto", extent=extent, interpolation="nearest")
+            layer = Image.fromarray(_bytes(overlay))
+            self.picture.paste(layer, (left, top), mask=layer)
+        self.pen.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=_rgb(_FRAME))
 
     def _letters(self, left: int, top: int, size: tuple[int, int], plane: Plane) -> None:
-        style: dict[str, Any] = {"color": "0.6", "va": "center"}
-        middle = top + size[1] / 2
-        self.text(left + 4, middle, plane.ends[0], **style)
-        self.text(left + size[0] - 4, middle, plane.ends[1], ha="right", **style)
-        self.text(left + size[0] / 2, self.top + 4, plane.name, color="0.6", ha="center")
+        width, middle = size[0], top + size[1] / 2
+        self.text(left + 4, middle, plane.ends[0], _TEXT_PX, _FAINT, "lm")
+        self.text(left + width - 4, middle, plane.ends[1], _TEXT_PX, _FAINT, "rm")
+        self.text(left + width / 2, self.top + 4, plane.name, _TEXT_PX, _FAINT, "ma")
+
+
+@cache
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """DejaVu Sans out of matplotlib's files, which has more than Latin letters; Pillow's own font where it is not."""
+    package = find_spec("matplotlib")  # imports nothing
+    if package is not None and package.origin is not None:
+        path = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.is_file():
+            return ImageFont.truetype(str(path), size)
+    return ImageFont.load_default(size)
+
+
+def _rgb(color: Color) -> tuple[int, int, int]:
+    """A colour in [0, 1] in bytes."""
+    red, green, blue = (round(255 * part) for part in color)
+    return (red, green, blue)
+
+
+def _bytes(picture: Picture) -> NDArray[np.uint8]:
+    """[0, 1] in bytes."""
+    return np.round(255 * picture).astype(np.uint8)
 
 
 def _choose_cuts(hu: Picture, mask: Picture | None) -> tuple[int, ...]:
