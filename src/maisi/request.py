@@ -177,8 +177,8 @@ class Request(Config):
         modality: a key of `anatomy.MODALITIES`.
         guidance: strength of classifier-free guidance; 0 is off.
         mask_guidance: how far to go away from what is made without the mask; 0 is off, None the model's default.
-        self_guidance: without a mask, how far to go away from what the model makes when it takes its input to be
-            noisier than it is; 0 is off, None the model's default. Each step takes twice as long.
+        self_guidance: how far to go away from what the model makes when it takes its input to be noisier than it is,
+            for another run of the networks each step; 0 is off, None the model's default, with a mask off.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
         solver: name of a solver; None takes the model's default.
     """

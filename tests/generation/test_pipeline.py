@@ -202,14 +202,16 @@ def test_mask_guidance_is_the_models_unless_told(model, changed, chest_labels) -
         strengthened.job(**CHEST, mask_guidance=1)
 
 
-def test_self_guidance_goes_away_from_what_more_noise_would_mean(model) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_self_guidance_goes_away_from_what_more_noise_would_mean(model, chest_labels, masked) -> None:
+    wish = {"mask": chest_labels} if masked else CHEST
     x = torch.randn(1, 4, 12, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predict(job, time):
         with torch.no_grad():
             return model.denoiser(job)(x, torch.tensor([time]))
 
-    plain, guided = model.job(**CHEST), model.job(**CHEST, self_guidance=1.5)
+    plain, guided = model.job(**wish), model.job(**wish, self_guidance=1.5)
     told, weaker = predict(plain, 500.0), predict(plain, 500.0 * NOISIER)
     assert not torch.equal(told, weaker)
     assert torch.allclose(predict(guided, 500.0), told + 1.5 * (told - weaker), atol=1e-5)
@@ -222,8 +224,7 @@ def test_self_guidance_is_the_models_unless_told(model, changed, chest_labels) -
     assert strengthened.job(**CHEST).self_guidance == 0.5
     assert strengthened.job(**CHEST, self_guidance=0).self_guidance == 0
     assert strengthened.job(chest_labels).self_guidance == 0
-    with pytest.raises(MaisiError, match="without a label map; use --mask-guidance"):
-        strengthened.job(chest_labels, self_guidance=1)
+    assert strengthened.job(chest_labels, self_guidance=1).self_guidance == 1
 
 
 def test_the_steps_are_the_models_unless_told(model, changed, chest_labels) -> None:

@@ -39,9 +39,6 @@ Labels = NDArray[np.uint8]
 NO_MASK_TO_STRENGTHEN = (
     "Mask guidance strengthens a label map and there is none; give a mask or a structure, or leave it out."
 )
-MASKED_SELF_GUIDANCE = (
-    "Self-guidance is for volumes without a label map; use --mask-guidance with one, or leave it out."
-)
 
 
 @dataclass(frozen=True)
@@ -188,8 +185,8 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         mask_source=source,
         custom_labels=model.custom_labels,
         carried=carried,
-        mask_guidance=_guidance(request.mask_guidance, model.mask_guidance, labels is not None, NO_MASK_TO_STRENGTHEN),
-        self_guidance=_guidance(request.self_guidance, model.self_guidance, labels is None, MASKED_SELF_GUIDANCE),
+        mask_guidance=_mask_guidance(request.mask_guidance, model.mask_guidance, labels is not None),
+        self_guidance=_self_guidance(request.self_guidance, model.self_guidance, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
     _ = job.of_item(0)
@@ -205,12 +202,19 @@ def _steps_beyond(usual: int, beyond: float, process: Mapping[str, Any]) -> int:
     return max(usual, min(math.ceil(usual * beyond), times))
 
 
-def _guidance(asked: float | None, usual: float, applies: bool, refusal: str) -> float:
-    """What is asked for, or the model's usual; 0 where it does not apply, and asking for it there is refused."""
-    if asked and not applies:
-        raise MaisiError(refusal)
+def _mask_guidance(asked: float | None, usual: float, masked: bool) -> float:
+    """What is asked for, or the model's usual; 0 without a mask, and asking for it there is refused."""
+    if asked and not masked:
+        raise MaisiError(NO_MASK_TO_STRENGTHEN)
     wanted = usual if asked is None else asked
-    return wanted if applies else 0.0
+    return wanted if masked else 0.0
+
+
+def _self_guidance(asked: float | None, usual: float, masked: bool) -> float:
+    """What is asked for, or the model's usual, which is off with a mask."""
+    if asked is not None:
+        return asked
+    return 0.0 if masked else usual
 
 
 def _found(request: Request, size: Triple, spacing: Spacing, number: int, carried: Path | None) -> tuple[Volume, str]:

@@ -186,8 +186,8 @@ class Model:
                 replaced by their host organs. Without one it strengthens region and modality: away from none.
             mask_guidance: strengthens all of the mask: away from what the model makes without one. 0 is off; None for
                 the model's default.
-            self_guidance: without a mask, away from what the model makes when it takes its input to be noisier than it
-                is. 0 is off; None for the model's default. Steps take twice as long.
+            self_guidance: away from what the model makes when it takes its input to be noisier than it is, for
+                another run of the networks each step. 0 is off; None for the model's default, with a mask off.
             fov: "auto" picks size and spacing from the regions.
             retries: how often an item with a mask is made again, at most, where the quality check does not pass.
             ranges: file of what passes, made by `maisi quality learn`; None: the model's, or the carried ranges.
@@ -291,12 +291,13 @@ class Model:
         scale = job.request.guidance if guidance is None else guidance
         told = self._mask(job.padded_labels(), known)
         conditional = self._conditioned(job.conditions, told)
+        weaker = noisier(conditional, float(self.process.sampling_times(1, 1)[0]))
+        others = [(weaker, job.self_guidance)]
         if told is None:
             modality = "unknown" if codec.is_mr(job.conditions.modality) else job.conditions.modality
             nothing = Conditions(job.conditions.spacing_mm, (), modality)
-            weaker = noisier(conditional, float(self.process.sampling_times(1, 1)[0]))
-            return guided(conditional, (self._conditioned(nothing, None), scale), (weaker, job.self_guidance))
-        others = [(self._conditioned(job.conditions, None), job.mask_guidance)]
+            return guided(conditional, *others, (self._conditioned(nothing, None), scale))
+        others.append((self._conditioned(job.conditions, None), job.mask_guidance))
         healthy = None if scale == 0 else self._mask(job.padded_labels_without_tumors(), known)
         if healthy is not None:
             others.append((self._conditioned(job.conditions, healthy), scale))
