@@ -126,7 +126,7 @@ class Processes:
 
 
 def _buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor to receive into, not one of inference mode: in PyTorch 2.5 a backend's threads may not write to those."""
+    """A tensor to receive into, not one of inference mode: in PyTorch 2.5 backends' threads may not write to those."""
     with torch.inference_mode(False):
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
