@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import reduce
 from pathlib import Path
@@ -79,7 +79,8 @@ class Processes:
             dist.send(torch.from_numpy(raw).to(self.device), 0)
 
     def _receive(self, other: int, count: int, dtype: type[np.generic]) -> NDArray[Any]:
-        raw = _buffer((count * np.dtype(dtype).itemsize,), torch.uint8, self.device)
+        with _buffers():
+            raw = torch.empty(count * np.dtype(dtype).itemsize, dtype=torch.uint8, device=self.device)
         with _together():
             dist.recv(raw, other)
         return raw.cpu().numpy().view(dtype)
@@ -88,15 +89,17 @@ class Processes:
         """Statistics of all processes' rows: gathered, then merged in the order of the ranks by each of them."""
         count = torch.full_like(moments.mean, float(moments.count))
         mine = torch.stack([count, moments.mean, moments.deviations])
-        every = [_buffer(mine.shape, mine.dtype, mine.device) for _ in range(self.size)]
+        with _buffers():
+            every = [torch.empty_like(mine) for _ in range(self.size)]
         with _together():
             dist.all_gather(every, mine)
         return reduce(Moments.merged, (Moments(int(c[0, 0]), mean, m2) for c, mean, m2 in every))
 
     def edges(self, first: Tensor, last: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Give the neighbours my first and last row; get the row before mine and the one after."""
-        before = _buffer(first.shape, first.dtype, first.device) if self.rank > 0 else None
-        after = _buffer(last.shape, last.dtype, last.device) if self.rank < self.size - 1 else None
+        with _buffers():
+            before = torch.empty_like(first) if self.rank > 0 else None
+            after = torch.empty_like(last) if self.rank < self.size - 1 else None
         exchanges = []
         for given, got, other in ((first, before, self.rank - 1), (last, after, self.rank + 1)):
             if got is not None:
@@ -109,7 +112,8 @@ class Processes:
     def gathered(self, rows: Tensor, dim: int) -> Tensor | None:
         """All processes' rows joined, for the first process; None for the others. They may differ in number."""
         rows = rows.to(self.device)
-        counts = [_buffer((1,), torch.int64, rows.device) for _ in range(self.size)]
+        with _buffers():
+            counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
         with _together():
             dist.all_gather(counts, torch.tensor([rows.shape[dim]], device=rows.device))
             if self.rank > 0:
@@ -119,16 +123,17 @@ class Processes:
             for other in range(1, self.size):
                 shape = list(rows.shape)
                 shape[dim] = int(counts[other])
-                piece = _buffer(shape, rows.dtype, rows.device)
+                with _buffers():
+                    piece = torch.empty(shape, dtype=rows.dtype, device=rows.device)
                 dist.recv(piece, other)
                 pieces.append(piece)
         return torch.cat(pieces, dim)
 
 
-def _buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor to receive into, not one of inference mode: in PyTorch 2.5 backends' threads may not write to those."""
-    with torch.inference_mode(False):
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
+def _buffers() -> AbstractContextManager[None]:
+    """Where tensors to receive into are made, not as those of inference mode: in PyTorch 2.5 backends' threads may not
+    write to these."""
+    return torch.inference_mode(False)
 
 
 @contextmanager
