@@ -36,10 +36,6 @@ Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 Labels = NDArray[np.uint8]
 
-NO_MASK_TO_STRENGTHEN = (
-    "Mask guidance strengthens a label map and there is none; give a mask or a structure, or leave it out."
-)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -205,7 +201,9 @@ def _steps_beyond(usual: int, beyond: float, process: Mapping[str, Any]) -> int:
 def _mask_guidance(asked: float | None, usual: float, masked: bool) -> float:
     """What is asked for, or the model's usual; 0 without a mask, and asking for it there is refused."""
     if asked and not masked:
-        raise MaisiError(NO_MASK_TO_STRENGTHEN)
+        raise MaisiError(
+            "Mask guidance strengthens a label map and there is none; give a mask or a structure, or leave it out."
+        )
     wanted = usual if asked is None else asked
     return wanted if masked else 0.0
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
-from maisi.io.preview import label_color
+from maisi.io.preview import label_color, rgb
 
 EXTENSION_CODE = 0
 """NIfTI's code for an extension of unknown kind: the one that TotalSegmentator writes label tables under."""
@@ -51,6 +51,6 @@ def slicer_color_table(names: Mapping[int, str]) -> str:
     """Return label ids, names and colours as 3D Slicer's colour table (.ctbl); blanks in names become '_'."""
     rows = ["0 background 0 0 0 0"]
     for id, name in sorted(names.items()):
-        red, green, blue = (round(255 * channel) for channel in label_color(id))
+        red, green, blue = rgb(label_color(id))
         rows.append(f"{id} {'_'.join(name.split())} {red} {green} {blue} 255")
     return "\n".join(["# Color table file", f"# {len(rows)} values", *rows]) + "\n"

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
-from maisi.io.preview import label_color
+from maisi.io.preview import label_color, rgb
 from maisi.volume import Turn, checked_affine, turn_to_ras
 
 Json = Mapping[str, Any]
@@ -179,7 +179,7 @@ def _image(attributes: Json) -> Json:
 
 
 def _image_label(names: Mapping[int, str]) -> dict[str, Any]:
-    colors = {id: [round(255 * channel) for channel in label_color(id)] for id in sorted(names)}
+    colors = {id: rgb(label_color(id)) for id in sorted(names)}
     return {
         "version": _VERSION,
         "colors": [{"label-value": id, "rgba": [*color, 255]} for id, color in colors.items()],

@@ -143,6 +143,12 @@ def label_color(label: int) -> Color:
     return (red + (1 - red) * lift, green + (1 - green) * lift, blue + (1 - blue) * lift)
 
 
+def rgb(color: Color) -> tuple[int, int, int]:
+    """Return a colour's red, green and blue from 0 to 255."""
+    red, green, blue = (round(255 * part) for part in color)
+    return (red, green, blue)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Sizes of the panels: pixels per mm, and the volume's extents (X, Y, Z) in mm."""
@@ -205,7 +211,7 @@ class _Canvas:
 
     def text(self, left: float, top: float, text: str, size: int, color: Color, anchor: str = "la") -> None:
         """Write a line; `anchor` as Pillow has it, by default the place is the upper left corner."""
-        self.pen.text((left, top), text, fill=_rgb(color), font=_font(size), anchor=anchor)
+        self.pen.text((left, top), text, fill=rgb(color), font=_font(size), anchor=anchor)
 
     def title(self, title: str) -> None:
         """Write the title and the convention."""
@@ -234,7 +240,7 @@ class _Canvas:
             name = label_name(label) if label in KNOWN_IDS else "unnamed"
             left, top = round(_GAP_PX + column * column_px), self.top + line * _LEGEND_LINE_PX
             color = label_color(label)
-            self.pen.rectangle((left, top + 2, left + _SWATCH_PX, top + 2 + _SWATCH_PX), fill=_rgb(color))
+            self.pen.rectangle((left, top + 2, left + _SWATCH_PX, top + 2 + _SWATCH_PX), fill=rgb(color))
             self.text(left + _SWATCH_PX + 5, top, f"{label} {name}", _SMALL_TEXT_PX, color)
 
     def _panel(self, left: int, top: int, size: tuple[int, int], grey: Picture, overlay: Picture | None) -> None:
@@ -244,7 +250,7 @@ class _Canvas:
         if overlay is not None:
             layer = Image.fromarray(_bytes(overlay))
             self.picture.paste(layer, (left, top), mask=layer)
-        self.pen.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=_rgb(_FRAME))
+        self.pen.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=rgb(_FRAME))
 
     def _letters(self, left: int, top: int, size: tuple[int, int], plane: Plane) -> None:
         width, middle = size[0], top + size[1] / 2
@@ -262,12 +268,6 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
         if path.is_file():
             return ImageFont.truetype(str(path), size)
     return ImageFont.load_default(size)
-
-
-def _rgb(color: Color) -> tuple[int, int, int]:
-    """A colour in [0, 1] in bytes."""
-    red, green, blue = (round(255 * part) for part in color)
-    return (red, green, blue)
 
 
 def _bytes(picture: Picture) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import reduce
 from pathlib import Path
@@ -27,6 +27,10 @@ from maisi.splitting.layers import Moments
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
+
+# What is received into is made outside inference mode: the threads of PyTorch 2.5's backends may not write to tensors
+# of that mode.
+_receives = torch.inference_mode(False)
 
 
 class LostProcessError(MaisiError):
@@ -78,28 +82,28 @@ class Processes:
         with _together():
             dist.send(torch.from_numpy(raw).to(self.device), 0)
 
+    @_receives
     def _receive(self, other: int, count: int, dtype: type[np.generic]) -> NDArray[Any]:
-        with _buffers():
-            raw = torch.empty(count * np.dtype(dtype).itemsize, dtype=torch.uint8, device=self.device)
+        raw = torch.empty(count * np.dtype(dtype).itemsize, dtype=torch.uint8, device=self.device)
         with _together():
             dist.recv(raw, other)
         return raw.cpu().numpy().view(dtype)
 
+    @_receives
     def merged(self, moments: Moments) -> Moments:
         """Statistics of all processes' rows: gathered, then merged in the order of the ranks by each of them."""
         count = torch.full_like(moments.mean, float(moments.count))
         mine = torch.stack([count, moments.mean, moments.deviations])
-        with _buffers():
-            every = [torch.empty_like(mine) for _ in range(self.size)]
+        every = [torch.empty_like(mine) for _ in range(self.size)]
         with _together():
             dist.all_gather(every, mine)
         return reduce(Moments.merged, (Moments(int(c[0, 0]), mean, m2) for c, mean, m2 in every))
 
+    @_receives
     def edges(self, first: Tensor, last: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Give the neighbours my first and last row; get the row before mine and the one after."""
-        with _buffers():
-            before = torch.empty_like(first) if self.rank > 0 else None
-            after = torch.empty_like(last) if self.rank < self.size - 1 else None
+        before = torch.empty_like(first) if self.rank > 0 else None
+        after = torch.empty_like(last) if self.rank < self.size - 1 else None
         exchanges = []
         for given, got, other in ((first, before, self.rank - 1), (last, after, self.rank + 1)):
             if got is not None:
@@ -109,11 +113,11 @@ class Processes:
                 request.wait()
         return before, after
 
+    @_receives
     def gathered(self, rows: Tensor, dim: int) -> Tensor | None:
         """All processes' rows joined, for the first process; None for the others. They may differ in number."""
         rows = rows.to(self.device)
-        with _buffers():
-            counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
+        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
         with _together():
             dist.all_gather(counts, torch.tensor([rows.shape[dim]], device=rows.device))
             if self.rank > 0:
@@ -123,17 +127,10 @@ class Processes:
             for other in range(1, self.size):
                 shape = list(rows.shape)
                 shape[dim] = int(counts[other])
-                with _buffers():
-                    piece = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+                piece = torch.empty(shape, dtype=rows.dtype, device=rows.device)
                 dist.recv(piece, other)
                 pieces.append(piece)
         return torch.cat(pieces, dim)
-
-
-def _buffers() -> AbstractContextManager[None]:
-    """Where tensors to receive into are made, not as those of inference mode: in PyTorch 2.5 backends' threads may not
-    write to these."""
-    return torch.inference_mode(False)
 
 
 @contextmanager
