@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,8 +114,16 @@ def _names(value: object) -> tuple[str, ...]:
 
 
 def _organ_sizes(value: object) -> dict[str, float]:
+    return _by_structure(value, parse_anatomy_sizes)
+
+
+def _strengths(value: object) -> dict[str, float]:
+    return _by_structure(value, partial(_parse_numbers, noun="strength", example="spinal cord=3", range_=(0.0, 100.0)))
+
+
+def _by_structure(value: object, parse: Callable[[Any], dict[str, float]]) -> dict[str, float]:
     try:
-        return parse_anatomy_sizes(value if isinstance(value, Mapping) else _sequence(value or ()))
+        return parse(value if isinstance(value, Mapping) else _sequence(value or ()))
     except MaisiError as error:
         raise ValueError(str(error).rstrip(".")) from None
 
@@ -127,23 +136,30 @@ def parse_anatomy_sizes(wishes: Mapping[str, float] | Iterable[str]) -> dict[str
     Raises:
         MaisiError: no such structure, the same one twice, or a factor outside `ORGAN_SIZE_RANGE`.
     """
+    return _parse_numbers(wishes, "size", "pancreas=0.7", ORGAN_SIZE_RANGE)
+
+
+def _parse_numbers(
+    wishes: Mapping[str, float] | Iterable[str], noun: str, example: str, range_: tuple[float, float]
+) -> dict[str, float]:
+    """Name of the vocabulary -> number, from a mapping or words such as `example`; `noun` is what the number is."""
     pairs = wishes.items() if isinstance(wishes, Mapping) else [str(text).partition("=")[::2] for text in wishes]
-    sizes: dict[str, float] = {}
-    low, high = ORGAN_SIZE_RANGE
+    numbers: dict[str, float] = {}
+    low, high = range_
     for name, given in pairs:
         try:
-            factor = float(given)
+            number = float(given)
         except ValueError:
-            raise MaisiError(f"'{name}={given}' is no size of a structure; write it as pancreas=0.7.") from None
-        if not low <= factor <= high:
-            raise MaisiError(f"The size {given} of '{name}' is out of range; give a factor from {low:g} to {high:g}.")
+            raise MaisiError(f"'{name}={given}' is no {noun} of a structure; write it as {example}.") from None
+        if not low <= number <= high:
+            raise MaisiError(f"The {noun} {given} of '{name}' is out of range; give a factor from {low:g} to {high:g}.")
         for id in named_sides(name.strip()):
             if id in (BACKGROUND, BODY):
-                raise MaisiError(f"'{name}' has no size of its own; name an organ.")
-            if label_name(id) in sizes:
-                raise MaisiError(f"'{label_name(id)}' is given two sizes; leave one of them out.")
-            sizes[label_name(id)] = factor
-    return sizes
+                raise MaisiError(f"'{name}' has no {noun} of its own; name an organ.")
+            if label_name(id) in numbers:
+                raise MaisiError(f"'{label_name(id)}' is given two {noun}s; leave one of them out.")
+            numbers[label_name(id)] = number
+    return numbers
 
 
 def _sequence(value: object) -> list[Any]:
@@ -179,6 +195,8 @@ class Request(Config):
         mask_guidance: how far to go away from what is made without the mask; 0 is off, None the model's default.
         self_guidance: how far to go away from what the model makes when it takes its input to be noisier than it is,
             for another run of the networks each step; 0 is off, None the model's default, with a mask off.
+        strengthen: structure -> how far to go away from what is made with a mask that lacks it, for another run of
+            the networks each step where the mask has it; 0 is off. The model's default holds for those not named.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
         solver: name of a solver; None takes the model's default.
     """
@@ -204,6 +222,7 @@ class Request(Config):
     guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
     mask_guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     self_guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    strengthen: Annotated[dict[str, float], BeforeValidator(_strengths)] = Field(default={})
     fov: Literal["given", "auto"] = "given"
     solver: str | None = None
     retries: int = Field(default=2, ge=0, le=10)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maisi.diffusion import guided, noisier
-from maisi.diffusion.guidance import NOISIER
+from maisi.diffusion.guidance import NOISIER, NOISIEST_SHARE
 from maisi.errors import MaisiError
 
 X, TIMES = torch.linspace(-1, 1, 24).reshape(2, 3, 4), torch.tensor([10.0, 900.0])
@@ -63,8 +63,30 @@ def test_scale_minus_one_is_the_unconditional_alone() -> None:
 
 def test_a_weaker_self_is_told_more_noise_but_no_more_than_there_can_be() -> None:
     weaker = noisier(conditional, 1000.0)
-    torch.testing.assert_close(weaker(X, TIMES), conditional(X, torch.tensor([10 * NOISIER, 1000.0])))
-    assert torch.equal(weaker(X, torch.full((2,), 1000.0)), conditional(X, torch.full((2,), 1000.0)))
+    for told, meant in ((10.0, 10 * NOISIER), (800.0, 1000.0), (NOISIEST_SHARE * 1000, 1000.0)):
+        seen = weaker(X, torch.tensor([10.0, told]))
+        assert seen is not None
+        torch.testing.assert_close(seen, conditional(X, torch.tensor([10 * NOISIER, meant])))
+
+
+def test_in_nearly_pure_noise_there_is_no_weaker_self_and_no_network_runs_for_it() -> None:
+    asked = []
+
+    def watched(x: Tensor, times: Tensor) -> Tensor:
+        asked.append(times)
+        return conditional(x, times)
+
+    noise = torch.tensor([950.0, 1000.0])
+    assert noisier(watched, 1000.0)(X, noise) is None
+    assert torch.equal(guided(watched, (noisier(watched, 1000.0), 2.0))(X, noise), conditional(X, noise))
+    assert len(asked) == 1
+
+
+def test_each_item_of_a_batch_has_the_weaker_self_of_its_own_time() -> None:
+    guess = guided(conditional, (noisier(conditional, 1000.0), 2.0))
+    both = guess(X, torch.tensor([400.0, 950.0]))
+    for item, time in enumerate((400.0, 950.0)):
+        torch.testing.assert_close(both[item], guess(X, torch.full((2,), time))[item])
 
 
 def test_a_denoiser_that_does_not_look_at_the_time_has_no_weaker_self() -> None:

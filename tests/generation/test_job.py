@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from maisi.anatomy import BODY, label_id
 from maisi.errors import MaisiError
 from maisi.generation.job import make_job, padded_size
 from maisi.request import Request
@@ -83,6 +84,16 @@ def test_tumors_can_be_taken_out(config, chest_labels) -> None:
     assert set(healthy[changed]) == {28}
     without = chest_labels.with_array(np.where(chest_labels.array == 23, 28, chest_labels.array))
     assert make_job(Request.parse(), config, without).padded_labels_without_tumors() is None
+
+
+def test_structures_can_be_taken_out(config, chest_labels) -> None:
+    job = make_job(Request.parse(), config, chest_labels)
+    labels, lacking = job.padded_labels(), job.padded_labels_without({28, 32})
+    assert labels is not None
+    assert lacking is not None
+    assert np.array_equal(lacking != labels, np.isin(labels, (28, 32)))
+    assert set(lacking[lacking != labels]) == {BODY}
+    assert job.padded_labels_without({label_id("brain")}) is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import maisi
+from maisi.anatomy import label_id, label_name
 from maisi.diffusion.guidance import NOISIER
 from maisi.errors import MaisiError
 from maisi.generation import pipeline
@@ -200,6 +201,47 @@ def test_mask_guidance_is_the_models_unless_told(model, changed, chest_labels) -
     assert strengthened.job(**CHEST).mask_guidance == 0
     with pytest.raises(MaisiError, match="there is none; give a mask or a structure"):
         strengthened.job(**CHEST, mask_guidance=1)
+
+
+def test_a_structure_is_strengthened_away_from_the_mask_without_it(model, chest_labels) -> None:
+    """Against the formula, with body in the structure's place as a mask of its own; one more run for each strength."""
+    x = torch.randn(1, 4, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    lobe, other = (label_name(id) for id in (28, 32))
+
+    def predict(job):
+        with torch.no_grad():
+            return model.denoiser(job)(x, torch.tensor([500.0]))
+
+    def strengthened(**numbers):
+        return predict(model.job(chest_labels, strengthen=numbers).of_item(0))
+
+    def lacking(*ids):
+        labels = np.where(np.isin(chest_labels.array, ids), np.uint8(200), chest_labels.array)
+        return predict(replace(model.job(chest_labels), labels=chest_labels.with_array(labels)))
+
+    told = predict(model.job(chest_labels))
+    assert not torch.equal(lacking(28), told)
+    expected = told + 2 * (told - lacking(28)) + 0.5 * (told - lacking(32))
+    assert torch.allclose(strengthened(**{lobe: 2.0, other: 0.5}), expected, atol=1e-5)
+    together = told + 2 * (told - lacking(28, 32))
+    assert torch.allclose(strengthened(**{lobe: 2.0, other: 2.0}), together, atol=1e-5)
+    assert torch.equal(strengthened(brain=2.0), told)
+
+
+def test_what_is_strengthened_is_the_models_unless_told(model, changed, chest_labels) -> None:
+    assert model.job(chest_labels).strengthened == {}
+    lobe, other = (label_name(id) for id in (28, 32))
+    usual = changed(strengthen={lobe: 2.0, "brain": 3.0})
+    assert usual.job(chest_labels).of_item(0).strengthened == {28: 2.0}, "the map has no brain"
+    asked = usual.job(chest_labels, strengthen={other: 1.0}).of_item(0).strengthened
+    assert asked == {28: 2.0, 32: 1.0}
+    assert usual.job(chest_labels, strengthen={lobe: 0.0}).strengthened.keys() == {label_id("brain")}
+    assert usual.job(**CHEST).strengthened == {}
+    assert "The mask has no brain to strengthen." in model.job(chest_labels, strengthen={"brain": 1.0}).notes
+    with pytest.raises(MaisiError, match="no label map with brain to strengthen; give a mask"):
+        model.job(**CHEST, strengthen={"brain": 1.0})
+    told = usual.generate(mask=chest_labels, retries=0).details["strengthened"]
+    assert told == {lobe: 2.0}
 
 
 @pytest.mark.parametrize("masked", [False, True])

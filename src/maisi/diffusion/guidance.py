@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from maisi.diffusion.sampler import Denoiser
@@ -12,8 +14,14 @@ from maisi.errors import MaisiError
 NOISIER = 1.5
 """How many times as noisy a weaker self takes its input to be; measured with `tiny`, see docs/log.md."""
 
+NOISIEST_SHARE = 0.9
+"""Above this share of the noisiest timestep there is no weaker self: measured so too, and it saves its run."""
 
-def guided(conditional: Denoiser, *others: tuple[Denoiser, float]) -> Denoiser:
+Weaker = Callable[[Tensor, Tensor], Tensor | None]
+"""As a `Denoiser`, but None where there is nothing to go away from."""
+
+
+def guided(conditional: Denoiser, *others: tuple[Weaker, float]) -> Denoiser:
     """A denoiser that goes further from less conditional predictions, of each its scale: c + sum of scale (c - u).
 
     One with scale 0 is never called. Between -1 and 0 lies what is between the two predictions.
@@ -30,20 +38,23 @@ def guided(conditional: Denoiser, *others: tuple[Denoiser, float]) -> Denoiser:
 
     def denoise(x: Tensor, times: Tensor) -> Tensor:
         wanted = conditional(x, times)
-        away = [scale * (wanted - other(x, times)) for other, scale in asked]
-        return wanted + sum(away[1:], away[0])
+        predictions = ((other(x, times), scale) for other, scale in asked)
+        return sum((scale * (wanted - less) for less, scale in predictions if less is not None), wanted)
 
     return denoise
 
 
-def noisier(denoise: Denoiser, noisiest: float) -> Denoiser:
+def noisier(denoise: Denoiser, noisiest: float) -> Weaker:
     """A weaker self of a denoiser: told `NOISIER` times the timestep, at most `noisiest`, it sees less in its input.
 
     Going away from it sharpens what the denoiser knows without a condition (self-guidance: Li et al. 2024, "Boosting
-    flow and diffusion generation on their own").
+    flow and diffusion generation on their own"), but not above `NOISIEST_SHARE`, where there is little to see (limited
+    intervals: Kynkaanniemi et al. 2024).
     """
 
-    def weaker(x: Tensor, times: Tensor) -> Tensor:
-        return denoise(x, (NOISIER * times).clamp(max=noisiest))
+    def weaker(x: Tensor, times: Tensor) -> Tensor | None:
+        more = (NOISIER * times).clamp(max=noisiest)
+        told = torch.where(times > NOISIEST_SHARE * noisiest, times, more)
+        return None if torch.equal(told, times) else denoise(x, told)
 
     return weaker

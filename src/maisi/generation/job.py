@@ -8,7 +8,7 @@ to what was asked for. Without a mask the volume's centre is the world's origin;
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from maisi.data.mask_deform import scale_organs
 from maisi.data.mask_sources import find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.quality import QualityRanges, read_ranges
+from maisi.data.quality_measures import select
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
@@ -56,6 +57,7 @@ class Job:
         solver: name of the solver.
         mask_guidance: away from what the networks make without the mask; 0 is off.
         self_guidance: away from what the U-Net makes when it takes its input to be noisier than it is; 0 is off.
+        strengthened: label id -> how far away from what the networks make with a mask that lacks it.
         notes: sentences for the user: what was filled in, what the model does not know.
     """
 
@@ -74,6 +76,7 @@ class Job:
     carried: Path | None = None
     mask_guidance: float = 0.0
     self_guidance: float = 0.0
+    strengthened: Mapping[int, float] = field(default_factory=dict)
 
     def of_item(self, number: int) -> Job:
         """The job of one item: its own mask where masks are found, organs of the sizes asked for, its own tumours.
@@ -89,7 +92,9 @@ class Job:
             labels, source = _found(request, self.size, self.conditions.spacing_mm, number, self.carried)
         labels = scale_organs(labels, {label_id(name): factor for name, factor in request.anatomy_size.items()})
         labels, placed = grow_tumors(labels, request.tumor, np.random.default_rng([seed, 1]))
-        return replace(self, labels=labels, mask_source=source, placed=placed)
+        ids = ids_in(labels.array)
+        strengthened = {id: scale for id, scale in self.strengthened.items() if id in ids}
+        return replace(self, labels=labels, mask_source=source, placed=placed, strengthened=strengthened)
 
     def kept_labels(self) -> Volume | None:
         """The labels to write: those the image follows, filtered to the structures to `keep`."""
@@ -122,6 +127,14 @@ class Job:
         if labels is None or not TUMORS.keys() & set(ids_in(labels)):
             return None
         return without_tumors(labels, self.conditions.spacing_mm)
+
+    def padded_labels_without(self, ids: Collection[int]) -> Labels | None:
+        """As `padded_labels`, structures replaced by body; None too where none of them is there."""
+        labels = self.padded_labels()
+        if labels is None:
+            return None
+        gone = select(labels, ids)
+        return np.where(gone, np.uint8(BODY), labels) if gone.any() else None
 
     def place(self, padded: Array) -> Volume:
         """Crop an array on the padded grid and give it its place in the world, and the mask's orientation."""
@@ -183,6 +196,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         carried=carried,
         mask_guidance=_mask_guidance(request.mask_guidance, model.mask_guidance, labels is not None),
         self_guidance=_self_guidance(request.self_guidance, model.self_guidance, labels is not None),
+        strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
     _ = job.of_item(0)
@@ -213,6 +227,14 @@ def _self_guidance(asked: float | None, usual: float, masked: bool) -> float:
     if asked is not None:
         return asked
     return 0.0 if masked else usual
+
+
+def _strengthened(asked: Mapping[str, float], usual: Mapping[str, float], masked: bool) -> dict[int, float]:
+    """The model's usual and what is asked for, by id; nothing without a mask, and asking for it there is refused."""
+    if asked and not masked:
+        names = " and ".join(asked)
+        raise MaisiError(f"There is no label map with {names} to strengthen; give a mask, or leave it out.")
+    return {label_id(name): scale for name, scale in {**usual, **asked}.items() if scale} if masked else {}
 
 
 def _found(request: Request, size: Triple, spacing: Spacing, number: int, carried: Path | None) -> tuple[Volume, str]:
@@ -275,6 +297,9 @@ def _regions(request: Request, labels: Volume) -> tuple[tuple[str, ...], list[st
         notes.append("No structure of the mask tells its region; name the region.")
     if request.guidance > 0 and not TUMORS.keys() & ids:
         notes.append("Guidance strengthens tumours; this mask has none, so it does nothing.")
+    lacking = [name for name in request.strengthen if label_id(name) not in ids]
+    if lacking:
+        notes.append(f"The mask has no {' and no '.join(lacking)} to strengthen.")
     return regions, notes
 
 

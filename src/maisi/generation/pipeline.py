@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maisi.anatomy import label_name
 from maisi.conditions import Conditions, mask_bits, stack
 from maisi.config import Config, parse_config
 from maisi.cuda_graph import CudaGraphs
@@ -160,6 +161,7 @@ class Model:
         guidance: float = 0.0,
         mask_guidance: float | None = None,
         self_guidance: float | None = None,
+        strengthen: Mapping[str, float] | None = None,
         fov: Literal["given", "auto"] = "given",
         retries: int = 2,
         ranges: Path | str | None = None,
@@ -188,6 +190,8 @@ class Model:
                 the model's default.
             self_guidance: away from what the model makes when it takes its input to be noisier than it is, for
                 another run of the networks each step. 0 is off; None for the model's default, with a mask off.
+            strengthen: structure -> how far to go away from what the model makes with a mask that lacks it, for
+                another run of the networks each step; 0 is off. The model's default holds for those not named.
             fov: "auto" picks size and spacing from the regions.
             retries: how often an item with a mask is made again, at most, where the quality check does not pass.
             ranges: file of what passes, made by `maisi quality learn`; None: the model's, or the carried ranges.
@@ -208,7 +212,8 @@ class Model:
             "library": library,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
-        wishes |= {"mask_guidance": mask_guidance, "self_guidance": self_guidance, "retries": retries, "ranges": ranges}
+        wishes |= {"mask_guidance": mask_guidance, "self_guidance": self_guidance, "strengthen": strengthen or {}}
+        wishes |= {"retries": retries, "ranges": ranges}
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
 
@@ -301,6 +306,11 @@ class Model:
         healthy = None if scale == 0 else self._mask(job.padded_labels_without_tumors(), known)
         if healthy is not None:
             others.append((self._conditioned(job.conditions, healthy), scale))
+        for strength in sorted(set(job.strengthened.values())):
+            ids = [id for id, own in job.strengthened.items() if own == strength]
+            lacking = self._mask(job.padded_labels_without(ids), known)
+            if lacking is not None:
+                others.append((self._conditioned(job.conditions, lacking), strength))
         return guided(conditional, *others)
 
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
@@ -356,6 +366,7 @@ class Model:
             "mask_source": job.mask_source,
             "mask_guidance": job.mask_guidance,
             "self_guidance": job.self_guidance,
+            "strengthened": {label_name(id): strength for id, strength in sorted(job.strengthened.items())},
             "tumors": [asdict(tumor) for tumor in job.placed],
             "notes": list(job.notes),
         }

@@ -37,6 +37,7 @@ def assemble(
     mask_solver: str | None = None,
     mask_guidance: float = 0.0,
     self_guidance: float = 0.0,
+    strengthen: Mapping[str, float] | None = None,
     storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
     ranges: Path | None = None,
@@ -55,6 +56,7 @@ def assemble(
         mask_solver: default solver with a mask; None: the same.
         mask_guidance: default strength of label maps.
         self_guidance: default strength of guidance without them.
+        strengthen: default strengths of single structures of them.
         storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
         ranges: quality ranges that its images are to be judged by, as `maisi quality learn` makes them.
@@ -95,6 +97,7 @@ def assemble(
             "mask_solver": mask_solver,
             "mask_guidance": mask_guidance,
             "self_guidance": self_guidance,
+            "strengthen": strengthen or {},
             "ranges": None if ranges is None else RANGES,
             "library": None if library is None else LIBRARY,
         }

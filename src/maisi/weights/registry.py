@@ -93,6 +93,7 @@ class ModelConfig(Config):
         mask_solver: the same with a mask, inpainting included; None: `solver`.
         mask_guidance: of generation from a mask, unless the request says otherwise; see `Request`.
         self_guidance: of generation without a mask, unless the request says otherwise; see `Request`.
+        strengthen: structures of a mask, unless the request says otherwise of them; see `Request`.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
         ranges: file name of the quality ranges that its images are judged by; None: those that the package carries.
@@ -117,6 +118,7 @@ class ModelConfig(Config):
     mask_solver: str | None = None
     mask_guidance: NonNegativeFloat = 0.0
     self_guidance: NonNegativeFloat = 0.0
+    strengthen: dict[str, PositiveFloat] = Field(default={})
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
     ranges: str | None = None
