@@ -56,7 +56,6 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         mask_solver="euler",
         mask_guidance=1.5,
         self_guidance=1.0,
-        strengthen={"spinal cord": 3.0},
         storage="int8",
         crop_spacing_mm=(1.8, 3.2),
         ranges=ranges,
