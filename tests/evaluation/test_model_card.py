@@ -5,9 +5,12 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from maisi.volume import Volume
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE, SPACING_MM = (40, 32, 32), (8.0, 8.0, 8.0)
@@ -107,9 +110,37 @@ def test_the_table_tells_the_numbers(measured):
     assert sum("Dice" in line for line in lines) >= 4
 
 
+def test_volumes_are_told_the_regions_that_training_tells_of_the_real_ones(evaluate, prepared, tmp_path, monkeypatch):
+    told = []
+
+    def generate(**wishes):
+        told.append(wishes["region"])
+        return SimpleNamespace(image=Volume.from_spacing(np.zeros(evaluate.SIZE, np.int16), evaluate.SPACING_MM))
+
+    arguments = SimpleNamespace(
+        data=prepared, out=tmp_path, features="gradients", coverage=0.5, real=0, seed=3, count=7
+    )
+    evaluation = evaluate.Evaluation(arguments)
+    evaluation.model = SimpleNamespace(generate=generate)
+    as_drawn = evaluation.folder.labels
+    by_case = {case.id: ("chest",) if case.id == "pt_2" else ("head-neck",) for case in evaluation.real_cases()}
+    without = {id for id, regions in by_case.items() if regions == ("head-neck",)}
+
+    def labels(case):
+        found = np.asarray(as_drawn(case))
+        return np.where(np.isin(found, (28, 32)), 22 if case.id in without else found, found).astype(np.uint8)
+
+    monkeypatch.setattr(evaluation.folder, "labels", labels)
+    assert {case.id: evaluation.regions(case) for case in evaluation.real_cases()} == by_case
+    assert len(list(evaluation.generated(tmp_path))) == 7
+    once, again = told[:5], told[5:]
+    assert sorted(once) == sorted(by_case.values()), "each case once, before any comes twice"
+    assert again == once[:2]
+
+
 def test_only_generated_volumes_are_drawn(measured, evaluate):
     _, out, drawn = measured
-    made = [np.load(path) for path in sorted(out.glob("cache/*/head-neck-0/*.npy"))]
+    made = [np.load(path) for path in sorted(out.glob("cache/*/told-as-real-0/*.npy"))]
     assert len(made) == 3
     assert len(drawn) == 2 * 3 * 3
     assert all(any(np.array_equal(tile.ct.array, array) for array in made) for tile in drawn)
@@ -128,7 +159,7 @@ def test_a_second_run_computes_nothing_and_gives_the_same(measured, evaluate, mo
 
 def test_a_lost_volume_alone_is_made_again_with_the_same_bytes(measured, evaluate, monkeypatch):
     arguments, out, _ = measured
-    path = next(out.glob("cache/*/head-neck-0/0001.npy"))
+    path = next(out.glob("cache/*/told-as-real-0/0001.npy"))
     before = path.read_bytes()
     path.unlink()
     items = []
