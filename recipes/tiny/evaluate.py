@@ -254,6 +254,8 @@ class Evaluation:
         """Head-neck cases of both splits that fill enough of the grid along each axis, a random choice of them."""
         cases = [c for split in ("train", "validation") for c in ct_cases(self.folder, split)]
         full = [c for c in cases if is_head_neck(c) and self.fills_grid(c)]
+        if not full:
+            raise MaisiError(f"No head-neck case fills {self.arguments.coverage:.0%} of the grid; lower --coverage.")
         order = np.random.default_rng(0).permutation(len(full))[: self.arguments.real or None]
         return [full[i] for i in sorted(order)]
 

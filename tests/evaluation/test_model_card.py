@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from maisi.errors import MaisiError
 from maisi.volume import Volume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +137,12 @@ def test_volumes_are_told_the_regions_that_training_tells_of_the_real_ones(evalu
     once, again = told[:5], told[5:]
     assert sorted(once) == sorted(by_case.values()), "each case once, before any comes twice"
     assert again == once[:2]
+
+
+def test_data_without_a_full_view_is_refused_before_anything_is_generated(evaluate, prepared, tmp_path):
+    arguments = SimpleNamespace(data=prepared, out=tmp_path, features="gradients", coverage=3.0, real=0)
+    with pytest.raises(MaisiError, match="No head-neck case fills 300% of the grid; lower --coverage"):
+        next(evaluate.Evaluation(arguments).generated(tmp_path))
 
 
 def test_only_generated_volumes_are_drawn(measured, evaluate):

@@ -92,8 +92,7 @@ class Job:
             labels, source = _found(request, self.size, self.conditions.spacing_mm, number, self.carried)
         labels = scale_organs(labels, {label_id(name): factor for name, factor in request.anatomy_size.items()})
         labels, placed = grow_tumors(labels, request.tumor, np.random.default_rng([seed, 1]))
-        ids = ids_in(labels.array)
-        strengthened = {id: scale for id, scale in self.strengthened.items() if id in ids}
+        strengthened = {id: scale for id, scale in self.strengthened.items() if (labels.array == id).any()}
         return replace(self, labels=labels, mask_source=source, placed=placed, strengthened=strengthened)
 
     def kept_labels(self) -> Volume | None:
