@@ -52,6 +52,36 @@ def test_no_patient_is_in_training_and_test(folds, scans, seed, data) -> None:
         assert {entry.name for entry in small.real} <= {entry.name for entry in large.real}
 
 
+@given(st.integers(2, 4), st.integers(4, 9), st.integers(1, 9), st.integers(0, 3), st.integers(0, 5))
+@settings(deadline=None, max_examples=30)
+def test_patients_of_a_split_of_their_own_are_never_trained_on(folds, tested, trained, shared, seed) -> None:
+    test = [_entry(f"t{n}_{scan}", f"t{n}") for n in range(tested) for scan in range(1 + n % 2)]
+    real = [_entry(f"r{n}", f"r{n}") for n in range(trained)] + test[:shared]
+    origins = (Origin(frozenset({"t0"}), True), Origin(frozenset(), True))
+    pairs = Added("pairs", (_entry("g", "g"), _entry("h", "h")), origins)
+    counts = (1, trained)
+    runs = plan(real, [pairs], StudyConfig(folds=folds, counts=counts, seed=seed), test)
+    assert {run.count for run in runs} == set(counts)
+    for one in runs:
+        assert len(one.real) == one.count
+        assert not {entry.patient for entry in one.real} & {entry.patient for entry in test}
+        if one.arm != REAL:
+            assert one.left_out == any(entry.patient == "t0" for entry in one.test)
+    once = [entry.name for run in runs for entry in run.test if (run.arm, run.count) == (REAL, 1)]
+    assert sorted(once) == sorted(entry.name for entry in test)
+    with pytest.raises(MaisiError, match=f"{trained + 1} real training patients are asked for, and fold 1 has"):
+        plan(real, [], StudyConfig(folds=folds, counts=(trained + 1,)), test)
+    with pytest.raises(MaisiError, match="All real training patients are asked for, and fold 1 has 0"):
+        plan(test, [], StudyConfig(folds=folds), test)
+
+
+def test_each_fold_draws_its_training_patients_anew() -> None:
+    test = [_entry(f"t{n}", f"t{n}") for n in range(5)]
+    real = [_entry(f"r{n:02}", f"r{n:02}") for n in range(40)]
+    runs = plan(real, [], StudyConfig(folds=5, counts=(10,)), test)
+    assert len({frozenset(entry.name for entry in run.real) for run in runs}) == 5
+
+
 def test_folds_are_even_and_need_patients() -> None:
     sizes = [list(patient_folds(map(str, range(23)), 5, 1).values()).count(fold) for fold in range(5)]
     assert sorted(sizes) == [4, 4, 5, 5, 5]
@@ -144,6 +174,33 @@ def test_the_command_interrupted_or_not(sets, tmp_path, monkeypatch, capsys) -> 
     assert len(trained) == 3
     assert (tmp_path / "parts" / "result.json").read_text() == (tmp_path / "whole" / "result.json").read_text()
     assert not (tmp_path / "parts.cache").exists()
+
+
+def test_the_command_tests_a_split_of_its_own(sets, tmp_path, capsys) -> None:
+    cases = [
+        {
+            "id": f"pt{number}",
+            "patient": f"pt{number}",
+            "image": str(sets / "real" / f"pt{number}" / "image.nii.gz"),
+            "labels": str(sets / "real" / f"pt{number}" / "labels.nii.gz"),
+            "split": "train" if number < 2 else "validation",
+        }
+        for number in range(4)
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps({"cases": cases}))
+    words = _words(sets, tmp_path / "out", "--split", "train", "--test-split", "validation", "--real-count", "1,2")
+    words[2] = str(tmp_path / "cases.json")
+    assert run(words) == 0
+    capsys.readouterr()
+    values = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert {row["case"] for row in values["items"]} == {"pt2", "pt3"}
+    assert len(values["items"]) == 2 * 2 * 2
+    assert values["summary"]["real patients"] == 4
+    assert values["settings"]["test split"] == "validation"
+    words[-1] = str(tmp_path / "none")
+    words[words.index("--split") + 1] = "validation"
+    assert run(words) == 2
+    assert "1 real training patients are asked for, and fold 1 has 0" in capsys.readouterr().err
 
 
 def _counted(calls):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--folds", type=int, default=5, show_default=True, help="Parts that patients are dealt to.")
 @click.option("--real-count", metavar="N,N,...", help="Numbers of real training patients.  [default: all]")
 @click.option("--split", default="all", show_default=True, help="Which REAL cases: train, validation or all.")
+@click.option("--test-split", help="Split of REAL to test on, never trained on.  [default: folds of --split]")
 @click.option("--tolerance", type=float, default=2.0, show_default=True, help="Of the surface Dice, in mm.")
 @click.option("--share", type=float, help="segresnet: of patches that come from added cases.  [default: 0.5]")
 @click.option("--incomplete", default="leave-out", show_default=True, help="Cases that lack a structure; or absent.")
@@ -50,6 +51,7 @@ def study(
     folds: int,
     real_count: str | None,
     split: str,
+    test_split: str | None,
     tolerance: float,
     share: float | None,
     incomplete: str,
@@ -63,10 +65,12 @@ def study(
 
     In each of several folds a segmenter is trained on REAL cases, and on the same with --pairs, and with --inpainted,
     added; Dice and surface Dice are those of the patients kept out. Cases made of these are not used in their fold.
+    With --test-split each fold tests a part of that split and draws its training patients anew from --split.
 
     \b
     maisi evaluate study prepared/ --pairs out/ --structure mandible,brainstem --real-count 20 -o study/
     maisi evaluate study prepared/ --pairs out/ --structure mandible --trainer nnunet --epochs 250 -o study/
+    maisi evaluate study prepared/ --pairs out/ --structure mandible --split train --test-split validation -o study/
     """
     require_new(output)
     if not pairs and not inpainted:
@@ -75,13 +79,14 @@ def study(
     config = _config(training, share, folds=folds, counts=counts, tolerance_mm=tolerance, incomplete=incomplete)
     trainer = _trainer(training)
     from maisi.evaluation.sources import origins, read_sources
-    from maisi.evaluation.volumes import find_entries, readable
+    from maisi.evaluation.volumes import Found, find_entries, readable
 
     told = read_sources(sources) if sources else {}
     known = readable(find_entries(real, split), skip_unreadable)
+    tested = readable(find_entries(real, test_split), skip_unreadable) if test_split else Found(())
     given = readable(find_entries([*pairs, *inpainted]), skip_unreadable)
-    made_of = origins(given.entries, known.entries, told)
-    structures = structures_in([*known.entries, *given.entries], structure)
+    made_of = origins(given.entries, [*known.entries, *tested.entries], told)
+    structures = structures_in([*known.entries, *tested.entries, *given.entries], structure)
     from maisi.evaluation.cache import cache_for
     from maisi.evaluation.result import write_result
     from maisi.evaluation.study import Added, draw, plan, run_study
@@ -95,12 +100,16 @@ def study(
         for name, names in (("pairs", first), ("inpainted", rest))
         if names
     ]
-    plan(known.entries, added, config)
-    settings = {"real": [str(path) for path in real], "split": split, "sources": str(sources) if sources else None}
+    plan(known.entries, added, config, tested.entries)
+    settings = {"real": [str(path) for path in real], "split": split, "test split": test_split}
+    settings |= {"sources": str(sources) if sources else None}
     settings |= {"pairs": [str(path) for path in pairs], "inpainted": [str(path) for path in inpainted]}
     with cache_for(output, cache) as kept, progress() as report:
-        result = run_study(known.entries, added, structures, config, trainer, kept, settings, partial(report, "study"))
-        result = result.with_notes(*known.notes, *given.notes)
+        said = partial(report, "study")
+        result = run_study(
+            known.entries, added, structures, config, trainer, kept, settings, said, tested=tested.entries
+        )
+        result = result.with_notes(*known.notes, *tested.notes, *given.notes)
         write_result(output, result, lambda figure: draw(figure, result))
     say_result(result, output)
 

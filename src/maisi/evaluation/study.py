@@ -132,25 +132,30 @@ def patient_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, i
     return {names[place]: rank % folds for rank, place in enumerate(order)}
 
 
-def plan(real: Sequence[Entry], added: Sequence[Added], config: StudyConfig) -> list[Run]:
+def plan(real: Sequence[Entry], added: Sequence[Added], config: StudyConfig, tested: Sequence[Entry] = ()) -> list[Run]:
     """List all trainings: fold by fold, for each number of patients first the real arm, then the others.
 
     The patients of a smaller number are among those of a larger one.
 
+    Args:
+        real: cases to train on, and to test on where `tested` is empty.
+        added: what the further arms add.
+        config: how.
+        tested: cases of patients that are never trained on; each fold tests a part of them and draws its training
+            patients anew.
+
     Raises:
         MaisiError: too few patients, or an arm is left with nothing to add.
     """
-    fold_of = patient_folds((entry.patient for entry in real), config.folds, config.seed)
-    names = sorted(fold_of)
-    order = [names[place] for place in np.random.default_rng([config.seed, 1]).permutation(len(names))]
+    fold_of = patient_folds((entry.patient for entry in tested or real), config.folds, config.seed)
     runs: list[Run] = []
     for fold in range(config.folds):
-        test = tuple(entry for entry in real if fold_of[entry.patient] == fold)
-        training = [name for name in order if fold_of[name] != fold]
+        test = tuple(entry for entry in tested or real if fold_of[entry.patient] == fold)
+        training = _training_patients(real, fold_of, fold, config.seed, apart=bool(tested))
         for count in config.counts or (None,):
-            if count is not None and count > len(training):
+            if (count or 1) > len(training):
                 raise MaisiError(
-                    f"{count} real training patients are asked for, and fold {fold + 1} has {len(training)}; "
+                    f"{count or 'All'} real training patients are asked for, and fold {fold + 1} has {len(training)}; "
                     "give smaller numbers to --real-count, or more real cases."
                 )
             chosen = set(training[:count])
@@ -158,6 +163,15 @@ def plan(real: Sequence[Entry], added: Sequence[Added], config: StudyConfig) -> 
             runs.append(Run(fold, count, REAL, own, (), 0, test))
             runs += [_with_added(runs[-1], one) for one in added]
     return runs
+
+
+def _training_patients(
+    real: Sequence[Entry], fold_of: Mapping[str, int], fold: int, seed: int, apart: bool
+) -> list[str]:
+    """Patients that a fold may train on, in the order in which they are taken."""
+    names = sorted({entry.patient for entry in real} - (fold_of.keys() if apart else set()))
+    order = np.random.default_rng([seed, 1, fold] if apart else [seed, 1]).permutation(len(names))
+    return [names[place] for place in order if fold_of.get(names[place]) != fold]
 
 
 def _with_added(run: Run, added: Added) -> Run:
@@ -182,6 +196,7 @@ def run_study(
     cache: Cache,
     settings: Mapping[str, Any],
     report: Report | None = None,
+    tested: Sequence[Entry] = (),
 ) -> Result:
     """Train and test every arm of every fold, and compare; finished ones come from the cache.
 
@@ -194,21 +209,26 @@ def run_study(
         cache: keeps cases, segmenters and what they found.
         settings: what the record says beside `config`.
         report: told how far it is.
+        tested: see `plan`.
 
     Raises:
         MaisiError: as `plan`, `complete` and the trainer, or a file cannot be read.
     """
     real, notes = complete(real, structures, cache, REAL, config.incomplete)
+    if tested:
+        tested, more = complete(tested, structures, cache, "tested", config.incomplete)
+        notes += more
     whole = []
     for one in added:
         entries, more = complete(one.entries, structures, cache, "added", config.incomplete)
         whole.append(one.only({entry.name for entry in entries}))
         notes += more
-    return _run(real, whole, structures, config, trainer, cache, settings, report).with_notes(*notes)
+    runs = plan(real, whole, config, tested)
+    return _run(runs, whole, structures, config, trainer, cache, settings, report).with_notes(*notes)
 
 
 def _run(
-    real: Sequence[Entry],
+    runs: Sequence[Run],
     added: Sequence[Added],
     structures: Structures,
     config: StudyConfig,
@@ -217,11 +237,10 @@ def _run(
     settings: Mapping[str, Any],
     report: Report | None,
 ) -> Result:
-    runs = plan(real, added, config)
     for run in runs:
         require_enough(trainer, len(run.real) + len(run.added), f"Fold {run.fold + 1} ({run.label})")
-    everything = [*real, *(entry for one in added for entry in one.entries)]
-    prepared = trainer.prepare(everything, structures, cache, report)
+    learned_from = {entry.image: entry for run in runs for entry in (*run.real, *run.added)}
+    prepared = trainer.prepare(list(learned_from.values()), structures, cache, report)
     rows: list[Row] = []
     for number, run in enumerate(runs, 1):
         told = partial(_told, report, f"{number}/{len(runs)}, fold {run.fold + 1}, {run.label}") if report else None
@@ -230,7 +249,7 @@ def _run(
     compared = comparison(rows, structures)
     return Result(
         "study",
-        _summary(compared, {entry.patient for entry in real}),
+        _summary(compared, {entry.patient for run in runs for entry in (*run.real, *run.test)}),
         rows,
         {
             **settings,
