@@ -17,7 +17,7 @@ from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
 from maisi.splitting.execution import Execution
-from maisi.splitting.processes import Processes, joined
+from maisi.splitting.processes import LostProcessError, Processes, joined
 
 
 def free_port() -> int:
@@ -115,3 +115,20 @@ def test_a_lost_process_is_told(how) -> None:
     assert "start all of them again" in results.get()
     assert time.monotonic() - started < 60
     running.join()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [("CUDA out of memory. Tried to allocate 2.00 GiB", RuntimeError), ("Connection reset by peer", LostProcessError)],
+)
+def test_memory_that_ran_out_here_is_no_lost_process(monkeypatch, said, kind) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", fails)
+    with pytest.raises((RuntimeError, MaisiError)) as raised:
+        Processes(torch.device("cpu")).gathered(torch.zeros(1, 1, 2), 2)
+    assert type(raised.value) is kind
+    assert said in str(raised.value)

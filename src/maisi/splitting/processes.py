@@ -21,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maisi.device import fault_of
 from maisi.errors import MaisiError
 from maisi.io.slabs import Spool
 from maisi.splitting.layers import Moments
@@ -162,9 +163,11 @@ def _take_gpu(number: int) -> None:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Say in a sentence that a process is lost, in place of a backend's trace."""
+    """Say in a sentence that a process is lost, in place of a backend's trace; memory that ran out here is no loss."""
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
+        if fault_of(error):
+            raise
         reason = str(error).splitlines()[0]
         raise LostProcessError(f"Another process of the group was lost ({reason}); start all of them again.") from None
