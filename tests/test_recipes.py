@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from maisi.baselines.methods import METHODS, method
 from maisi.cli import run
@@ -24,7 +25,7 @@ from maisi.errors import MaisiError
 from maisi.generation.latent_views import ViewsFile
 from maisi.generation.pipeline import load
 from maisi.io.nifti import read_label_names, read_labels, write_volume
-from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig, LatentDistribution
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.training.runs import _run_class
 from maisi.weights.load import load_network, save_network
@@ -228,3 +229,34 @@ def test_table_of_the_baselines(tmp_path: Path) -> None:
         "| LDM | 1.00 | 1.00 | 1.00 | - |",
         "| real against real (halves) | - | - | - | 3.00 |",
     ]
+
+
+def test_the_last_layer_is_found_again(tmp_path: Path) -> None:
+    recipe = script("last_layer")
+    torch.manual_seed(0)
+    config = AutoencoderConfig(channels=(8, 8, 16), num_res_blocks=(1, 1, 1), norm_groups=4, upsampling="transposed")
+    network = Autoencoder(config).eval()
+    save_network(tmp_path / "true.safetensors", network, storage="float16")
+    images = [torch.rand(24, 20, 16) for _ in range(3)]
+    true = load_network(tmp_path / "true.safetensors")
+    with torch.no_grad():
+        asked = [true.decode(true.encode(image[None, None]).mean)[0, 0] for image in images]
+        latents = [true.encode(image[None, None]).mean for image in images]
+    off = load_network(tmp_path / "true.safetensors")
+    last = off.decoder.blocks[-1]
+    with torch.no_grad():
+        last.weight.mul_(0.9)
+        last.bias.add_(0.1)
+    known = iter(latents)
+    off.encode = lambda _: LatentDistribution(next(known), torch.zeros(1))  # type: ignore[method-assign]
+    recipe.fit(off, asked, 1e-6)
+    for image, latent in zip(asked, latents, strict=True):
+        assert (off.decode(latent)[0, 0] - image).detach().abs().max() < 1e-3
+    recipe.store(off, tmp_path / "true.safetensors", tmp_path / "fitted.safetensors")
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("true", "fitted"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    end = f"decoder.blocks.{len(off.decoder.blocks) - 1}"
+    assert changed <= {f"{end}.weight", f"{end}.bias"}
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    with pytest.raises(MaisiError, match="no training case"):
+        recipe.fit(off, [], 0.01)

@@ -8,6 +8,8 @@ python recipes/tiny/cases.py "$data" work/cases.json
 maisi prepare work/cases.json -o work/prepared
 maisi train autoencoder recipes/tiny/autoencoder.yaml -o work/autoencoder
 maisi train autoencoder recipes/tiny/decoder.yaml -o work/decoder
+[ -f work/fitted.safetensors ] || python recipes/tiny/last_layer.py work/decoder/autoencoder.safetensors \
+    --data work/prepared -o work/fitted.safetensors
 maisi prepare work/prepared --views recipes/tiny/latents.yaml \
     --autoencoder work/autoencoder/autoencoder.safetensors -o work/latents
 maisi train diffusion recipes/tiny/coarse.yaml -o work/coarse
@@ -20,7 +22,7 @@ maisi train controlnet recipes/tiny/controlnet.yaml -o work/controlnet
 maisi train mask-autoencoder recipes/tiny/mask_autoencoder.yaml -o work/mask-autoencoder
 maisi train mask-diffusion recipes/tiny/mask_diffusion.yaml -o work/mask-diffusion
 maisi quality learn work/prepared --split train --least 10 -o work/ranges.json
-networks=(work/decoder/autoencoder.safetensors work/diffusion/unet.safetensors work/controlnet/controlnet.safetensors
+networks=(work/fitted.safetensors work/diffusion/unet.safetensors work/controlnet/controlnet.safetensors
     work/mask-autoencoder/mask_autoencoder.safetensors work/mask-diffusion/mask_unet.safetensors)
 # the label maps that come with the model are the first its own mask networks make
 [ -d work/without ] || python recipes/tiny/assemble.py "${networks[@]}" work/ranges.json - work/without

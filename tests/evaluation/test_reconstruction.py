@@ -6,7 +6,7 @@ import pytest
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from maisi.errors import MaisiError
-from maisi.evaluation.reconstruction import compare, compare_structures, mean_absolute_error, psnr, ssim
+from maisi.evaluation.reconstruction import compare, compare_structures, grid_hu, mean_absolute_error, psnr, ssim
 
 SIZES = [(40, 23, 17), (11, 12, 13), (16, 33, 20)]
 
@@ -76,6 +76,23 @@ def test_errors_are_in_hu_inside_the_window(shift: int):
     found = compare(hu, hu + np.int16(shift))
     assert found.mae_hu == pytest.approx(25, abs=1e-3)
     assert found.bias_hu == pytest.approx(shift, abs=1e-3)
+
+
+def test_a_pattern_that_repeats_is_found_and_nothing_else():
+    rng = np.random.default_rng(4)
+    hu = rng.integers(-90, 140, (37, 30, 22)).astype(np.int16)
+    hu[:9] = -1000
+    pattern = rng.integers(-12, 13, (4, 4, 4)).astype(np.int16)
+    made = hu + np.tile(pattern, (10, 8, 6))[:37, :30, :22]
+    made[:9] = 300
+    assert grid_hu(hu, made) == pytest.approx(pattern.std(), abs=1e-6)
+    assert grid_hu(hu, made + 7) == pytest.approx(pattern.std(), abs=1e-6)
+    noise = rng.normal(0, 12, hu.shape)
+    assert grid_hu(hu, hu + noise) == pytest.approx(12 / np.sqrt((hu > -1000).sum() / 64), rel=0.3)
+    ramp = np.linspace(-40, 40, 37)[:, None, None] + np.zeros(hu.shape)
+    assert grid_hu(hu, hu + ramp) < 3
+    assert grid_hu(hu[:9], made[:9]) is None
+    assert compare(hu, made).grid_hu == grid_hu(hu, made)
 
 
 def test_what_the_window_clips_is_no_error():

@@ -1,4 +1,4 @@
-"""How close a reconstructed CT is to its original: PSNR, SSIM, mean and mean absolute error, in all and by structure.
+"""How close a reconstructed CT is to its original: PSNR, SSIM, errors in all and by structure, patterns in them.
 
 Knows no network.
 
@@ -30,6 +30,12 @@ SSIM_RADIUS = {"uniform": 3, "gaussian": 5}
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 SLAB = 16
 
+BLOCK = 4
+"""Voxels of an edge of what the autoencoders turn into one latent; a slab holds whole ones."""
+
+SOFT_HU = (-100.0, 150.0)
+GRID_CLIP_HU = 50.0
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -40,12 +46,14 @@ class Reconstruction:
         ssim: 1 for equal volumes.
         mae_hu: mean absolute difference in HU.
         bias_hu: mean difference in HU, above 0 where what was made is too bright.
+        grid_hu: how strong a pattern repeats with the upsampling, see `grid_hu`; None where there is no soft tissue.
     """
 
     psnr_db: float
     ssim: float
     mae_hu: float
     bias_hu: float
+    grid_hu: float | None
 
 
 def compare(original_hu: Array, made_hu: Array, window: Window = "uniform") -> Reconstruction:
@@ -60,6 +68,7 @@ def compare(original_hu: Array, made_hu: Array, window: Window = "uniform") -> R
         ssim(original, made, window),
         mean_absolute_error(original, made) * (HU_MAX - HU_MIN),
         _mean(made, original, np.positive) * (HU_MAX - HU_MIN),
+        grid_hu(original_hu, made_hu),
     )
 
 
@@ -108,6 +117,36 @@ def compare_structures(
             mse = squared[chosen].sum() / count
             found[name] = StructureError(int(count), float(mae), float(bias), _decibels(mse, 1.0))
     return found
+
+
+def grid_hu(original_hu: Array, made_hu: Array) -> float | None:
+    """Return how strong a pattern repeats every `BLOCK` voxels in soft tissue, as a decoder's upsampling may leave one.
+
+    It is the standard deviation, over the positions in such a block, of the mean difference at that position, in HU;
+    differences beyond `GRID_CLIP_HU` count as that much, since edges differ by more. Chance alone makes it some
+    12 HU / sqrt(voxels of soft tissue / 64).
+
+    Args:
+        original_hu: (X, Y, Z), where `SOFT_HU` is soft tissue.
+        made_hu: the same shape.
+
+    Returns:
+        None where soft tissue lacks one of the positions.
+
+    Raises:
+        MaisiError: shapes differ.
+    """
+    _require_same_shape(original_hu, made_hu)
+    sums, voxels = np.zeros((2, BLOCK, BLOCK, BLOCK))
+    for start in range(0, len(original_hu), SLAB):
+        original = original_hu[start : start + SLAB].astype(np.float32)
+        difference = np.clip(made_hu[start : start + SLAB] - original, -GRID_CLIP_HU, GRID_CLIP_HU)
+        soft = (original >= SOFT_HU[0]) & (original <= SOFT_HU[1])
+        for position in np.ndindex(sums.shape):
+            every = tuple(slice(first, None, BLOCK) for first in position)
+            sums[position] += difference[every][soft[every]].sum(dtype=np.float64)
+            voxels[position] += np.count_nonzero(soft[every])
+    return float((sums / voxels).std()) if voxels.all() else None
 
 
 def psnr(original: Array, made: Array, data_range: float = 1.0) -> float:

@@ -38,7 +38,7 @@ from maisi.weights.load import sha256
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-MEASURES = ("psnr", "ssim", "mae_hu", "bias_hu", "perceptual")
+MEASURES = ("psnr", "ssim", "mae_hu", "bias_hu", "grid_hu", "perceptual")
 _NO_NAMES: Mapping[int, str] = MappingProxyType({})
 
 _DECISIVE = {"spacing_mm", "features", "feature_weights", "slices"}
@@ -172,6 +172,7 @@ class ReconstructionStudy:
             "ssim": whole.ssim,
             "mae_hu": whole.mae_hu,
             "bias_hu": whole.bias_hu,
+            "grid_hu": whole.grid_hu,
             "perceptual": near,
             "structures": {} if labels is None else _structures(ct, made, labels, names),
         }
