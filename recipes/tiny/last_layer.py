@@ -95,17 +95,17 @@ def fit(autoencoder: Autoencoder, images: Iterable[Tensor], pull: float) -> None
     rng = np.random.default_rng(0)
     seen: dict[str, Tensor] = {}
     hook = last.register_forward_pre_hook(lambda _, given: seen.update(features=given[0][0]))
-    sums: list[NDArray[np.float64]] = []
+    sums: NDArray[np.float64] | None = None
     for image in images:
         autoencoder.decode(autoencoder.encode(image[None, None]).mean)
         places = _drawn(image.numpy(), rng)
         rows, asked = _neighbourhoods(seen["features"], places), image.numpy()[tuple(places.T)]
         own = np.concatenate([rows.T @ rows, (rows.T @ asked)[:, None]], axis=1) / len(places)
-        sums = [sums[0] + own] if sums else [own]
+        sums = own if sums is None else sums + own
     hook.remove()
-    if not sums:
+    if sums is None:
         raise MaisiError("There is no training case to fit the layer to; name a prepared folder that has some.")
-    squares, products = sums[0][:, :-1], sums[0][:, -1]
+    squares, products = sums[:, :-1], sums[:, -1]
     there = np.append(last.weight[0].permute(1, 2, 3, 0).reshape(-1).numpy(), last.bias.numpy())
     stiffness = pull * np.trace(squares) / len(there)
     found = np.linalg.solve(squares + stiffness * np.eye(len(there)), products + stiffness * there)
