@@ -58,7 +58,7 @@ def main() -> None:
     try:
         if a.output.exists():
             raise MaisiError(f"{a.output} exists; name another file with -o.")
-        autoencoder = codec.load_autoencoder(a.autoencoder, precision="fp32")
+        autoencoder = codec.load_autoencoder(a.autoencoder, device="cpu", precision="fp32")
         fit(autoencoder, views(PreparedFolder(a.data)), a.pull)
         store(autoencoder, a.autoencoder, a.output)
     except MaisiError as error:
