@@ -194,7 +194,7 @@ class Request(Config):
         guidance: strength of classifier-free guidance; 0 is off.
         mask_guidance: how far to go away from what is made without the mask; 0 is off, None the model's default.
         self_guidance: how far to go away from what the model makes when it takes its input to be noisier than it is,
-            for another run of the networks each step; 0 is off, None the model's default, with a mask off.
+            for another run of the networks each step; 0 is off, None the model's default.
         strengthen: structure -> how far to go away from what is made with a mask that lacks it, for another run of
             the networks each step where the mask has it; 0 is off. The model's default holds for those not named.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.

@@ -63,6 +63,15 @@ def test_outside_the_painted_region_every_bit_stays(model, abdomen, by) -> None:
     assert item.details["painted_by"] == by
 
 
+def test_the_steps_are_the_models_unless_told(model, abdomen) -> None:
+    def steps(told: int | None = None, **values: int) -> int:
+        request = Request.parse(tumor="liver:30mm", steps=told)
+        return make_inpaint_job(request, model.folder.config.model_copy(update=values), *abdomen).steps
+
+    assert (steps(), steps(mask_steps=7), steps(mask_steps=7, inpaint_steps=9)) == (2, 7, 9)
+    assert steps(3, inpaint_steps=9) == 3
+
+
 def test_an_item_depends_on_seed_and_number_alone(model, abdomen) -> None:
     one = inpaint_item(model, job_of(model, abdomen, seed=4, count=5), 3, silent)
     two = inpaint_item(model, job_of(model, abdomen, seed=4), 3, silent)

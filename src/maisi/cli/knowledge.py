@@ -50,7 +50,6 @@ def models() -> None:
         masks = "follows masks" if config.controlnet else "no masks"
         masks += " and makes them" if config.masks else ""
         click.echo(f"{name}: {', '.join(regions) or 'regions unknown'}; {masks}; {config.process['kind']}, ", nl=False)
-        steps = f"{config.default_steps} steps"
-        if config.usual_steps(masked=True) != config.default_steps:
-            steps += f" ({config.usual_steps(masked=True)} with a mask)"
+        steps = f"{config.default_steps} steps ({config.usual_steps(masked=True)} with a mask, "
+        steps += f"{config.usual_inpaint_steps()} in inpainting)"
         click.echo(f"{steps}; {megabytes:.0f} MB; {model.folder / config.card}")

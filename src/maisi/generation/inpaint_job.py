@@ -90,7 +90,7 @@ def make_inpaint_job(
             raise MaisiError("The labels hold no tumour to remove; give labels with one.")
     else:
         grow_tumors(mask, request.tumor, np.random.default_rng(0))
-    steps = request.steps or model.usual_steps(masked=True)
+    steps = request.steps or model.usual_inpaint_steps()
     solver = request.solver or model.usual_solver(masked=True)
     ranges = None if request.ranges is None else read_ranges(request.ranges)
     return InpaintJob(request, ct, mask, steps, solver, tuple(notes), ranges)

@@ -181,6 +181,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model.process)
     if steps != usual and request.steps is None:
         notes.append(f"{steps} steps in place of {usual}, for so large a field of view.")
+    self_guidance = model.usual_self_guidance(masked=labels is not None)
     job = Job(
         request=request,
         conditions=Conditions(spacing, regions, request.modality),
@@ -194,7 +195,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         custom_labels=model.custom_labels,
         carried=carried,
         mask_guidance=_mask_guidance(request.mask_guidance, model.mask_guidance, labels is not None),
-        self_guidance=_self_guidance(request.self_guidance, model.self_guidance, labels is not None),
+        self_guidance=self_guidance if request.self_guidance is None else request.self_guidance,
         strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
@@ -219,13 +220,6 @@ def _mask_guidance(asked: float | None, usual: float, masked: bool) -> float:
         )
     wanted = usual if asked is None else asked
     return wanted if masked else 0.0
-
-
-def _self_guidance(asked: float | None, usual: float, masked: bool) -> float:
-    """What is asked for, or the model's usual, which is off with a mask."""
-    if asked is not None:
-        return asked
-    return 0.0 if masked else usual
 
 
 def _strengthened(asked: Mapping[str, float], usual: Mapping[str, float], masked: bool) -> dict[int, float]:

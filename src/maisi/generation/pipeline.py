@@ -189,7 +189,7 @@ class Model:
             mask_guidance: strengthens all of the mask: away from what the model makes without one. 0 is off; None for
                 the model's default.
             self_guidance: away from what the model makes when it takes its input to be noisier than it is, for
-                another run of the networks each step. 0 is off; None for the model's default, with a mask off.
+                another run of the networks each step. 0 is off; None for the model's default.
             strengthen: structure -> how far to go away from what the model makes with a mask that lacks it, for
                 another run of the networks each step; 0 is off. The model's default holds for those not named.
             fov: "auto" picks size and spacing from the regions.

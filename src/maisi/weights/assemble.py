@@ -33,10 +33,12 @@ def assemble(
     views: Sequence[FieldOfView] = (),
     steps: int | None = None,
     mask_steps: int | None = None,
+    inpaint_steps: int | None = None,
     solver: str | None = None,
     mask_solver: str | None = None,
     mask_guidance: float = 0.0,
     self_guidance: float = 0.0,
+    mask_self_guidance: float = 0.0,
     strengthen: Mapping[str, float] | None = None,
     storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
@@ -52,10 +54,12 @@ def assemble(
         views: what the model was trained on.
         steps: default number of denoising steps.
         mask_steps: default number with a mask; None: the same.
+        inpaint_steps: default number in inpainting; None: that with a mask.
         solver: default solver.
         mask_solver: default solver with a mask; None: the same.
         mask_guidance: default strength of label maps.
         self_guidance: default strength of guidance without them.
+        mask_self_guidance: the same with them.
         strengthen: default strengths of single structures of them.
         storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
@@ -93,10 +97,12 @@ def assemble(
             "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,
             "mask_steps": mask_steps,
+            "inpaint_steps": inpaint_steps,
             "solver": solver or usual_solver,
             "mask_solver": mask_solver,
             "mask_guidance": mask_guidance,
             "self_guidance": self_guidance,
+            "mask_self_guidance": mask_self_guidance,
             "strengthen": strengthen or {},
             "ranges": None if ranges is None else RANGES,
             "library": None if library is None else LIBRARY,

@@ -88,11 +88,13 @@ class ModelConfig(Config):
         custom_labels: classes of the user's own that the model was trained on, id -> name.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints; None: that of any image.
         default_steps: sampling steps unless the request says otherwise.
-        mask_steps: the same with a mask, inpainting included; None: `default_steps`.
+        mask_steps: the same with a mask; None: `default_steps`.
+        inpaint_steps: the same in inpainting; None: those with a mask.
         solver: sampling method unless the request says otherwise.
         mask_solver: the same with a mask, inpainting included; None: `solver`.
         mask_guidance: of generation from a mask, unless the request says otherwise; see `Request`.
         self_guidance: of generation without a mask, unless the request says otherwise; see `Request`.
+        mask_self_guidance: the same from a mask.
         strengthen: structures of a mask, unless the request says otherwise of them; see `Request`.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
@@ -114,10 +116,12 @@ class ModelConfig(Config):
     crop_spacing_mm: tuple[PositiveFloat, PositiveFloat] | None = None
     default_steps: PositiveInt
     mask_steps: PositiveInt | None = None
+    inpaint_steps: PositiveInt | None = None
     solver: str
     mask_solver: str | None = None
     mask_guidance: NonNegativeFloat = 0.0
     self_guidance: NonNegativeFloat = 0.0
+    mask_self_guidance: NonNegativeFloat = 0.0
     strengthen: dict[str, PositiveFloat] = Field(default={})
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
@@ -147,9 +151,17 @@ class ModelConfig(Config):
         """Sampling steps where the request says none."""
         return self.mask_steps if masked and self.mask_steps is not None else self.default_steps
 
+    def usual_inpaint_steps(self) -> int:
+        """Sampling steps of inpainting where the request says none."""
+        return self.usual_steps(masked=True) if self.inpaint_steps is None else self.inpaint_steps
+
     def usual_solver(self, masked: bool) -> str:
         """Name of the solver where the request names none."""
         return self.mask_solver if masked and self.mask_solver is not None else self.solver
+
+    def usual_self_guidance(self, masked: bool) -> float:
+        """Strength of self-guidance where the request says none."""
+        return self.mask_self_guidance if masked else self.self_guidance
 
     @property
     def files(self) -> dict[Part, str]:
