@@ -50,6 +50,8 @@ def models() -> None:
         masks = "follows masks" if config.controlnet else "no masks"
         masks += " and makes them" if config.masks else ""
         click.echo(f"{name}: {', '.join(regions) or 'regions unknown'}; {masks}; {config.process['kind']}, ", nl=False)
-        steps = f"{config.default_steps} steps ({config.usual_steps(masked=True)} with a mask, "
-        steps += f"{config.usual_inpaint_steps()} in inpainting)"
+        steps = f"{config.default_steps} steps"
+        others = {"with a mask": config.usual_steps(masked=True), "in inpainting": config.usual_inpaint_steps()}
+        if set(others.values()) != {config.default_steps}:
+            steps += f" ({', '.join(f'{number} {when}' for when, number in others.items())})"
         click.echo(f"{steps}; {megabytes:.0f} MB; {model.folder / config.card}")
