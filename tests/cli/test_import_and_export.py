@@ -56,9 +56,17 @@ def test_each_input_may_have_its_own_vocabulary(files: Path) -> None:
     assert 9 not in np.unique(read_labels(files / "m.nii").array)
 
 
+def test_a_mask_is_brought_to_a_spacing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--ct", "ct.nii.gz", "--from", "table.json", "--spacing", "3.5,7,9")
+    assert run("mask", "import", "seg.nii.gz", *more, "-o", "m.nii.gz") == 0
+    assert "120 x 44 x 30 voxels of 3.5 x 7 x 9 mm" in capsys.readouterr().out
+    assert read_labels(files / "m.nii.gz").shape == (120, 44, 30)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["seg.nii.gz", "--from", "table.json", "--spacing", "3,0,3", "-o", "m.nii.gz"], "spacing"),
         (["seg.nii.gz", "--from", "vista", "-o", "m.nii.gz"], "Unknown label vocabulary"),
         (["seg.nii.gz", "--from", "none.json", "-o", "m.nii.gz"], "Cannot read none.json"),
         (["seg.nii.gz", "--from", "bad.json", "-o", "m.nii.gz"], "no JSON"),

@@ -65,6 +65,25 @@ def test_with_a_ct_the_phantom_comes_back(torso: tuple[Volume, Volume], foreign:
     assert not one.dropped
 
 
+def test_the_result_may_have_another_spacing(torso: tuple[Volume, Volume], foreign: Volume) -> None:
+    """Its voxels are the nearest of what comes out without, along the patient's axes however the mask is stored."""
+    ct, _ = torso
+    whole, before = import_masks([source(foreign)], ct)
+    turned = Volume(foreign.array.transpose(2, 0, 1), foreign.affine[:, [2, 0, 1, 3]])
+    finer, report = import_masks([source(turned)], ct, to_grid=True, spacing_mm=(2.5, 5.0, 5.0))
+    assert report.shape == finer.shape == (176, 60, 80)
+    assert report.spacing_mm == finer.spacing_mm == (2.5, 5.0, 5.0)
+    np.testing.assert_array_equal(finer.array[::2], whole.array)
+    np.testing.assert_array_equal(finer.array[1::2], whole.array)
+    assert report.structures == before.structures
+    assert not report.warnings
+
+    coarse, lossy = import_masks([source(foreign)], ct, spacing_mm=(60.0, 60.0, 60.0))
+    lost = set(np.unique(whole.array)) - set(np.unique(coarse.array))
+    assert lost
+    assert {f"{before.names[id]} is too small for this spacing and was lost" for id in lost} == set(lossy.warnings)
+
+
 def test_volumes_and_names_are_those_of_the_mask(torso: tuple[Volume, Volume], foreign: Volume) -> None:
     mask, report = import_masks([source(foreign)], torso[0])
     for structure in report.structures:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 )
 @output_option("Label map to make (.nii.gz, .nii, .nrrd or .zarr).")
 @click.option("--resample", "to_grid", is_flag=True, help="Bring what lies on another grid to the CT's or the first's.")
+@click.option("--spacing", metavar="X,Y,Z", help="Resample the result to this spacing in mm.  [default: as it is]")
 @click.option("--swap-sides", is_flag=True, help="Exchange left and right where they are swapped.")
 @click.option("--report", "with_report", is_flag=True, help="Write what was found beside the output, as JSON.")
 def import_(
@@ -39,6 +40,7 @@ def import_(
     vocabularies: Sequence[str],
     output: Path,
     to_grid: bool,
+    spacing: str | None,
     swap_sides: bool,
     with_report: bool,
 ) -> None:
@@ -51,7 +53,9 @@ def import_(
     from maisi.data.mask_import import import_masks
     from maisi.io.files import write_json
     from maisi.io.nifti import read_volume, write_volume
+    from maisi.request import Request
 
+    spacing_mm = Request.parse(spacing=spacing).spacing
     require_new(output, *VOLUME_ENDINGS)
     beside = output.with_name(output.name.removesuffix(".gz").rpartition(".")[0] + ".json")
     if with_report:
@@ -64,7 +68,7 @@ def import_(
     tables = [_table(name) for name in words]
     sources = [_source(path, *table) for path, table in zip(segmentations, tables, strict=True)]
     image = None if ct is None else read_volume(ct)
-    result, report = import_masks(sources, image, to_grid=to_grid, swap_sides=swap_sides)
+    result, report = import_masks(sources, image, to_grid=to_grid, swap_sides=swap_sides, spacing_mm=spacing_mm)
     write_volume(output, result, description="labels imported by maisi", synthetic=False, names=report.names)
     if with_report:
         write_json(beside, report.as_json())

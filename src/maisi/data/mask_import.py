@@ -170,7 +170,12 @@ class Found:
 
 
 def import_masks(
-    sources: Sequence[Source], ct: Volume | None = None, *, to_grid: bool = False, swap_sides: bool = False
+    sources: Sequence[Source],
+    ct: Volume | None = None,
+    *,
+    to_grid: bool = False,
+    swap_sides: bool = False,
+    spacing_mm: tuple[float, float, float] | None = None,
 ) -> tuple[Volume, ImportReport]:
     """Translate, check and merge masks, and put the body about them.
 
@@ -180,9 +185,11 @@ def import_masks(
             call body is forgotten. Without it the body is theirs, or else `hull` of the labels.
         to_grid: resample (nearest) what lies on another grid than the CT, or than the first source; else it is refused.
         swap_sides: exchange left and right in the sources that have them swapped; else these are refused.
+        spacing_mm: of the result along X, Y, Z, which is resampled (nearest) to it in the end; None keeps the grid.
 
     Returns:
-        uint8 mask and what was found. Every label of a source is kept, in the body or not.
+        uint8 mask and what was found; volumes are those before resampling. Every label of a source is kept, in the body
+        or not, but for what is too small for `spacing_mm`: a warning names it.
 
     Raises:
         MaisiError: no HU, another grid, another vocabulary, swapped sides, or nothing in the mask.
@@ -207,16 +214,23 @@ def import_masks(
     found = {i: f for i, f in census(grid.with_array(mask)).items() if i != BODY}
     mask = merge([mask], body=shown)
     whole = Structure(BODY, label_name(BODY), _ml(int(counts(mask)[BODY]), grid), None)
+    warnings = [*((_GUESS,) if body == "labels" else ()), *_warnings(structures, found, custom)]
+    result = grid.with_array(mask)
+    if spacing_mm is not None:
+        result = resample(result.to_ras(), spacing_mm, order=0)
+        kept = ids_in(result.array)
+        lost = [one.name for one in structures if one.id not in kept]
+        warnings += [f"{name} is too small for this spacing and was lost" for name in lost]
     report = ImportReport(
         sources=tuple(reports),
-        shape=grid.shape,
-        spacing_mm=grid.spacing_mm,
+        shape=result.shape,
+        spacing_mm=result.spacing_mm,
         structures=(*structures, whole),
         body=body,
         pairs=len(_sides(found, custom)),
-        warnings=(*((_GUESS,) if body == "labels" else ()), *_warnings(structures, found, custom)),
+        warnings=tuple(warnings),
     )
-    return grid.with_array(mask), report
+    return result, report
 
 
 def require_our_ids(labels: Volume, source: str, names: Mapping[int, str], custom: Container[int] = ()) -> None:

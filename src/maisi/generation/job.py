@@ -274,7 +274,7 @@ def _mask_grid(request: Request, labels: Volume) -> tuple[Triple, Spacing]:
     if request.spacing is not None and not np.allclose(request.spacing, ras.spacing_mm, rtol=0.01):
         raise MaisiError(
             f"The mask has a spacing of {_show(ras.spacing_mm)} mm, not {_show(request.spacing)}; "
-            "leave the spacing out or resample the mask."
+            "leave the spacing out or resample the mask (`maisi mask import --spacing`)."
         )
     return ras.shape, ras.spacing_mm
 
