@@ -69,8 +69,8 @@ def test_the_result_may_have_another_spacing(torso: tuple[Volume, Volume], forei
     """Its voxels are the nearest of what comes out without, along the patient's axes however the mask is stored."""
     ct, _ = torso
     whole, before = import_masks([source(foreign)], ct)
-    turned = Volume(foreign.array.transpose(2, 0, 1), foreign.affine[:, [2, 0, 1, 3]])
-    finer, report = import_masks([source(turned)], ct, to_grid=True, spacing_mm=(2.5, 5.0, 5.0))
+    turned = [Volume(v.array.transpose(2, 0, 1), v.affine[:, [2, 0, 1, 3]]) for v in (foreign, ct)]
+    finer, report = import_masks([source(turned[0])], turned[1], spacing_mm=(2.5, 5.0, 5.0))
     assert report.shape == finer.shape == (176, 60, 80)
     assert report.spacing_mm == finer.spacing_mm == (2.5, 5.0, 5.0)
     np.testing.assert_array_equal(finer.array[::2], whole.array)
