@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maisi.anatomy import TUMORS
+from maisi.anatomy import TUMORS, label_id
 from maisi.conditions import Conditions
 from maisi.config import read_yaml
 from maisi.cuda_graph import CudaGraphs
@@ -39,6 +39,7 @@ from maisi.data.preprocess import window_ct
 from maisi.data.tumor_examples import inpainting_region
 from maisi.data.views import TumorViews, ViewConfig, body_extent_mm, draw_view, plan_view, region_extents, varied
 from maisi.device import placed as device_placed
+from maisi.device import resolve_precision
 from maisi.diffusion.rectified_flow import RectifiedFlow
 from maisi.diffusion.sampler import sample
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
@@ -73,14 +74,21 @@ UNET = UNetConfig(
 )
 PROCESS = RectifiedFlow(base_voxels=1024)
 HEADS, TRUNKS = ("head-neck",), ("chest", "abdomen")
-WHOLE_HEAD, WHOLE_TRUNK = (390.0, 0.0, 200.0), (240.0, 0.0, 180.0)
+WHOLE_HEAD, WHOLE_TRUNK, ANY = (390.0, 0.0, 200.0), (240.0, 0.0, 180.0), (0.0, 0.0, 0.0)
+"""Extents of the body, mm."""
 
 
-def heads(size: tuple[int, int, int], least: float, most: float, tumors: float = 0.35) -> ViewConfig:
-    """Whole heads, necks and shoulders."""
+def heads(
+    size: tuple[int, int, int],
+    least: float,
+    most: float,
+    tumors: float = 0.35,
+    body_mm: tuple[float, float, float] = WHOLE_HEAD,
+) -> ViewConfig:
+    """Whole heads, necks and shoulders, unless `body_mm` says otherwise."""
     return ViewConfig(
         size=size, spacing_mm=(least, most), stretch=1.05, rotate_degrees=8, mirror=True, regions=HEADS,
-        min_body_mm=WHOLE_HEAD, tumors=TumorViews(share=tumors),
+        min_body_mm=body_mm, tumors=TumorViews(share=tumors),
     )  # fmt: skip
 
 
@@ -113,6 +121,12 @@ KINDS = (
 )
 """How often each kind of view is drawn. The crops are for the ControlNet alone, and so are views with tumours."""
 
+CUT = (
+    (0.7, heads((112, 80, 80), 3.0, 4.9, tumors=0.2, body_mm=ANY)),
+    (0.3, heads((144, 112, 112), 2.9, 3.6, tumors=0.2, body_mm=ANY)),
+)
+"""Kinds of views of heads that were published with most of their shoulders cut away, so that cords hang in air."""
+
 STAGES = ("autoencoder", "decoder", "unet", "controlnet")
 SHARES = {"autoencoder": 0.25, "decoder": 0.05, "unet": 0.42, "controlnet": 0.28}
 """Of the time that the stages to train have."""
@@ -140,19 +154,25 @@ class DrawnView:
     region: np.ndarray[Any, Any]
     conditions: Conditions
     crop: bool
-    tumors: bool
+    clean: bool
 
 
 def draw_views(
-    prepared: Path, folder: Path, worker: int, workers: int, waiting: int, seed: int, facts: dict[str, Any]
+    prepared: Path, folder: Path, worker: int, workers: int, waiting: int, seed: int, cut: float, facts: dict[str, Any]
 ) -> None:
-    """Draw views number worker, worker + workers, ... until the folder holds a file `stop`; pause while many wait."""
+    """Draw views number worker, worker + workers, ... until the folder holds a file `stop`; pause while many wait.
+
+    A share `cut` of them is of the kinds `CUT`.
+    """
     torch.set_num_threads(1)
     os.nice(5)
     source = PreparedFolder(prepared)
     cases = [case for case in source.cases("train") if case.id in facts]
-    fitting = [(share, kind, _fitting(cases, kind, facts)) for share, kind in KINDS]
-    fitting = [entry for entry in fitting if entry[2]]
+    kinds = [((1 - cut) * share, kind, _fitting(cases, kind, facts)) for share, kind in KINDS]
+    whole = {case.id for case in _fitting(cases, heads((0, 0, 0), 1, 1), facts)}
+    parts = [case for case in cases if case.id not in whole]
+    kinds += [(cut * share, kind, _fitting(parts, kind, facts)) for share, kind in CUT]
+    fitting = [entry for entry in kinds if entry[0] and entry[2]]
     shares = np.array([share for share, _, _ in fitting])
     number = worker
     while not (folder / "stop").exists():
@@ -179,7 +199,7 @@ def draw_views(
                         "spacing_mm": plan.row.spacing_mm,
                         "regions": plan.row.regions,
                         "crop": kind.size == (64, 64, 64),
-                        "tumors": bool(np.isin(labels, list(TUMORS)).any()),
+                        "clean": kind.min_body_mm != ANY and not np.isin(labels, list(TUMORS)).any(),
                     }
                 ).encode(),
                 np.uint8,
@@ -215,7 +235,7 @@ def read_view(path: Path) -> DrawnView:
         facts = json.loads(stored["facts"].tobytes())
         region = np.unpackbits(stored["region"], count=labels.size).reshape(labels.shape).astype(bool)
         told = Conditions(tuple(facts["spacing_mm"]), tuple(facts["regions"]), "ct")
-        return DrawnView(stored["image"], labels, region, told, facts["crop"], facts["tumors"])
+        return DrawnView(stored["image"], labels, region, told, facts["crop"], facts["clean"])
 
 
 # --- patches for the autoencoder, cut on the GPU
@@ -341,8 +361,9 @@ def placed(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16."""
-    return torch.autocast(device.type, torch.bfloat16)
+    """bfloat16 where the device multiplies it."""
+    dtype = resolve_precision("auto", device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def last(x: Tensor) -> Tensor:
@@ -541,8 +562,8 @@ class Bank:
 
     @property
     def clean(self) -> Tensor:
-        """Numbers of the views without tumours, which the U-Net learns."""
-        return torch.nonzero(~self["tumors"]).flatten()
+        """Numbers of the views that the U-Net learns: of whole bodies, without tumours."""
+        return torch.nonzero(self["clean"]).flatten()
 
     def latents(self, chosen: Tensor) -> Tensor:
         """Latents of views, float32, drawn from their distributions."""
@@ -590,7 +611,7 @@ def encoded(model: Autoencoder, views: list[DrawnView], device: torch.device) ->
                 "labels": torch.from_numpy(np.stack([v.labels for v in members])).to(device),
                 "image": torch.cat(images),
                 "region": torch.from_numpy(np.stack([v.region for v in members])).to(device),
-                "tumors": torch.tensor([v.tumors for v in members]),
+                "clean": torch.tensor([v.clean for v in members]),
                 **{name: t.to(device) for name, t in condition_tensors([v.conditions for v in members]).items()},
             },
             members[0].crop,
@@ -720,12 +741,14 @@ def train_controlnet(
     net.requires_grad_(True).train()
     placed(net, device)
     settings = OptimizerConfig(
-        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
+        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=a.ema
     )
     student = Student("controlnet", net, settings, NOMINAL)
     table = torch.from_numpy(config.told_table()).to(device)
-    weighty = torch.zeros(256, device=device)
-    weighty[list(run.weighted_labels)] = 1
+    weights_of = torch.ones(256, device=device)
+    weights_of[list(run.weighted_labels)] = run.label_weight
+    for name, weight in a.heavy.items():
+        weights_of[label_id(name)] = weight
     sizes = list(banks)
     torch.manual_seed(a.seed + 1)
     rng, generator = np.random.default_rng(a.seed + 1), torch.Generator().manual_seed(a.seed + 1)
@@ -736,12 +759,11 @@ def train_controlnet(
         noisy: Tensor, times: Tensor, target: Tensor, labels: Tensor, image: Tensor, paint: Tensor, *told: Tensor
     ) -> Tensor:
         bits = inpainting_mask(mask_tensor(table[labels.long()]).bfloat16(), image, paint)
-        heavy = F.adaptive_max_pool3d(weighty[labels.long()][:, None], tuple(noisy.shape[2:]))
+        weight = F.adaptive_max_pool3d(weights_of[labels.long()][:, None], tuple(noisy.shape[2:]))
         named = dict(zip(TOLD, told, strict=True))
         with autocast(device):
             residuals = net(noisy, times, last(bits), modality=named["modality"])
             prediction = unet(noisy, times, residuals=residuals, **named)
-        weight = 1 + (run.label_weight - 1) * heavy
         errors = weight * weights * (prediction.float() - target).square()
         loss: Tensor = errors.sum() / (weight.sum() * target.shape[1])
         student.learn(loss)
@@ -839,7 +861,12 @@ def main() -> None:
     parser.add_argument("--begun", type=Path, help="a U-Net to go on with")
     parser.add_argument("--begun-controlnet", type=Path, help="a ControlNet to go on with")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of U-Net and ControlNet")
+    parser.add_argument("--ema", type=float, default=0.998, help="decay of the ControlNet's averaged weights")
     parser.add_argument("--seed", type=int, default=1, help="of views, noise and order")
+    parser.add_argument("--cut", type=float, default=0.0, help="share of views of heads without shoulders")
+    parser.add_argument(
+        "--heavy", type=json.loads, default={}, help="of labels in the ControlNet's loss: JSON of names and weights"
+    )
     parser.add_argument("--most", type=int, default=5000, help="views on the GPU at a time, of 5 MB each")
     parser.add_argument("--renew", type=float, default=15, help="seconds after which views drawn since are taken")
     parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
@@ -862,7 +889,7 @@ def main() -> None:
     say(f"facts of {len(facts)} cases")
     jobs = [
         spawn.Process(
-            target=draw_views, args=(a.prepared, a.views, n, a.workers, a.waiting, a.seed, facts), daemon=True
+            target=draw_views, args=(a.prepared, a.views, n, a.workers, a.waiting, a.seed, a.cut, facts), daemon=True
         )
         for n in range(a.workers)
     ]

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from maisi.data.manifest import read_cases
 from maisi.errors import MaisiError
+from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Volume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,6 +192,60 @@ def test_faults_end_with_code_2(evaluate, tmp_path, monkeypatch, capsys):
         run(evaluate, monkeypatch, "--model", "tiny", "--data", tmp_path, "-o", tmp_path / "out")
     assert stopped.value.code == 2
     assert "index.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def heads(prepared, tmp_path):
+    """The same cases, all but the chest said to be heads and necks; the last of them has no lungs."""
+    index = json.loads((prepared / "index.json").read_text())
+    for row in index["cases"]:
+        row["regions"] = ["head-neck"] if row["id"].startswith("pt_") else ["chest"]
+        for name in (row["image"], row["labels"]):
+            (tmp_path / name).symlink_to(prepared / name)
+    labels = np.load(prepared / "pt_5-labels.npy")
+    (tmp_path / "pt_5-labels.npy").unlink()
+    np.save(tmp_path / "pt_5-labels.npy", np.where(np.isin(labels, (28, 32)), 200, labels).astype(np.uint8))
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_heads_from_held_out_label_maps_lie_beside_the_real_ones(heads, model_folder, tmp_path, monkeypatch):
+    module = script("recipes/tiny/from_labels.py")
+    told = ("--model", model_folder, "--data", heads, "--spacing", 9, 9, 9, "--precision", "fp32")
+    run(module, monkeypatch, *told, "-o", tmp_path / "one")
+    for part in ("1/2", "0/2"):
+        run(module, monkeypatch, *told, "-o", tmp_path / "two", "--part", part)
+    real = read_cases(tmp_path / "one" / "real" / "cases.json").cases
+    assert [case.id for case in real] == ["pt_4", "pt_5"]
+    for case in real:
+        made = tmp_path / "one" / "generated" / case.id
+        images = [read_volume(path) for path in (made / "image.nii.gz", case.image)]
+        labels = [read_labels(path) for path in (made / "labels.nii.gz", case.labels)]
+        assert {v.shape for v in (*images, *labels)} == {(48, 32, 32)}  # 36, 28, 28 in full steps of 16
+        assert all(np.allclose(v.affine, images[0].affine) for v in (*images, *labels))
+        np.testing.assert_array_equal(labels[0].array, labels[1].array)
+        inside = labels[1].array == 133
+        assert np.median(images[1].array[inside]) > 300
+        other = tmp_path / "two" / "generated" / case.id / "image.nii.gz"
+        np.testing.assert_array_equal(read_volume(other).array, images[0].array)
+
+
+def test_bent_label_maps_are_of_the_cases_asked_for(heads, model_folder, tmp_path, monkeypatch, capsys):
+    module = script("recipes/tiny/from_labels.py")
+    told = ("--model", model_folder, "--data", heads, "--spacing", 9, 9, 9, "--size", 32, 32, 32, "--bent")
+    run(module, monkeypatch, *told, "-o", tmp_path / "out", "--count", 3, "--structures", "lungs")
+    items = sorted((tmp_path / "out" / "generated").iterdir())
+    assert [item.name for item in items] == ["0000", "0001", "0002"]
+    assert not (tmp_path / "out" / "real").exists()
+    labels = [read_labels(item / "labels.nii.gz").array for item in items]
+    assert all({28, 32} & set(np.unique(array)) for array in labels)  # of pt_4, since pt_5 has no lungs
+    assert not np.array_equal(labels[0], labels[1])
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").rglob("*"))]
+    run(module, monkeypatch, *told, "-o", tmp_path / "out", "--count", 3, "--structures", "lungs")
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").rglob("*"))] == before
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, *told, "-o", tmp_path / "none", "--least", 999, 0, 0)
+    assert "No head and neck of the split 'validation'" in capsys.readouterr().err
 
 
 def test_the_conditions_figure_shows_every_panel(model_folder, tmp_path, monkeypatch):
