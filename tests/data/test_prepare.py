@@ -13,7 +13,7 @@ from maisi.data.prepare import body_box, label_map, prepare
 from maisi.data.prepared import PreparedFolder
 from maisi.data.segmentation import AIRWAY
 from maisi.errors import MaisiError
-from maisi.io.nifti import write_volume
+from maisi.io.nifti import read_volume, write_volume
 from maisi.volume import Volume
 
 SPACING = (4.0, 4.0, 5.0)
@@ -95,6 +95,29 @@ def test_an_interrupted_preparation_goes_on(cases: CaseList, tmp_path: Path) -> 
     resumed = prepare(cases, tmp_path / "out")
     assert (tmp_path / "out" / "c0.npy").stat().st_mtime_ns == before
     assert resumed == prepare(cases, tmp_path / "whole")
+
+
+def test_what_the_list_says_anew_is_prepared_anew(cases: CaseList, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(cases, out)
+    stamps = {case.id: (out / f"{case.id}.npy").stat().st_mtime_ns for case in cases.cases}
+    changed = cases.cases[1].model_copy(update={"weight": 3.0, "regions": ("head-neck",)})
+    again = prepare(cases.model_copy(update={"cases": (cases.cases[0], changed, *cases.cases[2:])}), out)
+    assert (again.cases[1].weight, again.cases[1].regions) == (3.0, ("head-neck",))
+    assert {id for id, stamp in stamps.items() if (out / f"{id}.npy").stat().st_mtime_ns != stamp} == {changed.id}
+    image = cases.cases[0].image
+    volume = read_volume(image)
+    write_volume(image, volume.with_array(np.where(volume.array > 500, 800, volume.array)), synthetic=False)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(cases, out, progress=stop)
+    with pytest.raises(MaisiError, match="maisi prepare"):  # the index was of other arrays
+        PreparedFolder(out)
+    assert prepare(cases, out) == prepare(cases, tmp_path / "whole")
+    np.testing.assert_array_equal(np.load(out / "c0.npy"), np.load(tmp_path / "whole" / "c0.npy"))
 
 
 def test_labels_on_another_grid_are_refused(cases: CaseList, tmp_path: Path) -> None:

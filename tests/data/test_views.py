@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maisi.anatomy import label_id, label_name
-from maisi.data.prepared import PreparedCase, PreparedFolder, PreparedIndex
+from maisi.data.prepared import MOST_OPEN, PreparedCase, PreparedFolder, PreparedIndex
 from maisi.data.views import (
     LatentFolder,
     ViewConfig,
@@ -130,6 +130,39 @@ def test_interrupted_caching_continues_to_the_same_result(folder: PreparedFolder
         assert torch.equal(one.load(view, True).mean, two.load(view, True).mean)
     means = torch.stack([one.load(view, False).mean for view in whole.views])
     assert whole.scale_factor == pytest.approx(1 / float(means.double().std(correction=0)), rel=1e-6)
+
+
+def test_views_of_something_else_are_made_anew(folder: PreparedFolder, tmp_path: Path) -> None:
+    kinds = [ViewConfig(size=(16, 16, 16), spacing_mm=(4, 8), views=2)]
+    wide = [ViewConfig(size=(16, 16, 16), spacing_mm=(8, 10), views=2)]
+    cache_latents(folder, kinds, encode, "0" * 64, tmp_path / "out")
+    stamp = (tmp_path / "out" / "a-0-0.safetensors").stat().st_mtime_ns
+    cache_latents(folder, kinds, encode, "0" * 64, tmp_path / "out")
+    assert (tmp_path / "out" / "a-0-0.safetensors").stat().st_mtime_ns == stamp
+    for what, ask in enumerate(({"kinds": wide}, {"autoencoder_sha256": "1" * 64}, {"seed": 5})):
+        told = {"kinds": kinds, "autoencoder_sha256": "0" * 64, "seed": 0} | ask
+        made = cache_latents(folder, encode=encode, out=tmp_path / "out", **told)  # type: ignore[arg-type]
+        assert made == cache_latents(folder, encode=encode, out=tmp_path / f"{what}", **told)  # type: ignore[arg-type]
+        one, two = LatentFolder(tmp_path / "out"), LatentFolder(tmp_path / f"{what}")
+        for view in made.views:
+            assert torch.equal(one.load(view, True).mean, two.load(view, True).mean)
+    np.save(folder.folder / "a-labels.npy", np.full((40, 40, 60), 200, np.uint8))
+    cache_latents(PreparedFolder(folder.folder), kinds, encode, "0" * 64, tmp_path / "out")
+    stored = LatentFolder(tmp_path / "out")
+    labels = stored.load(stored.index.views[0], True).labels
+    assert labels is not None
+    assert set(labels.unique().tolist()) <= {0, 200}
+
+
+def test_many_cases_are_not_all_held_open(tmp_path: Path, folder: PreparedFolder) -> None:
+    count, row = MOST_OPEN + 40, folder.index.cases[0]
+    rows = tuple(row.model_copy(update={"id": f"{n}", "image": f"{n}.npy"}) for n in range(count))
+    for n in range(count):
+        np.save(tmp_path / f"{n}.npy", np.full((2, 2, 2), n, np.int16))
+    write_json(tmp_path / INDEX, PreparedIndex(cases=rows).model_dump(mode="json"))
+    many = PreparedFolder(tmp_path)
+    assert [int(many.image(case)[0, 0, 0]) for case in (*rows, *rows[:3])] == [*range(count), 0, 1, 2]
+    assert len(many._open) == MOST_OPEN
 
 
 def test_the_extent_of_a_body() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -99,3 +100,9 @@ def test_the_command(model_folder, tmp_path, capsys) -> None:
     assert json.loads((tmp_path / "two" / "result.json").read_text()) == values
     assert run([*command, "-o", str(tmp_path / "two")]) == 2
     assert "exists" in capsys.readouterr().err
+    other = shutil.copytree(model_folder, tmp_path / "elsewhere" / model_folder.name)
+    settings = json.loads((other / "model.json").read_text())
+    (other / "model.json").write_text(json.dumps(settings | {"self_guidance": 1.0}))
+    command[command.index(str(model_folder))] = str(other)
+    assert run([*command, "-o", str(tmp_path / "three")]) == 0
+    assert len(list((tmp_path / "kept").glob("*/image.nii.gz"))) == 6

@@ -94,6 +94,11 @@ def test_structures_of_a_table_of_ones_own() -> None:
     assert Program(("x",), table).structures == {"liver": {1}, "stent": {150}}
 
 
+def test_what_a_table_holds_is_part_of_the_name() -> None:
+    tables = [{"1": "liver", "2": "spleen"}, {"1": "spleen", "2": "liver"}, {"1": "liver"}]
+    assert len({Program(("x",), custom_vocabulary(table, "table")).name for table in tables}) == 3
+
+
 def test_rules_find_a_body(ct) -> None:
     assert (Rules()(ct).array > 0).any()
     assert set(Rules().structures) == {"lungs", "skeleton", "body"}

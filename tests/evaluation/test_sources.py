@@ -36,7 +36,17 @@ def test_records_tell_the_patient(tmp_path) -> None:
     assert [set(o.patients) for o in found] == [
         *({"pt_10"}, {"pt_1"}, {"pt_1", "pt_2"}, set(), set(), set(), {"pt_2"}, set(), {"pt_1"}),
     ]
-    assert [o.recorded for o in found] == [True, True, True, True, True, False, True, False, True]
+    assert [o.recorded for o in found] == [True, True, True, False, True, False, True, False, True]
+
+
+def test_a_file_that_names_nobody_may_be_anybodys(tmp_path) -> None:
+    pairs = [
+        _item(tmp_path, "0000", mask="masks/deformed.nii.gz"),
+        _item(tmp_path, "0001", mask="masks/imported/07.nii.gz", image="pt_1_ct.nii.gz"),
+        _item(tmp_path, "0002", mask="pt_2_labels.nii.gz", image="pt_2_ct.nii.gz"),
+    ]
+    found = origins(pairs, _real(tmp_path))
+    assert [(set(o.patients), o.recorded) for o in found] == [(set(), False), ({"pt_1"}, False), ({"pt_2"}, True)]
 
 
 def test_an_item_number_is_no_patient(tmp_path) -> None:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from planted import BRIGHT, DARK, planted, write_item
 
 from maisi.cli import run
+from maisi.cli.evaluate_fidelity import _require_unseen
 from maisi.config import parse_config
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.fidelity import agreement
 from maisi.evaluation.segmentation_cases import PatchConfig, load_case
+from maisi.evaluation.trainer import Lesson
 from maisi.evaluation.volumes import find_entries
 from maisi.volume import Volume
 
@@ -84,6 +88,47 @@ def test_interrupted_is_uninterrupted(cases, tmp_path, stop_at) -> None:
     for name in ("segmenter.json", "segmenter.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_the_order_of_structures_is_theirs(entries, learned, tmp_path) -> None:
+    cache, turned = Cache(tmp_path / "cache"), dict(reversed(STRUCTURES.items()))
+    one, two = (load_case(entries[0], structures, CONFIG.spacing_mm, cache) for structures in (STRUCTURES, turned))
+    swapped = np.array([0, 2, 1], np.uint8)
+    assert (one.classes == 1).any()
+    np.testing.assert_array_equal(two.classes, swapped[one.classes])
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", CONFIG, STRUCTURES, [one], ["h"], report=stop)
+    with pytest.raises(MaisiError, match="holds another training"):
+        train(tmp_path / "parts", CONFIG, turned, [two], ["h"])
+
+
+def test_windows_are_put_together_where_the_image_lies(learned, monkeypatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def on_a_gpu(running: object, network: object, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), 3, *images.shape[2:], device="cuda")
+
+    monkeypatch.setattr(type(learned._network[0]), "logits", on_a_gpu)
+    with FakeTensorMode():
+        assert learned._logits(torch.zeros(1, 2, 16, 16, 16)).device.type == "cpu"
+
+
+def test_a_patient_that_it_learned_from_is_not_judged(entries, cases, tmp_path) -> None:
+    told = [replace(entry, patient=f"pt_{n}", affine=((1.0,) * 4,) * 4) for n, entry in enumerate(entries)]
+    lesson = Lesson(tuple(told), STRUCTURES)
+    train(tmp_path / "s", CONFIG.model_copy(update={"steps": 1}), STRUCTURES, cases, lesson.learned_from)
+    judge = TrainedSegmenter.open(tmp_path / "s")
+    again = replace(told[0], image=told[1].image, labels=told[2].labels)
+    for seen in (told[0], again, replace(told[0], patient="x")):
+        with pytest.raises(MaisiError, match="is trained on 1 of the real cases"):
+            _require_unseen([seen], judge, None)
+    _require_unseen([replace(again, patient="x"), replace(again, affine=None)], judge, None)
+    assert "pt_" not in (tmp_path / "s" / "segmenter.json").read_text()
 
 
 def test_refusals(learned, tmp_path, monkeypatch) -> None:

@@ -74,6 +74,17 @@ def test_resuming_with_other_settings_is_refused(diffusion_run: DiffusionRun, tm
         run(DiffusionStage(other), other.loop, other, tmp_path)
 
 
+def test_a_run_keeps_its_seed_and_may_take_longer(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
+    run(DiffusionStage(diffusion_run), diffusion_run.loop, diffusion_run, tmp_path)
+    seed, steps = diffusion_run.loop.seed + 1, diffusion_run.loop.steps + 1
+    for update in ({"seed": seed}, {"seed": seed, "steps": steps}):
+        other = diffusion_run.model_copy(update={"loop": diffusion_run.loop.model_copy(update=update)})
+        with pytest.raises(MaisiError, match=r"other settings \(loop.seed\)"):
+            run(DiffusionStage(other), other.loop, other, tmp_path)
+    longer = diffusion_run.model_copy(update={"loop": diffusion_run.loop.model_copy(update={"steps": steps})})
+    assert run(DiffusionStage(longer), longer.loop, longer, tmp_path) == steps
+
+
 def test_run_folder_tells_the_run(autoencoder_run: AutoencoderRun, tmp_path: Path) -> None:
     run(AutoencoderStage(autoencoder_run), autoencoder_run.loop, autoencoder_run, tmp_path)
     assert AutoencoderRun.model_validate_json((tmp_path / "run.json").read_text()) == autoencoder_run

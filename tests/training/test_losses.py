@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maisi.training.losses import adversarial, channel_weights, perceptual, region_contrastive, slices, weighted_mean
+from maisi.training.losses import (
+    adversarial,
+    channel_weights,
+    classification,
+    perceptual,
+    region_contrastive,
+    slices,
+    weighted_mean,
+)
 from maisi.training.optimizer import OptimizerConfig
 from maisi.training.perceptual import load_features
 from maisi.training.state import ExponentialMovingAverage, step_generator
@@ -59,6 +67,21 @@ def test_perceptual_is_zero_for_equals_and_grows_with_blur(name: str) -> None:
     assert mild.grad is not None
     assert float(mild.grad.abs().sum()) > 0
     assert 0 < float(loss.detach()) < float(perceptual(features, strong, image, positions))
+
+
+@pytest.mark.parametrize("size", [8, 160])
+def test_dice_counts_every_voxel_of_large_maps(size: int) -> None:
+    logits = torch.zeros(1, 3, size, size, size)
+    logits[:, 0].uniform_(1.5, 5, generator=torch.Generator().manual_seed(0))
+    classes = torch.zeros(1, size, size, size, dtype=torch.uint8)
+    classes[..., : size // 8] = 1
+    chances, dice = logits.double().softmax(1)[0], []
+    for number in (0, 1):
+        own = (classes[0] == number).double()
+        dice.append(2 * (chances[number] * own).sum() / (chances[number].sum() + own.sum()))
+    found = classification(logits.requires_grad_(), classes, 2.0)["dice"]
+    assert float(found.detach()) == pytest.approx(2 * (1 - float(torch.stack(dice).mean())), abs=1e-5)
+    assert torch.isfinite(torch.autograd.grad(found, logits)[0]).all()
 
 
 def test_adversarial_loss_is_least_squares() -> None:

@@ -114,14 +114,18 @@ def _order(train: Sequence[Path], names: Sequence[str], training: dict[str, Any]
 
 
 def _require_unseen(real: Sequence[Entry], judge: Segmenter | None, order: Training | None) -> None:
-    """Refuse to judge a segmenter on cases that it was trained on.
+    """Refuse to judge a segmenter on cases or patients that it was trained on.
 
     Raises:
         MaisiError: so.
     """
     patients = {entry.patient for entry in order.found.entries} if order else set()
     hashes = set(judge.trained_on) if judge else set()
-    seen = [entry.name for entry in real if entry.patient in patients or (hashes and entry.hash in hashes)]
+    seen = [
+        entry.name
+        for entry in real
+        if entry.patient in patients or (hashes and (entry.patient_hash in hashes or entry.hash in hashes))
+    ]
     if seen:
         raise MaisiError(
             f"The segmenter is trained on {len(seen)} of the real cases ({seen[0]}, ...); give --real others."

@@ -6,7 +6,9 @@ that every CT comes with at least body, lungs, airway and skeleton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from maisi.data.preprocess import HU_MIN, STORED_HU, window_mr
 from maisi.data.regions import regions_of
 from maisi.data.segmentation import segment
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, atomic_path, write_json
+from maisi.io.files import INDEX, atomic_path, volume_sha256, write_json
 from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Array, Volume
 
@@ -38,7 +40,9 @@ def prepare(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedIndex:
-    """Prepare every case into `out` and write the index last. Cases that are already there are not made anew.
+    """Prepare every case into `out` and write the index last.
+
+    Cases that are already there are not made anew, unless their files or what the list says of them have changed.
 
     Args:
         cases: what to prepare.
@@ -54,18 +58,35 @@ def prepare(
     splits = cases.split(validation_share, seed)
     rows = []
     for done, case in enumerate(cases.cases):
-        row_file = out / f"{case.id}.json"
-        if row_file.exists():
-            row = PreparedCase.model_validate_json(row_file.read_text(encoding="utf-8"))
-        else:
+        row_file, digest = out / f"{case.id}.json", _made_of(case, cases.custom_labels)
+        row = _kept_row(row_file, digest)
+        if row is None:
+            (out / INDEX).unlink(missing_ok=True)  # one of other arrays must not speak of these
+            row_file.unlink(missing_ok=True)
             row = prepare_case(case, splits[case.id], out, cases.custom_labels)
-            write_json(row_file, row.model_dump(mode="json"))
+            write_json(row_file, {"made_of": digest, "case": row.model_dump(mode="json")})
         rows.append(row.model_copy(update={"split": splits[case.id]}))
         if progress:
             progress(done + 1, len(cases.cases))
     index = PreparedIndex(cases=tuple(rows), custom_labels=cases.custom_labels)
     write_json(out / INDEX, index.model_dump(mode="json"))
     return index
+
+
+def _made_of(case: Case, custom: Mapping[int, str]) -> str:
+    """Hash of all that decides what is prepared: the files' contents, and what the list says of the case."""
+    said = case.model_dump(mode="json", exclude={"image", "labels", "split"})
+    files = [volume_sha256(path) for path in case.files()]
+    return hashlib.sha256(json.dumps([said, files, sorted(custom)]).encode()).hexdigest()
+
+
+def _kept_row(path: Path, digest: str) -> PreparedCase | None:
+    """What was prepared of the same before, if anything."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return PreparedCase.model_validate(stored["case"]) if stored["made_of"] == digest else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def prepare_case(case: Case, split: str, out: Path, custom: Iterable[int] = ()) -> PreparedCase:

@@ -23,6 +23,9 @@ from maisi.volume import Array
 
 Split = Literal["train", "validation"]
 
+MOST_OPEN = 128
+"""Arrays of a folder that stay mapped; each holds a file open, of which a process may often have no more than 1,024."""
+
 
 class PreparedCase(Config):
     """One case of a prepared folder; paths are relative to the folder."""
@@ -93,9 +96,13 @@ class PreparedFolder:
         return self._map(case.labels)
 
     def _map(self, name: str) -> Array:
-        if name not in self._open:
+        array = self._open.pop(name, None)
+        if array is None:
             try:
-                self._open[name] = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+                array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError):
                 raise MaisiError(f"{self.folder / name} is missing or damaged; prepare the data anew.") from None
-        return self._open[name]
+        self._open[name] = array
+        for oldest in tuple(self._open)[:-MOST_OPEN]:
+            self._open.pop(oldest, None)
+        return array

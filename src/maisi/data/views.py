@@ -6,6 +6,7 @@ and log-variance with the label map of the same box. What the box covers decides
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -30,12 +31,15 @@ from maisi.data.prepared import PreparedCase, PreparedFolder, Split
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_examples import with_tumors
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, atomic_path, write_json
+from maisi.io.files import INDEX, atomic_path, sha256, write_json
 from maisi.volume import Array, Volume
 
 NEIGHBOUR_MM = 40.0
 LONGEST_GAP_MM = 300.0
 """Between two regions that are marked (abdomen and thighs, say) the upper one goes on this far at most."""
+
+MADE_OF = "maisi.made_of"
+"""Name in a view's file of the hash of all that it was made of."""
 
 Triple = tuple[int, int, int]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -169,9 +173,10 @@ def cache_latents(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentIndex:
-    """Draw views of every case, encode them, and write them with an index. Files that exist already are kept.
+    """Draw views of every case, encode them, and write them with an index.
 
-    A view depends on `seed`, its case and its number alone, so an interrupted run continues where it was.
+    A view depends on `seed`, its case, its kind, its number and the autoencoder alone, so an interrupted run continues
+    where it was. Files made of something else by the same names are made anew.
     """
     out.mkdir(parents=True, exist_ok=True)
     bodies = {case.id: body_extent_mm(prepared.labels(case), case.spacing_mm) for case in prepared.index.cases}
@@ -186,12 +191,21 @@ def cache_latents(
         case.id: region_extents(prepared.labels(case), np.array(case.affine), case.regions)
         for case in prepared.index.cases
     }
+    contents = {
+        case.id: [sha256(prepared.folder / name) for name in (case.image, case.labels) if name is not None]
+        for case in prepared.index.cases
+    }
     views, spread = [], _Spread()
     for done, (case, kind, number, copy) in enumerate(jobs):
         rng = np.random.default_rng([seed, number, copy, *case.id.encode()])
         file = f"{case.id}-{number}-{copy}.safetensors"
         plan = plan_view(case, kind, extents[case.id], rng, file)
-        if not (out / file).exists():
+        made_of = [autoencoder_sha256, seed, kind.model_dump(mode="json"), plan.row.regions, contents[case.id]]
+        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        kept = _kept_mean(out / file, digest)
+        if kept is None:
+            if (out / file).exists():  # an index of other views must not speak of these
+                (out / INDEX).unlink(missing_ok=True)
             image, labels = varied(*draw_view(prepared, case, plan), case, kind, rng)
             values = torch.from_numpy(case.network_values(image.array))
             mean, log_variance = encode(values[None, None])
@@ -199,10 +213,9 @@ def cache_latents(
             if kind.keep_image:
                 tensors["image"] = values.half()
             with atomic_path(out / file) as part:
-                save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+                save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={MADE_OF: digest})
         else:
-            with safe_open(out / file, framework="pt") as stored:
-                mean = stored.get_tensor("mean")
+            mean = kept
         if plan.row.split == "train":
             spread.add(mean)
         views.append(plan.row)
@@ -216,6 +229,15 @@ def cache_latents(
     )
     write_json(out / INDEX, index.model_dump(mode="json"))
     return index
+
+
+def _kept_mean(path: Path, digest: str) -> Tensor | None:
+    """The mean of a view that is there already; None where there is none, or one made of something else."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return stored.get_tensor("mean") if (stored.metadata() or {}).get(MADE_OF) == digest else None
+    except (SafetensorError, OSError):
+        return None
 
 
 @dataclass(frozen=True)

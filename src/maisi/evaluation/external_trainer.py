@@ -25,6 +25,7 @@ from maisi.evaluation.segmentation_cases import (
     Structures,
     classes_of,
     ids_of,
+    in_order,
     stored_hu,
     structures_held,
 )
@@ -90,7 +91,7 @@ class About(Config):
         program: that trained it, with its version.
         config: settings of the tool.
         structures: name -> ids that count as it, in the order of the classes.
-        trained_on: hash of each case (`Entry.hash`).
+        trained_on: hash of each case and patient (`Entry.hash`, `Entry.patient_hash`).
         weights_sha256: of all files of weights.
     """
 
@@ -155,8 +156,7 @@ class ExternalTrainer:
         """See `Trainer`."""
         if lesson.weights is not None:
             raise MaisiError(f"{self.name} draws its cases itself, so they cannot be weighted; leave --share out.")
-        ids = {name: sorted(ids) for name, ids in lesson.structures.items()}
-        key = ["external segmenter", self.name, self.settings, list(ids.items()), lesson.hashes]
+        key = ["external segmenter", self.name, self.settings, in_order(lesson.structures), lesson.learned_from]
         folder = cache.path(key, partial(self._train, lesson, cache, report))
         return ExternalSegmenter.open(folder, self.tool)
 
@@ -182,7 +182,7 @@ class ExternalTrainer:
                 program=self.tool.version(),
                 config=dict(self.tool.settings),
                 structures={name: tuple(sorted(ids)) for name, ids in lesson.structures.items()},
-                trained_on=tuple(sorted(lesson.hashes)),
+                trained_on=tuple(sorted(lesson.learned_from)),
                 weights_sha256=_digest(self.tool.weights(part / MODEL)),
             )
             write_json(part / ABOUT_FILE, about.model_dump(mode="json"))

@@ -188,8 +188,8 @@ def _tiles(ask: Ask, ct: Volume) -> list[Tile]:
 
 def _generated(model: Model, ask: Ask, seed: int, cache: Cache) -> Volume:
     request = _request(ask, model.name, seed)
-    weights = weights_used(model.folder, masked=False)
-    key = ["response", request.model_dump(mode="json"), weights, str(model.device), str(model.dtype)]
+    weights, settings = weights_used(model.folder, masked=False), model.folder.config.model_dump(mode="json")
+    key = ["response", request.model_dump(mode="json"), weights, settings, str(model.device), str(model.dtype)]
 
     def make(path: Any) -> None:
         item = model.generate(region=ask.regions, size=ask.size, spacing=ask.spacing_mm, seed=seed)

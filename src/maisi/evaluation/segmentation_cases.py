@@ -174,13 +174,18 @@ def complete(
     return whole, tuple(notes)
 
 
+def in_order(structures: Structures) -> list[list[Any]]:
+    """Names with their ids, for keys: the order numbers the classes, and keys take no notice of a mapping's."""
+    return [[name, sorted(ids)] for name, ids in structures.items()]
+
+
 def load_case(entry: Entry, structures: Structures, spacing_mm: Spacing, cache: Cache) -> TrainingCase:
     """Read an entry with labels, brought to a spacing; what was read before comes from the cache.
 
     Raises:
         MaisiError: a file cannot be read.
     """
-    key = ["segmentation case", entry.hash, {n: sorted(ids) for n, ids in structures.items()}, list(spacing_mm)]
+    key = ["segmentation case", entry.hash, in_order(structures), list(spacing_mm)]
     stored = cache.arrays(key, partial(_arrays, entry, structures, spacing_mm))
     image, classes = stored["image"], stored["classes"]
     places = [np.argwhere(classes == number + 1).astype(np.int16) for number in range(len(structures))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import shutil
 import subprocess
@@ -37,7 +39,7 @@ class Segmenter(Protocol):
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        """Hashes of the cases (`volumes.Entry.hash`) that it learned from, as far as it is known here."""
+        """Hashes of the cases and patients (`volumes.Entry`) that it learned from, as far as it is known here."""
 
     def __call__(self, ct: Volume) -> Volume:
         """CT in HU -> label map in maisi's ids on the same grid."""
@@ -93,8 +95,10 @@ class Program:
 
     @property
     def name(self) -> str:
-        """See `Segmenter`."""
-        return f"{shlex.join(self.command)} ({self.vocabulary.name})"
+        """See `Segmenter`; a table of the user's own counts by what it holds."""
+        table = json.dumps([sorted(self.vocabulary.to.items()), sorted(self.vocabulary.custom.items())])
+        digest = hashlib.sha256(table.encode()).hexdigest()[:8]
+        return f"{shlex.join(self.command)} ({self.vocabulary.name}, {digest})"
 
     @property
     def structures(self) -> Mapping[str, frozenset[int]]:

@@ -101,11 +101,14 @@ def _origin(pair: Entry, patients: set[str], words: Mapping[str, re.Pattern[str]
         found = _named(pair.image.name, words) if pair.image.name != IMAGE else found
         return Origin(found, bool(found))
     paths = [Path(request[key]) for key in _PATHS if isinstance(request.get(key), str)]
+    recorded = True
     for path in paths:
         whose = files.get(path.resolve())
-        found |= _named("/".join(path.parts[-_FOLDERS:]), words) if whose is None else frozenset({whose})
+        named = _named("/".join(path.parts[-_FOLDERS:]), words) if whose is None else frozenset({whose})
+        # a file that names none of the patients may be of any of them
+        found, recorded = found | named, recorded and bool(named)
     # a mask of a library carries nobody's name
-    return Origin(found, bool(found) or bool(paths) or request.get("library") is None)
+    return Origin(found, recorded and (bool(paths) or request.get("library") is None))
 
 
 def _request(pair: Entry) -> dict[str, Any] | None:

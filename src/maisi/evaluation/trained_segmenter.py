@@ -31,6 +31,7 @@ from maisi.evaluation.segmentation_cases import (
     TrainingCase,
     draw_patch,
     ids_of,
+    in_order,
     likeliest,
     load_case,
     resampling_note,
@@ -109,7 +110,7 @@ class About(Config):
     Attributes:
         config: as it was trained.
         structures: name -> ids that count as it, in the order of the network's classes.
-        trained_on: hash of each case (`Entry.hash`).
+        trained_on: hash of each case and patient (`Entry.hash`, `Entry.patient_hash`).
         weights_sha256: of the other file.
     """
 
@@ -139,7 +140,7 @@ def train(
     config: SegmenterConfig,
     structures: Structures,
     cases: Sequence[TrainingCase],
-    hashes: Sequence[str],
+    trained_on: Sequence[str],
     weights: Sequence[float] | None = None,
     report: Report | None = None,
 ) -> None:
@@ -152,7 +153,7 @@ def train(
         config: how.
         structures: what it is to find.
         cases: to learn from.
-        hashes: of the cases (`Entry.hash`).
+        trained_on: hashes of the cases and their patients (`Lesson.learned_from`).
         weights: how often each case is drawn, relative to the others; None is alike.
         report: told after each step.
 
@@ -161,7 +162,7 @@ def train(
     """
     require_monai()
     at_work = folder.with_name(f"{folder.name}.training")
-    training = _Training(config, structures, cases, hashes, weights)
+    training = _Training(config, structures, cases, trained_on, weights)
     start = training.resume(at_work)
     for step in range(start, config.steps):
         training.step(step)
@@ -170,7 +171,7 @@ def train(
             training.save(at_work, done)
         if report:
             report("train", done, config.steps)
-    _write(folder, training.network, config, structures, hashes)
+    _write(folder, training.network, config, structures, trained_on)
     shutil.rmtree(at_work, ignore_errors=True)
 
 
@@ -212,11 +213,10 @@ class SegResNetTrainer:
 
     def trained(self, lesson: Lesson, cache: Cache, report: Report | None = None) -> TrainedSegmenter:
         """See `Trainer`."""
-        structures, hashes, odds = lesson.structures, lesson.hashes, lesson.weights
+        structures, learned_from, odds = lesson.structures, lesson.learned_from, lesson.weights
         cases = [self._case(entry, structures, cache) for entry in lesson.entries]
-        ids = {name: sorted(ids) for name, ids in structures.items()}
-        key = ["segmenter", self.settings, ids, hashes, odds]
-        folder = cache.path(key, lambda place: train(place, self.config, structures, cases, hashes, odds, report))
+        key = ["segmenter", self.settings, in_order(structures), learned_from, odds]
+        folder = cache.path(key, lambda place: train(place, self.config, structures, cases, learned_from, odds, report))
         return TrainedSegmenter.open(folder)
 
     def _case(self, entry: Entry, structures: Structures, cache: Cache) -> TrainingCase:
@@ -233,14 +233,15 @@ class _Training:
         config: SegmenterConfig,
         structures: Structures,
         cases: Sequence[TrainingCase],
-        hashes: Sequence[str],
+        trained_on: Sequence[str],
         weights: Sequence[float] | None,
     ) -> None:
         if not any(case.places for case in cases):
             raise MaisiError(f"No training case holds {', '.join(structures)}; name structures that are labelled.")
         from monai.losses.dice import DiceCELoss
 
-        self.config, self.cases, self.hashes = config, cases, list(hashes)
+        self.config, self.cases, self.trained_on = config, cases, list(trained_on)
+        self.structures = in_order(structures)
         share = np.ones(len(cases)) if weights is None else np.asarray(weights, dtype=np.float64)
         self.odds = share / share.sum()
         self.running = _Running.of(config)
@@ -296,7 +297,8 @@ class _Training:
     @property
     def _identity(self) -> Any:
         """What a training that goes on must have in common with the one that stopped."""
-        return json.loads(json.dumps([self.config.model_dump(mode="json"), self.hashes, list(self.odds)]))
+        config = self.config.model_dump(mode="json")
+        return json.loads(json.dumps([config, self.structures, self.trained_on, list(self.odds)]))
 
 
 @dataclass(frozen=True)
@@ -394,8 +396,9 @@ class TrainedSegmenter:
         return shares
 
     def _logits(self, images: Tensor) -> Tensor:
+        """On the device of the images, where what is put together from windows lies."""
         running, network = self._network
-        return running.logits(network, images)
+        return running.logits(network, images).to(images.device)
 
     @cached_property
     def _network(self) -> tuple[_Running, nn.Module]:
@@ -429,7 +432,7 @@ def _windowed(hu: NDArray[np.float32], windows: Sequence[tuple[float, float]]) -
 
 
 def _write(
-    folder: Path, network: nn.Module, config: SegmenterConfig, structures: Structures, hashes: Sequence[str]
+    folder: Path, network: nn.Module, config: SegmenterConfig, structures: Structures, trained_on: Sequence[str]
 ) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     with new_folder(folder) as part:
@@ -437,7 +440,7 @@ def _write(
         about = About(
             config=config,
             structures={name: tuple(sorted(ids)) for name, ids in structures.items()},
-            trained_on=tuple(sorted(hashes)),
+            trained_on=tuple(sorted(trained_on)),
             weights_sha256=sha256(part / WEIGHTS_FILE),
         )
         write_json(part / ABOUT_FILE, about.model_dump(mode="json"))

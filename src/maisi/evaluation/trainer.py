@@ -36,9 +36,10 @@ class Lesson:
     weights: tuple[float, ...] | None = None
 
     @property
-    def hashes(self) -> list[str]:
-        """Of the cases."""
-        return [entry.hash for entry in self.entries]
+    def learned_from(self) -> list[str]:
+        """Hash of each case, then of each patient that is known."""
+        patients = {entry.patient_hash for entry in self.entries}
+        return [entry.hash for entry in self.entries] + sorted(patient for patient in patients if patient)
 
 
 def read_about(folder: Path) -> Any:

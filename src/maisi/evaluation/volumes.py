@@ -142,6 +142,13 @@ class Entry:
         how = [self.affine, vocabulary, sorted(self.custom_labels.items())]
         return hashlib.sha256(json.dumps([*map(volume_sha256, self.files), how]).encode()).hexdigest()
 
+    @property
+    def patient_hash(self) -> str | None:
+        """SHA-256 of the patient's name, for what must not hold names; None, where nothing tells whose it is."""
+        if self.affine is None and self.case is None:
+            return None
+        return hashlib.sha256(json.dumps(["patient", self.patient]).encode()).hexdigest()
+
     def _stored_labels(self) -> Volume | None:
         if self.labels is None:
             return None

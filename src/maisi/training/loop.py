@@ -29,6 +29,9 @@ from maisi.training.state import Checkpoint, load_checkpoint, newest_checkpoint,
 FREE_SETTINGS = ("loop.", "splitting.")
 """Settings that a resumed run may change: they say when and where things happen, not what is learned."""
 
+FIXED_SETTINGS = ("loop.seed",)
+"""Of these the ones that it may not: data and noise are drawn by the seed and the step."""
+
 
 class LoopConfig(Config):
     """When the loop does what. All `every` values are in optimizer steps; 0 is never.
@@ -131,9 +134,15 @@ def _resume(stage: Stage, resolved: Config, folder: Path) -> int:
         return 0
     checkpoint = load_checkpoint(path)
     mine, theirs = resolved.model_dump(mode="json"), checkpoint.facts["config"]
-    changed = sorted(k for k in _flat(mine).items() ^ _flat(theirs).items() if not k[0].startswith(FREE_SETTINGS))
+    changed = sorted(
+        {
+            name
+            for name, _ in _flat(mine).items() ^ _flat(theirs).items()
+            if name in FIXED_SETTINGS or not name.startswith(FREE_SETTINGS)
+        }
+    )
     if changed:
-        names = ", ".join(sorted({name for name, _ in changed}))
+        names = ", ".join(changed)
         raise MaisiError(
             f"{folder.parent} holds a run with other settings ({names}); continue with its own or choose a new folder."
         )

@@ -56,10 +56,12 @@ def classification(logits: Tensor, classes: Tensor, dice_weight: float) -> dict[
     """
     classes = classes.long()
     chances = logits.softmax(1)
-    true = chances.gather(1, classes[:, None]).flatten()
-    zeros = logits.new_zeros(logits.shape[1])
-    shared = zeros.index_add(0, classes.flatten(), true)
-    counts = zeros.index_add(0, classes.flatten(), torch.ones_like(true))
+    true = chances.gather(1, classes[:, None]).flatten(0, 3)
+    # by rows: millions of voxels added one by one would be rounded away in float32
+    rows = classes.flatten(0, 2)
+    zeros = logits.new_zeros(len(rows), logits.shape[1])
+    shared = zeros.scatter_add(1, rows, true).sum(0)
+    counts = zeros.scatter_add(1, rows, torch.ones_like(true)).sum(0)
     dice = 2 * shared / (chances.sum((0, 2, 3, 4)) + counts).clamp(min=1e-6)
     return {"cross_entropy": F.cross_entropy(logits, classes), "dice": dice_weight * (1 - dice[counts > 0].mean())}
 
