@@ -189,6 +189,9 @@ OPPOSITE: Mapping[int, int] = MappingProxyType(
 )
 """Id of a paired structure -> id of the one on the other side."""
 
+LINGULA: Mapping[int, int] = MappingProxyType({31: 28})
+"""The middle lobe of the right lung -> what is in its place on the left, a part of the upper lobe."""
+
 
 def named_sides(name: str) -> tuple[int, ...]:
     """Return the ids that a name means: its own, or those of its left and right where only these exist ('kidney').

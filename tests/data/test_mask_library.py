@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from maisi.anatomy import label_id
 from maisi.data.mask_deform import DeformationRanges
-from maisi.data.mask_library import MARGIN_MM, MaskLibrary, build
+from maisi.data.mask_library import MARGIN_MM, MaskLibrary, _row, build
 from maisi.data.phantom import phantom_labels
 from maisi.errors import MaisiError
-from maisi.io.nifti import read_labels, write_volume
+from maisi.io.nifti import read_label_names, read_labels, write_volume
 from maisi.volume import Volume
 
 LIVER, BRAIN, HEPATIC_TUMOR = 1, 22, 26
@@ -132,6 +133,33 @@ def test_loading_with_a_deformation_follows_its_generator(library) -> None:
         return library.load(*args).array.tobytes()
 
     assert load(1) == load(1) != load(2)
+
+
+def test_classes_of_ones_own_keep_their_names(tmp_path) -> None:
+    mask = planted()
+    mask.array[mask.array == LIVER] = 150
+    write_volume(tmp_path / "a.nii.gz", mask, names={150: "stent"})
+    build([tmp_path / "a.nii.gz"], tmp_path / "library")
+    library = MaskLibrary(tmp_path / "library")
+    assert 150 in library.rows[0].structures
+    assert read_label_names(library.folder / library.rows[0].file)[150] == "stent"
+    write_volume(tmp_path / "b.nii.gz", mask)
+    with pytest.raises(MaisiError, match="150"):
+        build([tmp_path / "b.nii.gz"], tmp_path / "other")
+
+
+def test_building_takes_little_memory() -> None:
+    labels = np.zeros((224, 224, 224), np.uint8)
+    labels[4:-4, 4:-4, 4:-4] = 200
+    mask = Volume.from_spacing(labels, (2.0, 2.0, 2.0))
+    tracemalloc.start()
+    try:
+        row = _row("0001", "masks/0001.nii.gz", mask, "", "0" * 64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert row.body_mm == (432, 432, 432)
+    assert peak < 5 * labels.nbytes
 
 
 def test_a_tampered_file_is_refused(folder, tmp_path) -> None:

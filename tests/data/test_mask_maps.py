@@ -69,10 +69,25 @@ def test_only_heads_are_mirrored() -> None:
     maps = MaskMaps(CONFIG.model_copy(update={"mirror": True}), None, "train", 0)
     labels = np.zeros((4, 2, 2), np.uint8)
     labels[0], labels[1] = 91, 22  # left clavicle, brain
-    head, trunk = MaskMap(labels, ("head-neck",)), MaskMap(labels, ("head-neck", "chest"))
+    head, trunk = MaskMap(labels, ("head-neck",), True), MaskMap(labels, ("head-neck",), False)
     assert maps.mirrored(head, True)[:, 0, 0].tolist() == [0, 0, 22, 92]
     assert maps.mirrored(head, False) is labels
     assert maps.mirrored(trunk, True) is labels
+
+
+def test_a_box_of_a_trunk_is_not_mirrored_whatever_it_shows(tmp_path: Path) -> None:
+    _, labels = phantom((48, 32, 64), (8, 8, 8), ("head-neck", "chest"), 3)
+    np.save(tmp_path / "a-labels.npy", labels.array)
+    told = {"id": "a", "patient": "a", "split": "train", "image": "a.npy", "labels": "a-labels.npy"}
+    told |= {"affine": labels.affine.tolist(), "spacing_mm": (8, 8, 8), "shape": labels.shape}
+    config = MaskMapsConfig(size=(32, 32, 32), spacing_mm=(8, 8, 8), views=8, mirror=True)
+    for regions, mirrors in ((("head-neck", "chest"), False), (("head-neck",), True)):
+        row = PreparedCase.model_validate({**told, "regions": regions})
+        write_json(tmp_path / INDEX, PreparedIndex(cases=(row,)).model_dump(mode="json"))
+        maps = MaskMaps(config, tmp_path, "train", 0)
+        assert all(maps[number].mirrors is mirrors for number in range(8))
+    config = config.model_copy(update={"phantoms": 2, "phantom_regions": (("head-neck",), ("chest",))})
+    assert [MaskMaps(config, None, "train", 0)[number].mirrors for number in range(2)] == [True, False]
 
 
 def test_tumours_grow_in_a_host() -> None:

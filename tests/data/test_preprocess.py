@@ -135,6 +135,29 @@ def test_an_oblique_grid_shows_the_same_world() -> None:
     np.testing.assert_allclose(result.array, ramp(like.shape, like.affine).array, atol=1e-2)
 
 
+@pytest.mark.parametrize("degrees", [0, 5])
+def test_the_outermost_half_voxel_is_kept_on_oblique_grids_too(degrees: float) -> None:
+    ct = Volume.from_spacing(np.full((40, 40, 6), 40, np.int16), (2, 2, 5))
+    angle, affine = np.deg2rad(degrees), 2 * np.eye(4)
+    affine[:2, :2] = 2 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    affine[3, 3] = 1
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array((20, 20, 17)) - 1) / 2)  # 34 mm across a slab of 30
+    like = Volume(np.zeros((20, 20, 17), np.uint8), affine)
+    image = resample_to_grid(ct, like, order=1, fill=-1000).array
+    labels = resample_to_grid(ct.with_array(np.full(ct.shape, 200, np.uint8)), like, order=0, fill=0).array
+    assert image[10, 10].tolist() == [-1000, *[40] * 15, -1000]
+    assert labels[10, 10].tolist() == [0, *[200] * 15, 0]
+
+
+@given(sizes, sizes)
+def test_what_was_padded_is_cropped_back(have: tuple[int, int, int], more: tuple[int, int, int]) -> None:
+    volume = Volume(np.arange(np.prod(have), dtype=np.int32).reshape(have), oblique_affine())
+    wider = crop_or_pad(volume, (have[0] + more[0], have[1] + more[1], have[2] + more[2]))
+    back = crop_or_pad(wider, have)
+    np.testing.assert_array_equal(back.array, volume.array)
+    np.testing.assert_allclose(back.affine, volume.affine)
+
+
 def test_outside_is_air_in_ct_and_nothing_in_masks() -> None:
     like = Volume.from_spacing(np.zeros((9, 9, 9)), (1, 1, 1))
     ct = Volume.from_spacing(np.full((3, 3, 3), 40, np.int16), (1, 1, 1))

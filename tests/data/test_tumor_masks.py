@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from maisi.anatomy import BODY
 from maisi.data.phantom import phantom
-from maisi.data.tumor_masks import KEPT, deform_tumor, equivalent_diameter_mm, grow_tumors
+from maisi.data.tumor_masks import KEPT, deform_tumor, equivalent_diameter_mm, grow_tumors, with_hosts
 from maisi.errors import MaisiError
 from maisi.tumors import KINDS, TumorWish, parse_tumors
 from maisi.volume import Volume
@@ -131,6 +131,30 @@ def test_a_deformed_tumour_keeps_its_volume_and_its_host(seed) -> None:
     assert (deformed == 26).sum() >= KEPT * (labels == 26).sum()
     assert np.array_equal(np.isin(deformed, (1, 26)), host.array == 1)
     assert not np.array_equal(deformed, labels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(0, 3))
+def test_the_nearest_host_is_found_in_a_box_or_far_away(seed, count) -> None:
+    rng, spacing = np.random.default_rng(seed), (3.0, 2.0, 5.0)
+    labels = np.full((30, 34, 24), BODY, np.uint8)
+    for id in rng.integers(1, 4, count):
+        corner = [int(rng.integers(0, n - 3)) for n in labels.shape]
+        labels[tuple(slice(c, c + 3) for c in corner)] = id
+    inside = np.zeros(labels.shape, bool)
+    corner = [int(rng.integers(0, n - 5)) for n in labels.shape]
+    inside[tuple(slice(c, c + 5) for c in corner)] = True
+    labels[inside] = 26
+    found = with_hosts(labels, inside, (1, 2, 3), spacing, BODY)
+    assert np.array_equal(found[~inside], labels[~inside])
+    hosts = np.argwhere(np.isin(labels, (1, 2, 3)))
+    for place in np.argwhere(inside):
+        if not len(hosts):
+            assert found[tuple(place)] == BODY
+            continue
+        far = np.linalg.norm((hosts - place) * spacing, axis=1)
+        nearest = {int(labels[tuple(host)]) for host in hosts[far <= far.min() + 1e-6]}
+        assert int(found[tuple(place)]) in nearest
 
 
 def test_a_map_without_the_tumour_cannot_deform_it() -> None:

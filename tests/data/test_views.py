@@ -18,7 +18,7 @@ from maisi.data.views import (
     body_extent_mm,
     cache_latents,
     draw_view,
-    other_side,
+    mirrored,
     plan_view,
     region_extents,
     regions_of_box,
@@ -70,11 +70,28 @@ def test_regions_of_a_box(folder: PreparedFolder, box: tuple[float, float], expe
     assert regions_of_box(extents(folder), *box) == expected
 
 
-def test_other_side_is_an_involution_on_named_structures() -> None:
-    table = other_side()
-    assert np.array_equal(table[table], np.arange(256))
-    assert label_name(int(table[label_id("left kidney")])) == "right kidney"
-    assert table[label_id("liver")] == label_id("liver")
+def test_mirroring_exchanges_the_sides() -> None:
+    names = ["left kidney", "liver", "left lung upper lobe", "right rib 3", "right parotid gland", "mandible"]
+    labels = np.array([label_id(name) for name in names], np.uint8).reshape(-1, 1, 1)
+    found = [label_name(int(id)) for id in mirrored(labels).ravel()[::-1]]
+    wanted = ["right kidney", "liver", "right lung lower lobe", "left rib 3", "parotid gland left", "mandible"]
+    assert found == wanted  # whole lungs have the codes of these two lobes
+    np.testing.assert_array_equal(mirrored(mirrored(labels)), labels)
+    lobes = np.arange(28, 33, dtype=np.uint8).reshape(-1, 1, 1)
+    assert mirrored(lobes).ravel().tolist() == [29, 28, 28, 32, 30]  # right lower, middle, upper; left lower, upper
+
+
+@pytest.mark.parametrize("degrees", [0, 15, 30])
+def test_regions_of_an_oblique_case(degrees: float) -> None:
+    labels = np.full((40, 50, 60), 200, np.uint8)
+    labels[5:35, 10:40, 20:45] = 32
+    turn, angle = np.eye(4), np.deg2rad(degrees)
+    turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    affine = turn @ np.diag([4.0, 4.0, 5.0, 1.0])
+    low, high = region_extents(labels, affine)["chest"]
+    heights = (np.argwhere(labels == 32) @ affine[:3, :3].T)[:, 2]
+    assert low == pytest.approx(np.quantile(heights, 0.01), abs=8)
+    assert high == pytest.approx(np.quantile(heights, 0.995), abs=8)
 
 
 @settings(max_examples=15, deadline=None)
@@ -163,6 +180,21 @@ def test_many_cases_are_not_all_held_open(tmp_path: Path, folder: PreparedFolder
     many = PreparedFolder(tmp_path)
     assert [int(many.image(case)[0, 0, 0]) for case in (*rows, *rows[:3])] == [*range(count), 0, 1, 2]
     assert len(many._open) == MOST_OPEN
+
+
+def test_a_box_of_an_oblique_case_lies_in_it() -> None:
+    turn, angle = np.eye(4), np.deg2rad(30)
+    turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    affine = turn @ np.diag([4.0, 4.0, 4.0, 1.0])
+    case = PreparedCase.model_validate(
+        {"id": "a", "patient": "a", "split": "train", "image": "a.npy", "affine": affine.tolist()}
+        | {"spacing_mm": (4, 4, 4), "shape": (30, 30, 100)}
+    )
+    kind = ViewConfig(size=(16, 16, 16), spacing_mm=(4, 4))
+    tops = [plan_view(case, kind, {}, np.random.default_rng(seed), "").grid[2, 3] for seed in range(40)]
+    reach = float(affine[2, :3] @ (29, 29, 99))
+    assert min(tops) < 0.2 * reach
+    assert max(tops) > 0.6 * reach
 
 
 def test_the_extent_of_a_body() -> None:

@@ -154,6 +154,27 @@ def test_what_save_item_writes_is_found(tmp_path: Path, chest_labels: Volume) ->
     }
 
 
+@pytest.mark.parametrize("keep", [None, [150, 28], ["Stent", "left lung upper lobe"]])
+def test_classes_of_ones_own_go_by_their_names(
+    tmp_path: Path, chest_labels: Volume, keep: list[int | str] | None
+) -> None:
+    array = chest_labels.array.copy()
+    array[array == 32] = 150
+    item = add_item(tmp_path / "run", 0, chest_labels.with_array(array))
+    with pytest.raises(MaisiError, match="Label id 150 has no name"):
+        export([tmp_path / "run"], tmp_path / "out", "nnunet")
+    write_volume(item / "labels.nii.gz", chest_labels.with_array(array), names={150: "stent"})
+    made = export([tmp_path / "run"], tmp_path / "out", "nnunet", keep)
+    written = tmp_path / "out" / "labelsTr" / f"{made.cases[0]}.nii.gz"
+    assert read_label_names(written)[made.ids[150]] == "stent"
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"]["stent"] == made.ids[150]
+    assert (read_labels(written).array == made.ids[150]).sum() == (array == 150).sum()
+    other = add_item(tmp_path / "run", 1, None)
+    write_volume(other / "labels.nii.gz", Volume(np.full((6, 5, 4), 150, np.uint8), np.eye(4)), names={150: "coil"})
+    with pytest.raises(MaisiError, match="called both 'stent' and 'coil'"):
+        export([tmp_path / "run"], tmp_path / "two", "nnunet", keep)
+
+
 def test_folders_of_one_name_stay_apart(tmp_path: Path, chest_labels: Volume) -> None:
     for parent in ("a", "b"):
         add_item(tmp_path / parent / "run", 0, chest_labels)

@@ -13,6 +13,8 @@ from maisi.data.quality import carried_ranges
 from maisi.errors import MaisiError
 from maisi.generation.inpaint import (
     MARGIN_MM,
+    Crop,
+    _blend,
     changed_parts,
     inpaint_item,
     make_crop,
@@ -123,6 +125,29 @@ def test_removal_takes_the_tumours_out_of_the_labels(model, abdomen) -> None:
     assert (item.image.array != with_tumor.image.array).any()
     with pytest.raises(MaisiError, match="no tumour to remove"):
         job_of(model, abdomen, tumor="none")
+    with pytest.raises(MaisiError, match="Rules paint tumours and take none away"):
+        job_of(model, abdomen, tumor="none", by="rules")
+
+
+def test_parts_whose_boxes_overlap_leave_each_other_whole(model) -> None:
+    ct = Volume.from_spacing(np.random.default_rng(0).normal(50, 5, (48, 48, 48)).astype(np.int16), (1.0, 1.0, 1.0))
+    places = np.moveaxis(np.indices(ct.shape), 0, -1)
+    balls = [np.linalg.norm(places - middle, axis=-1) <= 9 for middle in (15, 32)]
+    parts = changed_parts(balls[0] | balls[1], 4.0, ct.spacing_mm)
+    assert len(parts) == 2
+    result = ct.array.copy()
+    crop = Crop(None, ct.with_array(ct.array.astype(np.float32)), None)  # type: ignore[arg-type]
+    for part in parts:
+        _blend(result, ct, part, crop, np.full(ct.shape, -400, np.float32), 4.0, np.random.default_rng(1))
+    assert all((result[ball] < -300).all() for ball in balls)
+
+
+def test_an_item_keeps_the_names_of_the_models_own_classes(model, abdomen) -> None:
+    image, labels = abdomen
+    own = labels.with_array(np.where(labels.array == 3, 150, labels.array).astype(np.uint8))
+    config = model.folder.config.model_copy(update={"custom_labels": {150: "stent"}})
+    job = make_inpaint_job(Request.parse(tumor="liver:30mm", by="rules", retries=0), config, image, own)
+    assert inpaint_item(None, job, 0, silent).custom_labels == {150: "stent"}
 
 
 def test_attempts_are_bounded_and_the_best_is_kept(model, abdomen) -> None:

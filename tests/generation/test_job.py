@@ -117,6 +117,11 @@ def test_a_model_without_controlnet_follows_no_mask(config, chest_labels) -> Non
         make_job(Request.parse(), config.model_copy(update={"controlnet": None}), chest_labels)
 
 
+def test_generation_removes_no_tumours(config, chest_labels) -> None:
+    with pytest.raises(MaisiError, match="remove them with `maisi inpaint`"):
+        make_job(Request.parse(tumor="none"), config, chest_labels)
+
+
 def test_odd_masks_are_pointed_out(config) -> None:
     lonely = Volume.from_spacing(np.full((48, 32, 32), 6, np.uint8), (8, 8, 8))
     notes = " ".join(make_job(Request.parse(guidance=2), config, lonely).notes)

@@ -38,11 +38,6 @@ def export(folders: Sequence[Path], to: str, output: Path, keep: str | None, fol
         click.echo("Note: nnU-Net looks for folders called DatasetNNN_Name, such as Dataset501_Synthetic.", err=True)
 
 
-def _label(word: str) -> int:
-    from maisi.anatomy import label_id, label_name
-
-    word = word.strip()
-    if not word.isdigit():
-        return label_id(word)
-    label_name(int(word))  # or the error that the id has no name
-    return int(word)
+def _label(word: str) -> int | str:
+    """An id or a name, which may be one that the masks give."""
+    return int(word) if word.strip().isdigit() else word.strip()

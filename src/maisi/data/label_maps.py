@@ -274,7 +274,7 @@ def _custom_id(value: Mapping[str, Any], custom: dict[int, str]) -> int:
     if set(value) != {"id", "name"} or isinstance(ours, bool) or not isinstance(ours, int) or not isinstance(name, str):
         raise MaisiError('A new class has an "id" and a "name" and nothing else; write {"id": 150, "name": "..."}.')
     if ours not in CUSTOM_IDS:
-        raise MaisiError(f"Id {ours} cannot be given to a new class; choose from 140 to 199 or 201 to 255.")
+        raise MaisiError(f"Id {ours} cannot be given to a new class; choose from 141 to 199 or 201 to 255.")
     if not name.strip() or not name.isprintable():
         raise MaisiError(f"Id {ours} has no name that can be printed; give it one.")
     others = {name_key(label_name(id)): id for id in KNOWN_IDS} | {name_key(n): i for i, n in custom.items()}

@@ -40,10 +40,13 @@ def vary_names(labels: Labels, rng: np.random.Generator) -> Labels:
 def _split(
     result: Labels, lung: NDArray[np.bool_], tilt: float, levels: NDArray[np.float64], ids: tuple[int, ...]
 ) -> None:
-    """Cut a lung by planes that rise to the front, at shares `levels` of its height; `ids` from the lowest part up."""
+    """Cut a lung by planes that fall to the front, as its fissures do, at shares `levels` of its height.
+
+    `ids`: from the lowest part (and the one furthest to the back) up.
+    """
     if not lung.any():
         return
     _, y, z = np.nonzero(lung)
-    height = (z - z.min()) / max(np.ptp(z), 1) - tilt * ((y - y.min()) / max(np.ptp(y), 1) - 0.5)
+    height = (z - z.min()) / max(np.ptp(z), 1) + tilt * ((y - y.min()) / max(np.ptp(y), 1) - 0.5)
     height = (height - height.min()) / max(np.ptp(height), 1e-6)
     result[lung] = np.array(ids, dtype=np.uint8)[np.digitize(height, levels)]

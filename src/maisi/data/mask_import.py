@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, OPPOSITE, label_name, name_key, opposite
+from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, LINGULA, OPPOSITE, label_name, name_key, opposite
 from maisi.data.label_maps import VOCABULARIES, Vocabulary, counts, ids_in, merge, translated, vocabulary
 from maisi.data.preprocess import hu_fault, resample, resample_to_grid
 from maisi.data.segmentation import envelope
@@ -44,9 +44,6 @@ VERTEBRAE = (127, *range(33, 57))
 
 LEFT_OF = ((3, 1), (12, 1), (6, 7))
 """Organs that are not paired, and which lies to the left of which: spleen and stomach of liver, aorta of vena cava."""
-
-_LINGULA = {31: 28}
-"""The middle lobe's counterpart on the left is a part of the upper lobe."""
 
 _GUESS = "the body is a guess from the labels alone; a CT (--ct) would show it"
 _SURE, _DOUBTFUL, _ENOUGH = 0.9, 0.7, 6
@@ -485,7 +482,7 @@ def _opposites(custom: Mapping[int, str]) -> dict[int, int]:
     """Our id -> that of the other side, the user's own classes among them."""
     ids = {name_key(name): id for id, name in custom.items()}
     own = {id: ids[name_key(opposite(name))] for id, name in custom.items() if name_key(opposite(name)) in ids}
-    return {**OPPOSITE, **_LINGULA, **own}
+    return {**OPPOSITE, **LINGULA, **own}
 
 
 def _custom_names(sources: Sequence[Source]) -> dict[int, str]:

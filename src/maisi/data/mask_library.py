@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from maisi.anatomy import BACKGROUND, BODY, TUMORS, label_name
+from maisi.anatomy import BACKGROUND, BODY, CUSTOM_IDS, TUMORS, label_name
 from maisi.config import Config, parse_config
-from maisi.data.label_maps import checked_mask
+from maisi.data.label_maps import checked_mask, counts
 from maisi.data.mask_deform import DeformationRanges, deform, draw_deformation
 from maisi.data.preprocess import resample_to_grid
 from maisi.data.regions import regions_of
 from maisi.errors import MaisiError
 from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume, new_folder, sha256, write_json
-from maisi.io.nifti import read_labels, write_volume
+from maisi.io.nifti import read_label_names, read_labels, write_volume
 from maisi.volume import Volume
 
 Triple = tuple[int, int, int]
@@ -107,9 +107,11 @@ def build(source: Path | Sequence[Path], out: Path, note: str = "") -> MaskIndex
     with new_folder(out) as part:
         (part / "masks").mkdir()
         for number, file in enumerate(files, start=1):
-            mask = _cropped(checked_mask(file).to_ras())
+            names = {id: name for id, name in read_label_names(file).items() if id in CUSTOM_IDS}
+            mask = _cropped(checked_mask(file, names).to_ras())
             path = part / "masks" / f"{number:04d}.nii.gz"
-            write_volume(path, mask, description="label map of a library, made by maisi", synthetic=False)
+            said = "label map of a library, made by maisi"
+            write_volume(path, mask, description=said, synthetic=False, names=names or None)
             rows.append(_row(f"{number:04d}", f"masks/{path.name}", mask, note, sha256(path)))
         index = MaskIndex(masks=tuple(rows))
         write_json(part / INDEX, index.model_dump(mode="json"))
@@ -131,24 +133,26 @@ def _mask_files(source: Path | Sequence[Path]) -> list[Path]:
 
 def _cropped(mask: Volume) -> Volume:
     """What is labelled and a margin, centred on the world's origin."""
-    box = []
+    margins = (round(MARGIN_MM / step) for step in mask.spacing_mm)
+    box = tuple(slice(max(0, s.start - m), s.stop + m) for s, m in zip(_filled(mask), margins, strict=True))
+    return Volume.from_spacing(np.ascontiguousarray(mask.array[box]), mask.spacing_mm)
+
+
+def _filled(mask: Volume) -> tuple[slice, ...]:
+    """The smallest box around what is labelled, in little memory."""
+    ends = []
     for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        filled = np.flatnonzero(mask.array.any(axis=others))
-        margin = round(MARGIN_MM / mask.spacing_mm[axis])
-        box.append(slice(max(0, int(filled[0]) - margin), int(filled[-1]) + 1 + margin))
-    return Volume.from_spacing(np.ascontiguousarray(mask.array[tuple(box)]), mask.spacing_mm)
+        filled = np.flatnonzero(mask.array.any(axis=tuple(a for a in range(3) if a != axis)))
+        ends.append(slice(int(filled[0]), int(filled[-1]) + 1))
+    return tuple(ends)
 
 
 def _row(id: str, file: str, mask: Volume, note: str, sha256: str) -> MaskRow:
     voxel_ml = math.prod(mask.spacing_mm) / 1000
-    counts = np.bincount(mask.array.ravel(), minlength=256)
-    volumes = {int(i): round(float(counts[i]) * voxel_ml, 4) for i in np.flatnonzero(counts)}
+    voxels = counts(mask.array)
+    volumes = {int(i): round(float(voxels[i]) * voxel_ml, 4) for i in np.flatnonzero(voxels)}
     named = {i: ml for i, ml in volumes.items() if i not in (BACKGROUND, BODY)}
-    body = [
-        (int(filled[-1]) - int(filled[0]) + 1) * spacing
-        for filled, spacing in zip(map(np.unique, np.nonzero(mask.array)), mask.spacing_mm, strict=True)
-    ]
+    body = [(part.stop - part.start) * step for part, step in zip(_filled(mask), mask.spacing_mm, strict=True)]
     return MaskRow(
         id=id,
         file=file,

@@ -21,7 +21,7 @@ from maisi.data.phantom import REGION_SPAN_MM, phantom_labels
 from maisi.data.prepared import PreparedCase, PreparedFolder, Split
 from maisi.data.preprocess import resample_to_grid
 from maisi.data.tumor_masks import grow_tumors
-from maisi.data.views import PlannedView, ViewConfig, other_side, plan_view, region_extents
+from maisi.data.views import PlannedView, ViewConfig, mirrored, plan_view, region_extents
 from maisi.errors import MaisiError
 from maisi.tumors import KINDS, TumorWish
 from maisi.volume import Volume
@@ -66,12 +66,17 @@ class MaskMapsConfig(Config):
         return self
 
 
+_MIRRORED = ("head-neck",)
+"""All that may be in what is mirrored."""
+
+
 @dataclass(frozen=True)
 class MaskMap:
-    """Labels (X, Y, Z) uint8 on the grid, and the regions they show."""
+    """Labels (X, Y, Z) uint8 on the grid, the regions they show, and whether they may be mirrored: no trunk's may."""
 
     labels: Labels
     regions: tuple[str, ...]
+    mirrors: bool
 
 
 class MaskMaps:
@@ -101,10 +106,8 @@ class MaskMaps:
         return self._kept(number)
 
     def mirrored(self, map: MaskMap, wanted: bool) -> Labels:
-        """Return the labels, mirrored left to right if that is `wanted`, allowed, and the map is of the head alone."""
-        if not (wanted and self.config.mirror and map.regions == ("head-neck",)):
-            return map.labels
-        return np.ascontiguousarray(other_side()[map.labels[::-1]])
+        """Return the labels, mirrored left to right if that is `wanted`, allowed, and the map may be."""
+        return mirrored(map.labels) if wanted and self.config.mirror and map.mirrors else map.labels
 
     def _made(self, number: int) -> MaskMap:
         if number < len(self.boxes):
@@ -116,7 +119,9 @@ class MaskMaps:
         whole = Volume(np.asarray(self.folder.labels(case)), np.array(case.affine))
         plan = self._plan(case, copy, whole)
         like = Volume(np.broadcast_to(np.uint8(0), self.config.size), plan.grid)
-        return MaskMap(resample_to_grid(whole, like, order=0, fill=0).array, plan.row.regions)
+        labels = resample_to_grid(whole, like, order=0, fill=0).array
+        # a box of a trunk may show too little of the chest to be told of it, and yet its heart
+        return MaskMap(labels, plan.row.regions, case.regions == _MIRRORED)
 
     def _plan(self, case: PreparedCase, copy: int, whole: Volume) -> PlannedView:
         """A box whose place is drawn."""
@@ -135,7 +140,7 @@ class MaskMaps:
         drawn = phantom_labels(config.size, config.spacing_mm, regions, seed)
         rng = np.random.default_rng([self.seed, seed])
         labels = with_tumour(drawn, rng) if rng.random() < config.phantom_tumours else drawn
-        return MaskMap(labels.array, regions)
+        return MaskMap(labels.array, regions, regions == _MIRRORED)
 
 
 def with_tumour(labels: Volume, rng: np.random.Generator) -> Volume:

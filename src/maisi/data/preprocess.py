@@ -157,7 +157,10 @@ def crop_or_pad(volume: Volume, size: Triple, value: float | None = None) -> Vol
     if min(size) < 1:
         raise MaisiError(f"A size of {size} has an axis without voxels; give sizes of at least 1.")
     fill = background_of(volume.array) if value is None else value
-    starts = [-((wanted - have) // 2) for wanted, have in zip(size, volume.shape, strict=True)]
+    starts = [
+        (have - wanted) // 2 if have > wanted else -((wanted - have) // 2)
+        for wanted, have in zip(size, volume.shape, strict=True)
+    ]
     crop = tuple(slice(max(0, s), s + n) for s, n in zip(starts, size, strict=True))
     cropped = volume.array[crop]
     before = [max(0, -s) for s in starts]
@@ -288,10 +291,21 @@ def _resample_oblique(volume: Volume, like: Volume, matrix: NDArray[np.float64],
         matrix[:3, 3],
         like.shape,
         order=1 if order else 0,
-        cval=fill,
+        mode="nearest",
         prefilter=False,
     )
+    result[_beyond(matrix, volume.shape, like.shape)] = fill
     return Volume(_as_dtype(result, volume.array.dtype), like.affine)
+
+
+def _beyond(matrix: NDArray[np.float64], have: Triple, wanted: Triple) -> NDArray[np.bool_]:
+    """Voxels of a wanted grid whose centres lie outside all voxels of the one that there is."""
+    x, y, z = np.ogrid[tuple(slice(n) for n in wanted)]
+    beyond = np.zeros(wanted, bool)
+    for row, count in zip(matrix[:3], have, strict=True):
+        index = (row[0] * x + row[3]).astype(np.float32) + (row[1] * y + row[2] * z).astype(np.float32)
+        beyond |= (index < -0.5 - 1e-3) | (index > count - 0.5 + 1e-3)
+    return beyond
 
 
 def _as_dtype(array: Array, dtype: np.dtype[Any]) -> Array:

@@ -39,6 +39,9 @@ TOLERANCE = 0.03
 KEPT = 0.8
 """Least share of its volume that a deformed tumour keeps (paper's augmentation of real tumour masks)."""
 
+_NEAR_MM = 20.0
+"""Around a tumour hosts are looked for within this, then four times as far, and so on."""
+
 
 @dataclass(frozen=True)
 class PlacedTumor:
@@ -128,12 +131,22 @@ def deform_tumor(
 
 def with_hosts(labels: Labels, inside: Mask, hosts: Sequence[int], spacing_mm: Spacing, otherwise: int) -> Labels:
     """Replace what is `inside` by the nearest of the hosts, in mm; by `otherwise` where the map has none. (X, Y, Z)."""
-    host = np.isin(labels, hosts)
-    if not host.any():
-        return np.where(inside, np.uint8(otherwise), labels)
-    nearest = ndimage.distance_transform_edt(~host, sampling=spacing_mm, return_distances=False, return_indices=True)
-    result = labels.copy()
-    result[inside] = labels[tuple(axis[inside] for axis in nearest)]
+    result, margin = labels.copy(), _NEAR_MM
+    found = ndimage.find_objects(inside.view(np.uint8))
+    whole = tuple(slice(0, n) for n in labels.shape)
+    while found:
+        box = wider_box(found[0], labels.shape, margin, spacing_mm)
+        host, here = np.isin(labels[box], hosts), inside[box]
+        if host.any():
+            far, nearest = ndimage.distance_transform_edt(~host, sampling=spacing_mm, return_indices=True)
+            # no host outside the box is nearer than its margin
+            if box == whole or far[here].max() <= margin:
+                result[box][here] = labels[box][tuple(axis[here] for axis in nearest)]
+                break
+        elif box == whole:
+            result[inside] = otherwise
+            break
+        margin *= 4
     return result
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor
 
-from maisi.anatomy import EXTENSION, LABELS, LUNGS, REGION_MARKERS, REGIONS
+from maisi.anatomy import LINGULA, LUNGS, OPPOSITE, REGION_MARKERS, REGIONS
 from maisi.config import Config, parse_config
 from maisi.data.label_variants import vary_names
 from maisi.data.prepared import PreparedCase, PreparedFolder, Split
@@ -287,7 +287,7 @@ def draw_view(prepared: PreparedFolder, case: PreparedCase, plan: PlannedView) -
     mask = resample_to_grid(Volume(np.asarray(prepared.labels(case)), affine), like, order=0, fill=0).array
     if plan.mirrored:
         seen = seen.with_array(np.ascontiguousarray(seen.array[::-1]))
-        mask = other_side()[mask[::-1]]
+        mask = mirrored(mask)
     return seen, np.ascontiguousarray(mask)
 
 
@@ -311,17 +311,17 @@ def region_extents(
     A region with markers spans them. Lungs bound their neighbours: a case that goes on for `NEIGHBOUR_MM` and more
     above or below them shows head and neck, or abdomen, there. A case without any of this is all `known`.
     """
-    step, origin = float(affine[2, 2]), float(affine[2, 3])
+    step, origin = float(affine[2, 2]), _bottom(labels.shape, affine)
     volume_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     extents: dict[str, tuple[float, float]] = {}
     for region in REGIONS:
-        counts = np.isin(labels, REGION_MARKERS[region]).sum(axis=(0, 1))
+        counts = _levels(np.isin(labels, REGION_MARKERS[region]), affine)
         if counts.sum() * volume_ml < (250 if region == "chest" else 1):
             continue
         levels = np.flatnonzero(np.cumsum(counts) / counts.sum() > 0.01)
         top = np.flatnonzero(np.cumsum(counts) / counts.sum() >= 0.995)[0]
         extents[region] = (origin + step * float(levels[0]), origin + step * float(top + 1))
-    end = origin + step * labels.shape[2]
+    end = origin + step * _level_count(labels.shape, affine)
     if not extents:
         return dict.fromkeys(known, (origin, end))
     if "chest" in extents:
@@ -343,6 +343,31 @@ def _without_gaps(extents: Mapping[str, tuple[float, float]], end: float) -> dic
     if found[0] == "head-neck":
         filled["head-neck"] = (filled["head-neck"][0], end)
     return filled
+
+
+def _bottom(shape: tuple[int, ...], affine: NDArray[np.float64]) -> float:
+    """World z of the lowest voxel's centre."""
+    low = np.minimum(affine[2, :3] * (np.array(shape) - 1), 0)
+    return float(affine[2, 3] + low.sum())
+
+
+def _level_count(shape: tuple[int, ...], affine: NDArray[np.float64]) -> int:
+    """How many levels, of the height of a voxel, a box takes in world z: where it is oblique more than its slices."""
+    return 1 + round(float(np.abs(affine[2, :3]) @ (np.array(shape) - 1)) / float(affine[2, 2]))
+
+
+def _levels(inside: NDArray[np.bool_], affine: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Voxels inside at each level of world z, from the lowest up."""
+    if not affine[2, :2].any():
+        return np.asarray(inside.sum(axis=(0, 1)), dtype=np.int64)
+    x, y = np.ogrid[: inside.shape[0], : inside.shape[1]]
+    step, bottom, count = affine[2, 2], _bottom(inside.shape, affine), _level_count(inside.shape, affine)
+    heights = affine[2, 0] * x + affine[2, 1] * y + affine[2, 3] - bottom
+    total = np.zeros(count, np.int64)
+    for z in np.flatnonzero(inside.any(axis=(0, 1))):
+        levels = np.rint((heights[inside[:, :, z]] + step * z) / step).astype(np.int64)
+        total += np.bincount(levels, minlength=count)
+    return total
 
 
 def body_extent_mm(labels: Array, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -368,17 +393,21 @@ def regions_of_box(extents: Mapping[str, tuple[float, float]], bottom: float, to
     return tuple(REGIONS[REGIONS.index(found[0]) : REGIONS.index(found[-1]) + 1]) if found else ()
 
 
+def mirrored(labels: Array) -> NDArray[np.uint8]:
+    """Mirror a label map (X, Y, Z) from right to left; structures get the names of the other side."""
+    lobes = bool(np.isin(labels, LUNGS[1:-1]).any())
+    return np.ascontiguousarray(_other_side(lobes)[labels[::-1]])
+
+
 @cache
-def other_side() -> NDArray[np.uint8]:
-    """Table of 256 ids: the same structure on the other side of the body."""
+def _other_side(lobes: bool) -> NDArray[np.uint8]:
+    """Table of 256 ids: the same structure on the other side; without `lobes`, 28 and 32 are whole lungs."""
     table = np.arange(256, dtype=np.uint8)
-    ids = {label.name: label.id for label in (*LABELS, *EXTENSION)}
-    for name, number in ids.items():
-        words = ["right" if w == "left" else "left" if w == "right" else w for w in name.split()]
-        table[number] = ids.get(" ".join(words), number)
-    # Whole lungs carry one lobe's id each (see `segmentation`); lobes proper never occur in mirrored cases.
-    table[list(LUNGS)] = LUNGS
-    table[LUNGS[0]], table[LUNGS[-1]] = LUNGS[-1], LUNGS[0]
+    table[list(OPPOSITE)] = list(OPPOSITE.values())
+    if lobes:
+        table[list(LINGULA)] = list(LINGULA.values())
+    else:
+        table[LUNGS[0]], table[LUNGS[-1]] = LUNGS[-1], LUNGS[0]
     return table
 
 
@@ -400,7 +429,7 @@ def _place(
     shares: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Affine of a box: where the case is longer than the box, `shares` (0 to 1) say where in between it lies."""
-    have = np.array(shape) * np.abs(np.diag(affine)[:3])
+    have = np.abs(affine[:3, :3]) @ np.array(shape)
     want = np.array(size) * np.array(spacing)
     slack = (have - want) / 2
     # A box larger than the case lies centred, give or take a tenth of the difference.

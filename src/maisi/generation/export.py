@@ -23,13 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import maisi
-from maisi.anatomy import BACKGROUND, TUMORS, label_name
+from maisi.anatomy import BACKGROUND, CUSTOM_IDS, TUMORS, label_id, label_name, name_key
 from maisi.data.label_maps import ids_in, translated
 from maisi.errors import MaisiError
 from maisi.generation.masks import without_tumors
 from maisi.generation.output import IMAGE, LABELS, RECORD
 from maisi.io.files import atomic_path, new_folder, sha256, write_json
-from maisi.io.nifti import read_header, read_labels, write_volume
+from maisi.io.nifti import read_header, read_label_names, read_labels, write_volume
 from maisi.volume import Volume
 
 EXPORT_FILE = "export.json"
@@ -121,7 +121,7 @@ def export(
     folders: Sequence[Path],
     out: Path,
     to: str,
-    keep: Sequence[int] | None = None,
+    keep: Sequence[int | str] | None = None,
     folds: int = 5,
     report: Report | None = None,
 ) -> Exported:
@@ -131,8 +131,9 @@ def export(
         folders: output folders of `maisi generate`, or items in them.
         out: folder to make.
         to: one of `LAYOUTS`.
-        keep: ids of the labels wanted, which become 1, 2, ...; None keeps what the masks hold, by id. What is not
-            kept is background, but for tumours: they count as the organ that they grow in.
+        keep: ids or names of the labels wanted, which become 1, 2, ...; None keeps what the masks hold, by id. Classes
+            of one's own have the names that the masks' headers give them. What is not kept is background, but for
+            tumours: they count as the organ that they grow in.
         folds: for formats that have them.
         report: called with the case, how many are done, and how many there are.
 
@@ -144,14 +145,16 @@ def export(
     if folds < 1:
         raise MaisiError(f"{folds} folds are not possible; give at least 1.")
     pairs, without_mask = find_pairs(folders)
-    ids = consecutive(_ids_held(pairs), keep)
+    names = _own_names(pairs)
+    wanted = None if keep is None else [_id_of(label, names) for label in keep]
+    ids = consecutive(_ids_held(pairs), wanted, names)
     layout = LAYOUTS[to]
     dataset = Dataset(
         name=out.name,
         modality=_one_modality(pairs),
         cases=tuple(pair.name for pair in pairs),
         folds=folds_of([sha256(pair.folder / LABELS) for pair in pairs], folds),
-        labels=tuple(label_name(id) for id in ids),
+        labels=tuple(_name_of(id, names) for id in ids),
         suffix=layout.suffix,
     )
     with new_folder(out) as part:
@@ -159,12 +162,12 @@ def export(
         (part / LABELS_FOLDER).mkdir()
         for done, pair in enumerate(pairs, 1):
             shutil.copyfile(pair.folder / IMAGE, part / dataset.image(pair.name))
-            _write_labels(part / dataset.label(pair.name), read_labels(pair.folder / LABELS), ids)
+            _write_labels(part / dataset.label(pair.name), read_labels(pair.folder / LABELS), ids, dataset.labels)
             if report is not None:
                 report(pair.name, done, len(pairs))
         with atomic_path(part / layout.index) as index:
             index.write_text(layout.content(dataset), encoding="utf-8")
-        write_json(part / EXPORT_FILE, _note(pairs, ids, to))
+        write_json(part / EXPORT_FILE, _note(pairs, ids, dataset.labels, to))
     return Exported(out, dataset.cases, without_mask, MappingProxyType(ids))
 
 
@@ -195,12 +198,15 @@ def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
     return tuple(pairs), without
 
 
-def consecutive(held: Iterable[int], keep: Sequence[int] | None = None) -> dict[int, int]:
+def consecutive(
+    held: Iterable[int], keep: Sequence[int] | None = None, names: Mapping[int, str] = MappingProxyType({})
+) -> dict[int, int]:
     """Give labels the values 1, 2, ...: in the order of `keep`, or else by id.
 
     Args:
         held: ids in the masks.
         keep: ids wanted.
+        names: of classes of one's own, id -> name.
 
     Raises:
         MaisiError: a label is wanted twice, is the background, or is in no mask.
@@ -209,9 +215,9 @@ def consecutive(held: Iterable[int], keep: Sequence[int] | None = None) -> dict[
     wanted = present if keep is None else list(keep)
     for id in wanted:
         if id == BACKGROUND or wanted.count(id) > 1:
-            raise MaisiError(f"'{label_name(id)}' is named twice, or is the background; name each label once.")
+            raise MaisiError(f"'{_name_of(id, names)}' is named twice, or is the background; name each label once.")
         if id not in present:
-            raise MaisiError(f"No mask holds '{label_name(id)}'; leave it out of --keep.")
+            raise MaisiError(f"No mask holds '{_name_of(id, names)}'; leave it out of --keep.")
     if not wanted:
         raise MaisiError("The masks hold no labels, so there is nothing to export.")
     return {id: value for value, id in enumerate(wanted, 1)}
@@ -246,9 +252,35 @@ def relabelled(labels: Volume, ids: Mapping[int, int]) -> NDArray[np.uint8]:
     return translated(array, {id: ids.get(id, 0) for id in present})
 
 
-def _write_labels(path: Path, labels: Volume, ids: Mapping[int, int]) -> None:
-    names = {value: label_name(id) for id, value in ids.items()}
-    write_volume(path, labels.with_array(relabelled(labels, ids)), description="synthetic mask by maisi", names=names)
+def _write_labels(path: Path, labels: Volume, ids: Mapping[int, int], names: Sequence[str]) -> None:
+    array = relabelled(labels, ids)
+    write_volume(
+        path,
+        labels.with_array(array),
+        description="synthetic mask by maisi",
+        names=dict(zip(ids.values(), names, strict=True)),
+    )
+
+
+def _own_names(pairs: Iterable[Pair]) -> dict[int, str]:
+    """Names of the users' own classes, as the masks' headers give them; one id with two names is refused."""
+    names: dict[int, str] = {}
+    for pair in pairs:
+        for id, name in read_label_names(pair.folder / LABELS).items():
+            if id in CUSTOM_IDS and names.setdefault(id, name) != name:
+                raise MaisiError(f"Id {id} is called both '{names[id]}' and '{name}'; export these folders one by one.")
+    return names
+
+
+def _name_of(id: int, names: Mapping[int, str]) -> str:
+    return names[id] if id in names else label_name(id)
+
+
+def _id_of(label: int | str, names: Mapping[int, str]) -> int:
+    if isinstance(label, int):
+        return label
+    own = {name_key(name): id for id, name in names.items()}
+    return own[name_key(label)] if name_key(label) in own else label_id(label)
 
 
 def _ids_held(pairs: Iterable[Pair]) -> set[int]:
@@ -296,13 +328,15 @@ def _unused(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _note(pairs: Iterable[Pair], ids: Mapping[int, int], to: str) -> dict[str, Any]:
+def _note(pairs: Iterable[Pair], ids: Mapping[int, int], names: Sequence[str], to: str) -> dict[str, Any]:
     return {
         "synthetic": True,
         "description": DESCRIPTION,
         "made_by": f"maisi {maisi.__version__}",
         "format": to,
-        "labels": {str(value): {"name": label_name(id), "maisi_id": id} for id, value in ids.items()},
+        "labels": {
+            str(value): {"name": name, "maisi_id": id} for (id, value), name in zip(ids.items(), names, strict=True)
+        },
         "cases": {pair.name: str(pair.folder) for pair in pairs},
     }
 

@@ -171,6 +171,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         number=number,
         seed=item_seed(job.request.seed, number),
         timings_s={"total": seconds},
+        custom_labels=job.custom_labels,
         weights_sha256={} if model is None else weights_used(model.folder, masked=True),
         peak_memory_bytes=None if model is None else peak_memory(model.device),
         details=details,
@@ -337,7 +338,8 @@ def _blend(
     painted = old + weight * (new + grain - old)
     if result.dtype.kind != "f":
         painted = np.rint(painted)
-    result[part.box] = np.where(weight > 0, painted, original.array[part.box]).astype(result.dtype)
+    # where its weight is 0 another part, whose box may overlap this one's, may have painted already
+    np.copyto(result[part.box], painted.astype(result.dtype), where=weight > 0)
 
 
 def _measured(

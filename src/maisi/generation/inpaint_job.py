@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ class InpaintJob:
         solver: name of the solver.
         notes: sentences for the user.
         ranges: what the request says that tumours are judged by, or None.
+        custom_labels: names of the own classes of the labels, id -> name.
     """
 
     request: Request
@@ -42,6 +44,7 @@ class InpaintJob:
     solver: str
     notes: tuple[str, ...] = ()
     ranges: QualityRanges | None = None
+    custom_labels: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def removal(self) -> bool:
@@ -62,12 +65,15 @@ def make_inpaint_job(
 
     Raises:
         MaisiError: nothing is asked for, the files cannot be used or lie on different grids, a tumour has no host or no
-            room, there is nothing to remove, the model follows no masks, or the ranges cannot be read.
+            room, there is nothing to remove, or rules are to do so, the model follows no masks, or the ranges cannot be
+            read.
     """
     if not request.tumor and not request.removal:
         raise MaisiError(
             "No tumour is asked for; say which, such as --tumor liver:25mm, or --tumor none to remove some."
         )
+    if request.removal and request.by == "rules":
+        raise MaisiError("Rules paint tumours and take none away; leave out --by rules to have the networks do it.")
     if model.controlnet is None and request.by == "network":
         raise MaisiError(
             f"The model '{model.name}' follows no masks; choose one that does, or paint by rules (--by rules)."
@@ -93,7 +99,7 @@ def make_inpaint_job(
     steps = request.steps or model.usual_inpaint_steps()
     solver = request.solver or model.usual_solver(masked=True)
     ranges = None if request.ranges is None else read_ranges(request.ranges)
-    return InpaintJob(request, ct, mask, steps, solver, tuple(notes), ranges)
+    return InpaintJob(request, ct, mask, steps, solver, tuple(notes), ranges, model.custom_labels)
 
 
 def _image(request: Request, image: Volume | None) -> Volume:

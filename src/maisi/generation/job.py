@@ -155,8 +155,13 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
 
     Raises:
         MaisiError: the mask cannot be used, differs from the size or spacing asked for, or the model has no ControlNet;
-            size or spacing are open and nothing says what they should be; the ranges cannot be read.
+            size or spacing are open and nothing says what they should be; the ranges cannot be read; tumours are to be
+            removed.
     """
+    if request.removal:
+        raise MaisiError(
+            "Generation takes no tumours away; leave --tumor none out, or remove them with `maisi inpaint`."
+        )
     given, source = request.mask if mask is None else mask, ""
     wishes = bool(request.structure or request.tumor or request.anatomy_size or request.library)
     if (given is not None or wishes) and model.controlnet is None:
