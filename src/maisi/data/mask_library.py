@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import Field
+from scipy import ndimage
 
 from maisi.anatomy import BACKGROUND, BODY, CUSTOM_IDS, TUMORS, label_name
 from maisi.config import Config, parse_config
@@ -139,12 +140,8 @@ def _cropped(mask: Volume) -> Volume:
 
 
 def _filled(mask: Volume) -> tuple[slice, ...]:
-    """The smallest box around what is labelled, in little memory."""
-    ends = []
-    for axis in range(3):
-        filled = np.flatnonzero(mask.array.any(axis=tuple(a for a in range(3) if a != axis)))
-        ends.append(slice(int(filled[0]), int(filled[-1]) + 1))
-    return tuple(ends)
+    """The smallest box around what is labelled."""
+    return ndimage.find_objects((mask.array > 0).view(np.uint8))[0]
 
 
 def _row(id: str, file: str, mask: Volume, note: str, sha256: str) -> MaskRow:
