@@ -110,8 +110,8 @@ def test_a_faint_tumour_is_made_again_from_the_same_noise_with_more_guidance(che
     assert best_of(make, 0).details["contrast_as_usual"] is False
 
 
-@pytest.mark.parametrize(("given", "asked"), [(1.5, [1.5, 0.75, 0.375]), (None, [None] * 3)])
-def test_after_each_attempt_that_fails_the_label_map_guides_half_as_much(chest, given, asked) -> None:
+@pytest.mark.parametrize(("halving", "asked"), [(True, [1.5, 0.75, 0.375]), (False, [1.5] * 3)])
+def test_after_each_attempt_that_fails_the_label_map_guides_half_as_much(chest, halving, asked) -> None:
     make, _ = maker(chest, [300, 200, 400])
     settings = []
 
@@ -119,7 +119,7 @@ def test_after_each_attempt_that_fails_the_label_map_guides_half_as_much(chest, 
         settings.append(setting)
         return make(setting)
 
-    best_of(told, 2, mask_guidance=given)
+    best_of(told, 2, mask_guidance=1.5, halving=halving)
     assert [setting.mask_guidance for setting in settings] == asked
 
 

@@ -322,15 +322,15 @@ class Model:
             job.request.retries,
             ranges,
             job.request.guidance,
-            job.mask_guidance if job.request.mask_guidance is None else None,
+            job.mask_guidance,
+            halving=job.request.mask_guidance is None,
         )
         return replace(best, labels=own.kept_labels())
 
     @torch.inference_mode()
     def _attempt(self, job: Job, plan: Plan, number: int, setting: Setting, progress: Progress) -> Item:
         started = time.perf_counter()
-        if setting.mask_guidance is not None:
-            job = replace(job, mask_guidance=setting.mask_guidance)
+        job = replace(job, mask_guidance=setting.mask_guidance)
         seed = item_seed(job.request.seed, number, setting.noise)
         noise, generator = self.noise(job.padded, seed)
         latent = sample(

@@ -35,7 +35,8 @@ def best_of(
     retries: int,
     ranges: QualityRanges | None = None,
     guidance: float = 0.0,
-    mask_guidance: float | None = None,
+    mask_guidance: float = 0.0,
+    halving: bool = True,
 ) -> Item:
     """Make an item, judge it, and make it anew where that is of use.
 
@@ -44,7 +45,8 @@ def best_of(
         retries: attempts after the first, at most.
         ranges: what passes; None: the carried ranges.
         guidance: of the first attempt.
-        mask_guidance: of the first attempt; None: all attempts have what the job says.
+        mask_guidance: of the first attempt.
+        halving: whether a failed attempt halves it.
 
     Returns:
         The first item that passes, its tumours with the contrast of their kind, or the one with the best score, the
@@ -64,7 +66,7 @@ def best_of(
         if attempts[-1].passed or item.labels is None or len(attempts) > retries:
             break
         setting = attempts[-1].contrasts.next(setting)
-        if setting.mask_guidance is not None and not attempts[-1].report.passed:
+        if halving and not attempts[-1].report.passed:
             setting = replace(setting, mask_guidance=setting.mask_guidance / 2)
     kept = min(range(len(attempts)), key=lambda number: attempts[number].score)
     best = attempts[kept]

@@ -24,12 +24,12 @@ class Setting:
     Attributes:
         guidance: its scale, see `maisi.diffusion.guided`.
         noise: number of the noise it starts from.
-        mask_guidance: that by the label map; None: as the job says.
+        mask_guidance: that by the label map.
     """
 
     guidance: float = 0.0
     noise: int = 0
-    mask_guidance: float | None = None
+    mask_guidance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Contrasts:
             return replace(made_with, noise=made_with.noise + 1)
         if self.ratio == 0:
             return replace(made_with, guidance=min(made_with.guidance + STRONGER, high), noise=made_with.noise + 1)
-        beside = 1 + (made_with.mask_guidance or 0)
+        beside = 1 + made_with.mask_guidance
         guidance = min(max((beside + made_with.guidance) * self.ratio - beside, low), high)
         return replace(made_with, guidance=guidance, noise=made_with.noise + (guidance == made_with.guidance))
 
