@@ -17,6 +17,7 @@ import torch
 
 import maisi
 from maisi import cli
+from maisi.data.phantom import phantom
 from maisi.io.nifti import read_labels, read_volume, write_volume
 from maisi.splitting import plan as planning
 from maisi.volume import Volume
@@ -414,6 +415,17 @@ def test_phantom_and_segment(tmp_path, capsys) -> None:
     assert 200 in read_labels(tmp_path / "labels.nii.gz").array
     assert cli.run(["phantom", *grid, "-o", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["segment", "encode"])
+def test_a_ct_that_is_not_in_hu_is_refused(command, model_folder, tmp_path, capsys) -> None:
+    image = phantom((40, 32, 24), (8, 8, 8), ("chest",), 1)[0]
+    write_volume(tmp_path / "ct.nii.gz", image.with_array(np.clip((image.array + 1000) // 10, 0, 255)))
+    out = tmp_path / ("labels.nii.gz" if command == "segment" else "z.safetensors")
+    model = ["--model", str(model_folder)] if command == "encode" else []
+    assert cli.run([command, str(tmp_path / "ct.nii.gz"), "-o", str(out), *model]) == 2
+    assert "does not hold HU: its values run from 0 to" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_weights_there_and_back(model_folder, tmp_path, capsys) -> None:

@@ -126,6 +126,11 @@ def test_item_seeds_are_seeds(seed, item):
     assert value not in (item_seed(seed, item + 1), item_seed((seed + 1) % 2**63, item))
 
 
+def test_items_are_numbered_from_0() -> None:
+    with pytest.raises(MaisiError, match="There is no item -1"):
+        item_seed(0, -1)
+
+
 def test_structures_tumours_and_sizes_are_read_in_any_spelling() -> None:
     request = Request.parse(
         structure=["Liver", "kidney_left"],

@@ -50,6 +50,7 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         folder,
         "tiny",
         views=VIEWS,
+        modalities=("ct",),
         steps=6,
         mask_steps=10,
         inpaint_steps=20,

@@ -237,6 +237,11 @@ def regions_present(ids: Iterable[int]) -> tuple[str, ...]:
     return REGIONS[found[0] : found[-1] + 1] if found else ()
 
 
+def modality_name(modality: str) -> str:
+    """Return 'CT' or 'MRI', as a member of `MODALITIES` is called in short."""
+    return "CT" if modality.startswith("ct") else "MRI"
+
+
 def parse_modality(name: str) -> str:
     """Return the member of `MODALITIES` that `name` means; case, '-' and ' ' don't matter.
 

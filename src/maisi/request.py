@@ -254,7 +254,12 @@ def item_seed(seed: int, item: int, attempt: int = 0) -> int:
     """Return the seed of one item, from 0 to 2**63 - 1: whatever the batch, the device and the count.
 
     An item that is made again takes another `attempt`; the first is 0.
+
+    Raises:
+        MaisiError: the item's number is negative.
     """
+    if item < 0:
+        raise MaisiError(f"There is no item {item}; items are numbered from 0.")
     import numpy as np
 
     again = (attempt,) if attempt else ()

@@ -120,6 +120,16 @@ def test_what_the_list_says_anew_is_prepared_anew(cases: CaseList, tmp_path: Pat
     np.testing.assert_array_equal(np.load(out / "c0.npy"), np.load(tmp_path / "whole" / "c0.npy"))
 
 
+def test_a_ct_that_is_not_in_hu_is_refused(cases: CaseList, tmp_path: Path) -> None:
+    image = cases.cases[0].image
+    write_volume(image, (volume := read_volume(image)).with_array(volume.array + 1024), synthetic=False)
+    with pytest.raises(MaisiError, match=r"Case c0 does not hold HU.*offset by 1024; subtract that"):
+        prepare(cases, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(MaisiError, match="Cannot write"):
+        prepare(cases, tmp_path / "file")
+
+
 def test_labels_on_another_grid_are_refused(cases: CaseList, tmp_path: Path) -> None:
     moved = liver(ct(1))
     affine = moved.affine.copy()

@@ -8,7 +8,7 @@ import pytest
 
 from maisi.anatomy import ANY_BONE, BODY, UNNAMED_BONE
 from maisi.data.phantom import phantom
-from maisi.data.segmentation import AIRWAY, LEFT_LUNG, RIGHT_LUNG, segment
+from maisi.data.segmentation import AIRWAY, LEFT_LUNG, RIGHT_LUNG, envelope, segment, with_organs
 from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Volume
 
@@ -79,6 +79,29 @@ def test_a_table_that_touches_the_back_is_left_out(chest: tuple[Volume, Volume],
     found = segment(image.with_array(with_table)).array
     assert dice(found > 0, chest_found > 0) > 0.98
     assert np.mean(found[10:30, back - 1, :] == 0) > 0.9
+
+
+def test_a_strip_about_a_cord_is_body_where_the_labels_know_the_cord() -> None:
+    """A neck of which all but a strip was cut away in the lower half, a cable beside it, and a label drawn in air."""
+    x, y = np.meshgrid(np.arange(40), np.arange(40), indexing="ij")
+    ct = Volume.from_spacing(np.full((40, 40, 40), -1000, np.int16), (3.0, 3.0, 3.0))
+    labels = ct.with_array(np.zeros(ct.shape, np.uint8))
+    ct.array[np.hypot(x - 20, y - 20) < 16, 20:] = 40
+    strip, cord = np.hypot(x - 20, y - 20) < 2.4, np.hypot(x - 20, y - 20) < 1.5
+    ct.array[strip, :20] = 30
+    ct.array[np.hypot(x - 34, y - 20) < 2, :20] = 50
+    body = envelope(ct).array
+    assert not body[:, :, :16].any()
+    labels.array[cord] = 121
+    labels.array[4:9, 4:9, 4:9] = 5  # in air
+    labels.array[0:34, 19:22, 30] = 6  # a little of it beyond the skin
+    found = with_organs(ct, body, labels.array)
+    np.testing.assert_array_equal(found[:, :, :16], np.repeat(strip[:, :, None], 16, axis=2))
+    np.testing.assert_array_equal(found[:, :, 22:], body[:, :, 22:])
+    turned = Volume(ct.array.transpose(2, 0, 1), ct.affine[:, [2, 0, 1, 3]])
+    other = with_organs(turned, body.transpose(2, 0, 1), labels.array.transpose(2, 0, 1))
+    np.testing.assert_array_equal(other.transpose(1, 2, 0), found)
+    assert with_organs(ct, body, np.where(labels.array == 121, 139, labels.array).astype(np.uint8)) is body
 
 
 def test_a_lung_without_its_chest_wall_is_still_body(chest: tuple[Volume, Volume], chest_found: np.ndarray) -> None:

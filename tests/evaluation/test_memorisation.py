@@ -15,6 +15,7 @@ from maisi.evaluation.cache import Cache
 from maisi.evaluation.memorisation import (
     CoarseGrid,
     Correlator,
+    Neighbours,
     coarse,
     find_neighbours,
     percentile,
@@ -150,6 +151,23 @@ def test_the_baseline_is_other_patients(people, judge, tmp_path) -> None:
     assert few == [one.image.name for one in judge({"copy": people[0]}, most_real=3, seed=1).real]
     held = [as_image("new", copy_of(people[2], noise_hu=200), tmp_path)]
     assert [one.image.name for one in judge({"x": people[0]}, held).real] == ["new"]
+
+
+def test_one_scan_under_two_names_hides_no_copy(people, tmp_path) -> None:
+    training = [as_image(f"p{n}", ct, tmp_path) for n, ct in enumerate(people)]
+    generated = [as_image("copy", people[1], tmp_path)]
+    mean_hu = ("mean", lambda ct: np.array([ct.array.mean(), ct.array.std()]))
+
+    def found(real: list[Entry]) -> Neighbours:
+        return find_neighbours(generated, real, (), mean_hu, Cache(tmp_path / "cache"), grid=GRID)
+
+    twice = found([*training, as_image("again", people[4], tmp_path)])
+    assert (twice.identical, len(twice.real)) == (2, 7)
+    assert twice.flagged(twice.generated[0]) == ("voxels", "features")
+    assert "under two names" in summed_up(twice, {}, heldout=False).notes[-1]
+    assert found(training).identical == 0
+    with pytest.raises(MaisiError, match="the same as another patient's"):
+        found([as_image("x", people[0], tmp_path), as_image("y", people[0], tmp_path)])
 
 
 def test_a_feature_that_is_the_same_for_all_patients_does_not_drown_the_others(people, tmp_path) -> None:

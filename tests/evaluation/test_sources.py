@@ -49,6 +49,16 @@ def test_a_file_that_names_nobody_may_be_anybodys(tmp_path) -> None:
     assert [(set(o.patients), o.recorded) for o in found] == [(set(), False), ({"pt_1"}, False), ({"pt_2"}, True)]
 
 
+def test_what_was_in_memory_may_be_anybodys(tmp_path) -> None:
+    pairs = [_item(tmp_path, f"{n:04d}", mask=None, image=None) for n in range(4)]
+    for pair, more in zip(
+        pairs, ({"mask_source": ""}, {"mask_source": "a phantom"}, {"painted_by": "rules"}, {}), strict=True
+    ):
+        path = pair.image.parent / "record.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    assert [o.recorded for o in origins(pairs, _real(tmp_path))] == [False, True, False, True]
+
+
 def test_an_item_number_is_no_patient(tmp_path) -> None:
     real = [Entry("0001", "0001", tmp_path / "0001.npy", tmp_path / "l.npy")]
     assert origins([_item(tmp_path, "0001", mask="m/x.nii.gz")], real)[0].patients == frozenset()

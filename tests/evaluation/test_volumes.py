@@ -90,6 +90,10 @@ def test_generated_items_that_are_no_ct_or_unfinished_are_left_out(folder) -> No
     found = find_entries([folder / "items"])
     assert names(found) == ["0000"]
     assert found.notes[0].startswith("1 item(s)")
+    write_volume(folder / "items" / "loose.nii.gz", CT)
+    assert names(find_entries([folder / "items"])) == ["0000"]
+    assert find_entries([folder / "items"]).notes[1].startswith("1 volume(s)")
+    (folder / "items" / "loose.nii.gz").unlink()
     with pytest.raises(MaisiError, match="holds no CT"):
         find_entries([folder / "items" / "0001"])
 

@@ -175,6 +175,18 @@ def test_classes_of_ones_own_go_by_their_names(
         export([tmp_path / "run"], tmp_path / "two", "nnunet", keep)
 
 
+def test_painted_cts_are_not_called_synthetic(tmp_path: Path, chest_labels: Volume) -> None:
+    for number, synthetic in ((0, True), (1, False)):
+        item = add_item(tmp_path / "run", number, chest_labels)
+        record = json.loads((item / "record.json").read_text())
+        (item / "record.json").write_text(json.dumps(record | {"synthetic": synthetic, "painted": not synthetic}))
+    for folder, synthetic in ((tmp_path / "run" / "0000", True), (tmp_path / "run", False)):
+        made = export([folder], tmp_path / f"Dataset_{synthetic}", "nnunet")
+        texts = [(made.folder / name).read_text() for name in ("dataset.json", "export.json")]
+        assert all(("no patient is shown" in text) is synthetic for text in texts)
+        assert json.loads(texts[1])["synthetic"] is synthetic
+
+
 def test_folders_of_one_name_stay_apart(tmp_path: Path, chest_labels: Volume) -> None:
     for parent in ("a", "b"):
         add_item(tmp_path / parent / "run", 0, chest_labels)

@@ -142,6 +142,16 @@ def test_parts_whose_boxes_overlap_leave_each_other_whole(model) -> None:
     assert all((result[ball] < -300).all() for ball in balls)
 
 
+def test_fractions_of_hu_are_told_and_the_item_is_no_synthetic_one(model, abdomen) -> None:
+    image, labels = abdomen
+    request, config = Request.parse(tumor="liver:30mm", by="rules", retries=0), model.folder.config
+    whole = image.with_array(image.array.astype(np.float32))
+    assert make_inpaint_job(request, config, whole, labels).notes == ()
+    job = make_inpaint_job(request, config, image.with_array(whole.array + 0.25), labels)
+    assert job.notes == ("The CT holds fractions of HU, which are rounded when it is written.",)
+    assert inpaint_item(None, job, 0, silent).synthetic is False
+
+
 def test_an_item_keeps_the_names_of_the_models_own_classes(model, abdomen) -> None:
     image, labels = abdomen
     own = labels.with_array(np.where(labels.array == 3, 150, labels.array).astype(np.uint8))

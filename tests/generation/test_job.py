@@ -6,6 +6,7 @@ import pytest
 from maisi.anatomy import BODY, label_id
 from maisi.errors import MaisiError
 from maisi.generation.job import make_job, padded_size
+from maisi.generation.masks import without_tumors
 from maisi.request import Request
 from maisi.volume import Volume
 from maisi.weights.registry import find_model
@@ -115,6 +116,29 @@ def test_a_mask_with_an_extreme_spacing_is_refused(config, chest_labels) -> None
 def test_a_model_without_controlnet_follows_no_mask(config, chest_labels) -> None:
     with pytest.raises(MaisiError, match="follows no masks"):
         make_job(Request.parse(), config.model_copy(update={"controlnet": None}), chest_labels)
+
+
+def test_only_what_the_mask_holds_can_be_kept(config, chest_labels) -> None:
+    with pytest.raises(MaisiError, match="no label map of which to keep a part"):
+        make_job(Request.parse(region="chest", size=(16, 16, 16), spacing=(5, 5, 5), keep="liver"), config)
+    with pytest.raises(MaisiError, match="holds no pancreas; leave it out of --keep"):
+        make_job(Request.parse(keep=("left lung upper lobe", "pancreas")), config, chest_labels)
+    array = chest_labels.array
+    assert (array == 23).any()
+    job = make_job(Request.parse(keep="left lung upper lobe"), config, chest_labels)
+    kept, bare = job.kept_labels(), without_tumors(array, chest_labels.spacing_mm)
+    assert kept is not None
+    np.testing.assert_array_equal(kept.array == 28, bare == 28)  # the tumour there counts as lung
+    assert set(np.unique(kept.array)) == {0, 28}
+
+
+def test_a_modality_that_the_model_does_not_know_is_refused(config, chest_labels) -> None:
+    known = config.model_copy(update={"modalities": ("ct",)})
+    make_job(Request.parse(), known, chest_labels)
+    for more in ({}, {"region": "chest"}):
+        with pytest.raises(MaisiError, match="knows no mri_t1, only ct"):
+            make_job(Request.parse(modality="mri_t1", **more), known, chest_labels)
+    make_job(Request.parse(modality="mri_t1"), config, chest_labels)
 
 
 def test_generation_removes_no_tumours(config, chest_labels) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,6 +36,19 @@ def test_an_item_is_four_files(item, tmp_path) -> None:
     record = json.loads((folder / "record.json").read_text())
     assert (record["synthetic"], record["item"], record["seed"], record["steps"]) == (True, 2, 9, 2)
     assert record["request"]["region"] == ["chest"]
+
+
+def test_what_was_painted_into_a_ct_is_not_called_synthetic(item, tmp_path) -> None:
+    for synthetic, said in ((True, b"synthetic CT made by maisi"), (False, b"CT with tissue painted into it by maisi")):
+        folder = replace(item, synthetic=synthetic).save(tmp_path / str(synthetic))
+        record = json.loads((folder / "record.json").read_text())
+        assert (record["synthetic"], record["painted"]) == (synthetic, not synthetic)
+        for name in ("image.nii.gz", "labels.nii.gz"):
+            data = gzip.decompress((folder / name).read_bytes())
+            assert said in data[:348]
+            assert f'"synthetic": {str(synthetic).lower()}'.encode() in data
+    mr = replace(item, request=item.request.model_copy(update={"modality": "mri_t1"})).save(tmp_path / "mr")
+    assert b"synthetic MRI made by maisi" in gzip.decompress((mr / "image.nii.gz").read_bytes())[:348]
 
 
 def test_an_item_without_a_mask_has_no_labels(item, tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from maisi.errors import MaisiError
 from maisi.io import files
-from maisi.io.files import atomic_path, is_volume, new_folder, volume_sha256, write_json
+from maisi.io.files import atomic_path, is_volume, make_folder, new_folder, volume_sha256, write_json
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -147,6 +147,15 @@ def test_a_full_disk_leaves_no_folder(tmp_path):
     with pytest.raises(MaisiError, match=r"Cannot write .*out: No space left"):
         fill_half(tmp_path / "out", FULL_DISK)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_a_file_is_in_the_way_of(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "inner"):
+        with pytest.raises(MaisiError, match=r"Cannot write .*choose another"):
+            make_folder(place)
 
 
 def test_json_there_and_back(tmp_path):

@@ -69,6 +69,9 @@ def encode(
     with opened_rows(image) if streamed else nullcontext(read_volume(image).to_ras()) as source:
         from maisi.data.latents import save_latent
         from maisi.generation import codec
+
+        if not isinstance(source, Volume) and (fault := codec.rows_fault(source)):
+            raise MaisiError(f"{image} does not hold HU: {fault}; an MR image is told by --modality.")
         from maisi.weights.load import sha256
 
         with joined_group(device) as group:
@@ -170,6 +173,10 @@ def segment(ct: Path, output: Path) -> None:
 
     require_new(output, *VOLUME_ENDINGS)
     volume = read_volume(ct)
+    from maisi.data.preprocess import hu_fault
+
+    if fault := hu_fault(volume.array):
+        raise MaisiError(f"{ct} does not hold HU: {fault}.")
     from maisi.anatomy import label_names
     from maisi.data.label_maps import ids_in
     from maisi.data.segmentation import segment as segment_volume

@@ -18,7 +18,7 @@ from scipy import ndimage
 from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, LINGULA, OPPOSITE, label_name, name_key, opposite
 from maisi.data.label_maps import VOCABULARIES, Vocabulary, counts, ids_in, merge, translated, vocabulary
 from maisi.data.preprocess import hu_fault, resample, resample_to_grid
-from maisi.data.segmentation import envelope
+from maisi.data.segmentation import envelope, with_organs
 from maisi.errors import MaisiError
 from maisi.volume import Volume
 
@@ -504,7 +504,7 @@ def _body(mask: NDArray[np.uint8], grid: Volume, ct: Volume | None) -> tuple[Boo
     given = mask == BODY
     if ct is not None:
         mask[given] = BACKGROUND
-        return envelope(ct).array, "ct"
+        return with_organs(ct, envelope(ct).array, mask), "ct"
     if given.any():
         return given, "given"
     return hull(grid.with_array(mask)), "labels"

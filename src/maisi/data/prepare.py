@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maisi.anatomy import BODY
+from maisi.anatomy import BACKGROUND
 from maisi.data.label_maps import apply_map, label_table, merge
 from maisi.data.manifest import Case, CaseList
 from maisi.data.prepared import PreparedCase, PreparedIndex
-from maisi.data.preprocess import HU_MIN, STORED_HU, window_mr
+from maisi.data.preprocess import HU_MIN, STORED_HU, hu_fault, window_mr
 from maisi.data.regions import regions_of
-from maisi.data.segmentation import segment
+from maisi.data.segmentation import segment, with_organs
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, atomic_path, volume_sha256, write_json
+from maisi.io.files import INDEX, atomic_path, make_folder, volume_sha256, write_json
 from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Array, Volume
 
@@ -54,7 +54,7 @@ def prepare(
     Raises:
         MaisiError: a file cannot be read, or image and labels lie on different grids.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     splits = cases.split(validation_share, seed)
     rows = []
     for done, case in enumerate(cases.cases):
@@ -96,6 +96,8 @@ def prepare_case(case: Case, split: str, out: Path, custom: Iterable[int] = ()) 
     """
     image = read_volume(case.image).to_ras()
     is_ct = case.modality.startswith("ct")
+    if is_ct and (fault := hu_fault(image.array)):
+        raise MaisiError(f"Case {case.id} does not hold HU: {fault}.")
     labels = label_map(case, image, custom) if is_ct else _given_labels(case, image, custom)
     if is_ct:
         array: Array = np.clip(np.rint(image.array), *STORED_HU).astype(np.int16)
@@ -130,7 +132,9 @@ def label_map(case: Case, ct: Volume, custom: Iterable[int] = ()) -> NDArray[np.
     """Given labels in maisi's ids over rule-based ones over the body, on the grid of `ct`."""
     rules = segment(ct).array
     given = _given_labels(case, ct, custom)
-    return merge([rules] if given is None else [given, rules], body=rules == BODY)
+    if given is None:
+        return rules
+    return merge([given, rules], body=with_organs(ct, rules != BACKGROUND, given))
 
 
 def _given_labels(case: Case, image: Volume, custom: Iterable[int]) -> NDArray[np.uint8] | None:

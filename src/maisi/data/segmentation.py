@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import BODY, LUNGS, UNNAMED_BONE, label_id
-from maisi.data.preprocess import resample, resample_to_grid
+from maisi.anatomy import BACKGROUND, BODY, LUNGS, TARGET_VOLUME, UNNAMED_BONE, label_id
+from maisi.data.label_maps import counts
+from maisi.data.preprocess import resample, resample_to_grid, wider_box
 from maisi.volume import Volume
 
 Array = NDArray[Any]
@@ -51,6 +52,15 @@ APEX_BELOW_NECK_MM = 180.0  # the top of a lung lies within that, bowel does not
 TUBE_AREA_MM2 = 700.0  # in-plane area up to which a pocket of gas may be a trachea or a bronchus
 TUBE_LENGTH_MM = 25.0
 MARROW_AREA_MM2 = 1_000.0
+
+ABOUT_ORGANS_MM = 20.0
+"""So far from an organ that lies outside the envelope tissue is body, too."""
+
+LOST_SHARE = 0.05
+"""An organ less of which lies outside the envelope has a rough surface, no more."""
+
+NO_AIR_SHARE = 0.8
+"""Of what of an organ lies outside, so much must be tissue: else it was drawn elsewhere."""
 
 
 def segment(ct: Volume) -> Volume:
@@ -103,6 +113,39 @@ def envelope(ct: Volume) -> Volume:
     code = ndimage.binary_dilation(body).view(np.uint8) + ndimage.binary_erosion(body, border_value=1).view(np.uint8)
     fine = resample_to_grid(work.with_array(code), ct, order=0).array
     return ct.with_array((fine == 2) | ((fine == 1) & (ct.array > AIR_HU)))
+
+
+def with_organs(ct: Volume, body: Mask, labels: NDArray[np.uint8]) -> Mask:
+    """Add the tissue about organs that lie outside an envelope to it.
+
+    Scans are published with parts of the body cut away; what is left of it may be as thin as a table or a cable, which
+    rules leave out, but a spinal cord in it shows what it is.
+
+    Args:
+        ct: HU, any orientation.
+        body: envelope on its grid, for instance by `envelope`.
+        labels: organs on its grid. One counts in the sections in which most of it lies outside, where it is no air.
+    """
+    beyond = ~body & ~np.isin(labels, (BACKGROUND, BODY, TARGET_VOLUME))
+    outside, total = counts(np.where(beyond, labels, np.uint8(0))), counts(labels)
+    axis = int(np.abs(ct.affine[2, :3]).argmax())
+    across = tuple(other for other in range(3) if other != axis)
+    lost = np.zeros(body.shape, np.bool_)
+    for id in np.flatnonzero(outside > LOST_SHARE * total):
+        own = (labels == id) & beyond
+        most = 2 * own.sum(axis=across, keepdims=True) > (labels == id).sum(axis=across, keepdims=True)
+        own &= most
+        if own.any() and (ct.array[own] > AIR_HU).mean() >= NO_AIR_SHARE:
+            lost |= own
+    if not lost.any():
+        return body
+    box = wider_box(ndimage.find_objects(lost.view(np.uint8))[0], body.shape, ABOUT_ORGANS_MM, ct.spacing_mm)
+    near = ndimage.distance_transform_edt(~lost[box], sampling=ct.spacing_mm) <= ABOUT_ORGANS_MM
+    parts, _ = ndimage.label(near & (ct.array[box] > AIR_HU))
+    kept = np.unique(parts[lost[box]])
+    result = body.copy()
+    result[box] |= np.isin(parts, kept[kept > 0])
+    return result
 
 
 def body_envelope(hu: Array, spacing: Spacing) -> Mask:

@@ -31,7 +31,7 @@ from maisi.data.prepared import PreparedCase, PreparedFolder, Split
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.tumor_examples import with_tumors
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, atomic_path, sha256, write_json
+from maisi.io.files import INDEX, atomic_path, make_folder, sha256, write_json
 from maisi.volume import Array, Volume
 
 NEIGHBOUR_MM = 40.0
@@ -178,7 +178,7 @@ def cache_latents(
     A view depends on `seed`, its case, its kind, its number and the autoencoder alone, so an interrupted run continues
     where it was. Files made of something else by the same names are made anew.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     bodies = {case.id: body_extent_mm(prepared.labels(case), case.spacing_mm) for case in prepared.index.cases}
     jobs = [
         (case, kind, number, copy)

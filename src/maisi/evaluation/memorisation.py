@@ -42,6 +42,9 @@ VolumeFeatures = Callable[[Volume], NDArray[np.floating[Any]]]
 QUANTILE = 0.05
 """A generated volume nearer than this quantile of the baseline is flagged."""
 
+SAME = 1e-6
+"""Distance, in voxels or features, of an image to itself in another file, at most."""
+
 TISSUE = 0.35
 """Of [0, 1]: -300 HU."""
 
@@ -250,10 +253,12 @@ class Neighbours:
 
     generated: tuple[Nearest, ...]
     real: tuple[Nearest, ...]
+    identical: int = 0
+    """Real images that were left out of the baseline, since another patient's is the same."""
 
     def flagged(self, nearest: Nearest) -> tuple[str, ...]:
-        """In which of "voxels" and "features" an image is nearer than the baseline's quantile."""
-        voxels, features = self.thresholds
+        """In which of "voxels" and "features" an image is nearer than the baseline's quantile, or the same."""
+        voxels, features = (max(limit, SAME) for limit in self.thresholds)
         near = {"voxels": nearest.in_voxels[1] < voxels, "features": nearest.in_features[1] < features}
         return tuple(name for name, is_near in near.items() if is_near)
 
@@ -324,10 +329,12 @@ def find_neighbours(
             yield comparison.nearest(image, described[image.files], others)
             tell(stage, done + 1, len(images))
 
-    return Neighbours(
-        generated=tuple(nearest(generated, "compare generated", False)),
-        real=tuple(nearest([one for one in baseline if _others(one, training)], "compare real", True)),
-    )
+    found = tuple(nearest(generated, "compare generated", False))
+    real = tuple(nearest([one for one in baseline if _others(one, training)], "compare real", True))
+    different = tuple(one for one in real if one.in_voxels[1] > SAME)
+    if not different:
+        raise MaisiError("All real images are the same as another patient's, which leaves no baseline; give others.")
+    return Neighbours(found, different, len(real) - len(different))
 
 
 @dataclass(frozen=True)
@@ -418,12 +425,17 @@ def summed_up(found: Neighbours, settings: dict[str, Any], heldout: bool) -> Res
     people = (
         "held-out patients to the nearest training patient" if heldout else "training patients to the nearest other"
     )
-    notes = (
+    notes: tuple[str, ...] = (
         f"Baseline: the distance of each of {len(found.real)} {people}. A generated volume nearer than its "
         f"{QUANTILE:.0%} quantile is flagged, so about {QUANTILE:.0%} are where nothing is memorised.",
         "Voxel distance is 1 - correlation of fine structure, over flips and shifts; feature distance counts standard "
         "deviations of training cases.",
     )
+    if found.identical:
+        notes += (
+            f"{found.identical} real image(s) are the same as that of another patient and left out of the baseline; "
+            "is one patient there under two names?",
+        )
     return Result("memorisation", summary, items, settings, notes=notes)
 
 

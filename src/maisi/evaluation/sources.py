@@ -96,10 +96,11 @@ def _words(real: Iterable[Entry]) -> dict[str, re.Pattern[str]]:
 def _origin(pair: Entry, patients: set[str], words: Mapping[str, re.Pattern[str]], files: Mapping[Path, str]) -> Origin:
     if pair.affine is not None or pair.case is not None:
         return Origin(frozenset({pair.patient} & patients) or _named(pair.name, words), True)
-    request, found = _request(pair), frozenset[str]()
-    if request is None:
+    record, found = _record(pair), frozenset[str]()
+    if record is None:
         found = _named(pair.image.name, words) if pair.image.name != IMAGE else found
         return Origin(found, bool(found))
+    request = record["request"]
     paths = [Path(request[key]) for key in _PATHS if isinstance(request.get(key), str)]
     recorded = True
     for path in paths:
@@ -107,16 +108,17 @@ def _origin(pair: Entry, patients: set[str], words: Mapping[str, re.Pattern[str]
         named = _named("/".join(path.parts[-_FOLDERS:]), words) if whose is None else frozenset({whose})
         # a file that names none of the patients may be of any of them
         found, recorded = found | named, recorded and bool(named)
-    # a mask of a library carries nobody's name
-    return Origin(found, recorded and (bool(paths) or request.get("library") is None))
+    # a mask of a library carries nobody's name, and what was in memory has none
+    in_memory = record.get("mask_source") == "" or "painted_by" in record
+    return Origin(found, recorded and (bool(paths) or not (in_memory or request.get("library"))))
 
 
-def _request(pair: Entry) -> dict[str, Any] | None:
+def _record(pair: Entry) -> dict[str, Any] | None:
     try:
-        request = json.loads((pair.image.parent / RECORD).read_text(encoding="utf-8"))["request"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads((pair.image.parent / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return request if isinstance(request, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("request"), dict) else None
 
 
 def _named(text: str, words: Mapping[str, re.Pattern[str]]) -> frozenset[str]:

@@ -283,10 +283,12 @@ def _in_list(path: Path, split: str) -> Found:
 def _in_folder(path: Path) -> Found:
     inner = [folder for folder in sorted(path.iterdir()) if ".part-" not in folder.name]
     items = [folder for folder in (path, *inner) if (folder / IMAGE).is_file()]
+    files = sorted(filter(is_volume, path.iterdir()))
     if items:
         entries = tuple(_item(folder) for folder in items if _is_ct(folder))
-        return Found(entries, _other_notes(len(items) - len(entries), "item(s)", path))
-    files = sorted(filter(is_volume, path.iterdir()))
+        loose = [] if path in items else files
+        beside = (f"{len(loose)} volume(s) of {path} that lie beside its items were left out.",) if loose else ()
+        return Found(entries, (*_other_notes(len(items) - len(entries), "item(s)", path), *beside))
     return Found(tuple(Entry(_stem(file), _stem(file), file) for file in files))
 
 

@@ -172,6 +172,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         seed=item_seed(job.request.seed, number),
         timings_s={"total": seconds},
         custom_labels=job.custom_labels,
+        synthetic=False,
         weights_sha256={} if model is None else weights_used(model.folder, masked=True),
         peak_memory_bytes=None if model is None else peak_memory(model.device),
         details=details,

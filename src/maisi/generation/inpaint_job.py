@@ -82,6 +82,8 @@ def make_inpaint_job(
     if fault := hu_fault(ct.array):
         raise MaisiError(f"The CT does not hold HU: {fault}.")
     given, notes = request.mask if labels is None else labels, list[str]()
+    if ct.array.dtype.kind == "f" and not np.array_equal(ct.array, np.rint(ct.array)):
+        notes.append("The CT holds fractions of HU, which are rounded when it is written.")
     if given is None:
         notes.append("Without labels, lungs, airway, bone and body were found by rules; other organs are unknown.")
         mask = segment(ct)

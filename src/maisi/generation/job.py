@@ -8,7 +8,7 @@ to what was asked for. Without a mask the volume's centre is the world's origin;
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from maisi.data.quality_measures import select
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
-from maisi.generation.masks import read_mask, without_tumors
+from maisi.generation.masks import only, read_mask, without_tumors
 from maisi.request import Request, item_seed
 from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
@@ -96,11 +96,11 @@ class Job:
         return replace(self, labels=labels, mask_source=source, placed=placed, strengthened=strengthened)
 
     def kept_labels(self) -> Volume | None:
-        """The labels to write: those the image follows, filtered to the structures to `keep`."""
+        """The labels to write: those the image follows, filtered to the structures to `keep` (see `masks.only`)."""
         if self.labels is None or not self.request.keep:
             return self.labels
         ids = [label_id(name) for name in self.request.keep]
-        return self.labels.with_array(np.where(np.isin(self.labels.array, ids), self.labels.array, np.uint8(0)))
+        return self.labels.with_array(only(self.labels.array, ids, self.labels.spacing_mm))
 
     def outside_body(self, image: Volume) -> Volume:
         """The image with air where a mask with a body says that there is none of it."""
@@ -158,6 +158,11 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
             size or spacing are open and nothing says what they should be; the ranges cannot be read; tumours are to be
             removed.
     """
+    if model.modalities and request.modality not in model.modalities:
+        raise MaisiError(
+            f"The model '{model.name}' knows no {request.modality}, only {', '.join(model.modalities)}; "
+            "leave the modality out, or choose another model."
+        )
     if request.removal:
         raise MaisiError(
             "Generation takes no tumours away; leave --tumor none out, or remove them with `maisi inpaint`."
@@ -204,8 +209,21 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
-    _ = job.of_item(0)
+    _require_kept(request.keep, job.of_item(0).labels)
     return job
+
+
+def _require_kept(names: Sequence[str], labels: Volume | None) -> None:
+    if not names:
+        return
+    if labels is None:
+        raise MaisiError(
+            "There is no label map of which to keep a part; give a mask or a structure, or leave --keep out."
+        )
+    present = ids_in(labels.array)
+    missing = [name for name in names if label_id(name) not in present]
+    if missing:
+        raise MaisiError(f"The label map holds no {missing[0]}; leave it out of --keep.")
 
 
 def _steps_beyond(usual: int, beyond: float, process: Mapping[str, Any]) -> int:

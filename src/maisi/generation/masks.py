@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maisi.anatomy import BODY, TUMORS
-from maisi.data.label_maps import checked_mask
+from maisi.data.label_maps import checked_mask, ids_in
 from maisi.data.mask_import import require_our_ids
 from maisi.data.tumor_masks import with_hosts
 from maisi.io.nifti import read_label_names, read_labels
@@ -29,6 +29,15 @@ def without_tumors(labels: Labels, spacing_mm: tuple[float, float, float]) -> La
         if inside.any():
             result = with_hosts(result, inside, hosts, spacing_mm, BODY)
     return result
+
+
+def only(labels: Labels, ids: Collection[int], spacing_mm: tuple[float, float, float]) -> Labels:
+    """Keep some ids and make the others background; other tumours count as the organ that they grow in. (X, Y, Z)."""
+    present = ids_in(labels)
+    lost = [tumor for tumor in TUMORS if tumor in present and tumor not in ids]
+    if lost:
+        labels = np.where(np.isin(labels, lost), without_tumors(labels, spacing_mm), labels)
+    return np.where(np.isin(labels, list(ids)), labels, np.uint8(0))
 
 
 def read_mask(mask: Volume | Path, custom: Container[int] = ()) -> Volume:

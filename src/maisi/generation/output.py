@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maisi.anatomy import label_names
+from maisi.anatomy import label_names, modality_name
 from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
 from maisi.io.files import new_folder, write_json
@@ -25,6 +25,9 @@ from maisi.volume import Volume
 REQUEST_FILE = "request.json"
 IMAGE, LABELS, RECORD = "image.nii.gz", "labels.nii.gz", "record.json"
 """What an item's folder holds, beside its preview."""
+
+PAINTED = "CT with tissue painted into it by maisi"
+"""What such an image says of itself."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Item:
         peak_memory_bytes: the most memory the process has used.
         custom_labels: names of label ids that only the model knows.
         details: what was decided for it: size, spacing, regions, steps, solver, device.
+        synthetic: whether nobody's body is shown; not so where tissue was painted into a given CT.
     """
 
     image: Volume
@@ -54,6 +58,7 @@ class Item:
     peak_memory_bytes: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     custom_labels: Mapping[int, str] = field(default_factory=dict)
+    synthetic: bool = True
 
     def save(self, folder: Path | str) -> Path:
         """Write the item to a new folder (see `save_item`) and return it."""
@@ -69,11 +74,12 @@ def save_item(folder: Path, item: Item) -> Path:
     from maisi.io.preview import preview
 
     with new_folder(folder) as part:
-        write_volume(part / IMAGE, item.image)
+        said = f"synthetic {modality_name(item.request.modality)} made by maisi" if item.synthetic else PAINTED
+        write_volume(part / IMAGE, item.image, description=said, synthetic=item.synthetic)
         if item.labels is not None:
             ids = ids_in(item.labels.array)
             names = label_names(ids) | {id: name for id, name in item.custom_labels.items() if id in ids}
-            write_volume(part / LABELS, item.labels, names=names)
+            write_volume(part / LABELS, item.labels, description=said, synthetic=item.synthetic, names=names)
         preview(part / "preview.png", item.image, item.labels, title=_title(item))
         write_record(
             part / RECORD,
@@ -84,6 +90,7 @@ def save_item(folder: Path, item: Item) -> Path:
             timings_s=item.timings_s,
             peak_memory_bytes=item.peak_memory_bytes,
             details=item.details,
+            synthetic=item.synthetic,
         )
     return folder
 
@@ -154,4 +161,5 @@ def _title(item: Item) -> str:
     regions = ", ".join(item.details.get("regions", ())) or "region not given"
     size = " x ".join(str(n) for n in item.image.shape)
     spacing = " x ".join(f"{s:.3g}" for s in item.image.spacing_mm)
-    return f"Synthetic: {regions}; {size} voxels of {spacing} mm; seed {item.request.seed}, item {item.number}"
+    kind = "Synthetic" if item.synthetic else "Painted into a given CT"
+    return f"{kind}: {regions}; {size} voxels of {spacing} mm; seed {item.request.seed}, item {item.number}"

@@ -205,10 +205,10 @@ class Model:
             "size": size,
             "spacing": spacing,
             "seed": seed,
-            "structure": tuple(structure),
+            "structure": structure,
             "tumor": tumor,
             "anatomy_size": anatomy_size or {},
-            "keep": tuple(keep),
+            "keep": keep,
             "library": library,
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}

@@ -29,6 +29,8 @@ _MENDS = {
     errno.EPERM: "choose a place you may write to",
     errno.EROFS: "choose a place you may write to",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EEXIST: "a file has that name; choose another",
+    errno.ENOTDIR: "a file is in the place of a folder; choose another place",
 }
 """Faults of the place, not of the program: what the user can do about them."""
 
@@ -137,6 +139,16 @@ def writing(place: Path) -> Iterator[None]:
     except OSError as error:
         _raise_as_maisi(error, place)
         raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those that it lies in, if it is not there yet.
+
+    Raises:
+        MaisiError: it cannot be made there.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

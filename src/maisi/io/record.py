@@ -37,8 +37,9 @@ def write_record(
     timings_s: Mapping[str, float],
     peak_memory_bytes: int | None = None,
     details: Mapping[str, Any] | None = None,
+    synthetic: bool = True,
 ) -> None:
-    """Write the record of one generated item as JSON, atomically; it always says `"synthetic": true`.
+    """Write the record of one item as JSON, atomically; it says `"synthetic": true`, or else `"painted": true`.
 
     Args:
         path: file to make.
@@ -49,12 +50,14 @@ def write_record(
         timings_s: stage -> seconds.
         peak_memory_bytes: the largest memory in use, where known.
         details: further entries that JSON can hold (size, solver, warnings); none repeats a name above.
+        synthetic: whether nobody's body is shown; else tissue was painted into a given CT.
 
     Raises:
         MaisiError: the place cannot be written to.
     """
     record: dict[str, Any] = {
-        "synthetic": True,
+        "synthetic": synthetic,
+        "painted": not synthetic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "request": request.model_dump(mode="json"),
         "item": item,

@@ -23,7 +23,7 @@ from pydantic import Field
 from maisi.config import Config
 from maisi.device import keep_freed_memory
 from maisi.errors import MaisiError
-from maisi.io.files import write_json
+from maisi.io.files import make_folder, write_json
 from maisi.training.state import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
 FREE_SETTINGS = ("loop.", "splitting.")
@@ -101,7 +101,7 @@ def run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     step = _resume(stage, resolved, folder / "checkpoints")
     write_json(folder / "run.json", resolved.model_dump(mode="json"))
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)

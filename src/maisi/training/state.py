@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maisi.errors import MaisiError
-from maisi.io.files import atomic_path
+from maisi.io.files import atomic_path, make_folder
 
 CHECKPOINT_PATTERN = "step-*.safetensors"
 
@@ -83,7 +83,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int = 2) -> Path:
     """Write `step-XXXXXXXX.safetensors` atomically and delete all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / f"step-{step:08d}.safetensors"
     # A copy in memory of its own for each name: safetensors refuses tensors that share storage.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in checkpoint.tensors.items()}

@@ -31,6 +31,7 @@ def assemble(
     name: str,
     *,
     views: Sequence[FieldOfView] = (),
+    modalities: Sequence[str] = (),
     steps: int | None = None,
     mask_steps: int | None = None,
     inpaint_steps: int | None = None,
@@ -52,6 +53,7 @@ def assemble(
         folder: to make; must not exist.
         name: what the model is called; `ddpm-ct` and `rflow-ct` get the released models' table of views.
         views: what the model was trained on.
+        modalities: likewise; () leaves it open.
         steps: default number of denoising steps.
         mask_steps: default number with a mask; None: the same.
         inpaint_steps: default number in inpainting; None: that with a mask.
@@ -93,6 +95,7 @@ def assemble(
             "sha256": {f"{part}.safetensors": sha256(part_folder / f"{part}.safetensors") for part in files} | pins,
             "size_multiple": size_multiple(headers["autoencoder"], headers["unet"]),
             "field_of_view": [view.model_dump() for view in views],
+            "modalities": list(modalities),
             "custom_labels": _own_classes(headers),
             "crop_spacing_mm": crop_spacing_mm,
             "default_steps": steps or usual_steps,

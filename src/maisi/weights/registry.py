@@ -85,6 +85,7 @@ class ModelConfig(Config):
         sha256: the hash of each of the files above, by file name.
         size_multiple: image axes must be multiples of this many voxels; the pipeline pads.
         field_of_view: what the model was trained on; may be empty.
+        modalities: that the model was trained on; empty: not said, and all that its networks can be told are taken.
         custom_labels: classes of the user's own that the model was trained on, id -> name.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints; None: that of any image.
         default_steps: sampling steps unless the request says otherwise.
@@ -112,6 +113,7 @@ class ModelConfig(Config):
     sha256: dict[str, str]
     size_multiple: PositiveInt
     field_of_view: tuple[FieldOfView, ...] = ()
+    modalities: tuple[str, ...] = ()
     custom_labels: dict[int, str] = Field(default={})
     crop_spacing_mm: tuple[PositiveFloat, PositiveFloat] | None = None
     default_steps: PositiveInt
