@@ -45,6 +45,20 @@ def test_a_mask_is_deformed(masks, tmp_path) -> None:
     assert 0.5 < np.isin(one.array, (5, 14)).sum() / np.isin(old.array, (5, 14)).sum() < 0.85
 
 
+def test_tumours_get_other_shapes(masks, tmp_path) -> None:
+    old = read_labels(masks / "a.nii.gz")
+    old.array[26:32, 20:26, 17:22] = 26
+    write_volume(tmp_path / "old.nii.gz", old)
+    still = ("--elastic", 0, "--rotate", 0, "--zoom", "1,1")
+    for name, more in (("same", ()), ("moved", ("--tumors",))):
+        assert run("deform", tmp_path / "old.nii.gz", "-o", tmp_path / f"{name}.nii.gz", *still, *more) == 0
+    same, moved = (read_labels(tmp_path / f"{name}.nii.gz").array for name in ("same", "moved"))
+    np.testing.assert_array_equal(same, old.array)
+    assert (moved == 26).sum() >= 0.8 * (old.array == 26).sum()
+    assert not np.array_equal(moved, old.array)
+    assert np.isin(old.array[moved == 26], (1, 26)).all()
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from maisi.data.preprocess import (
     crop_or_pad,
-    nearest_multiple,
     pad_to_multiple,
     resample,
     resample_to_grid,
@@ -69,10 +68,6 @@ def test_mr_window_puts_its_percentiles_at_0_and_1_and_does_not_clip() -> None:
 def test_mr_without_contrast_is_refused() -> None:
     with pytest.raises(MaisiError, match="contrast"):
         window_mr(np.zeros((4, 4, 4)))
-
-
-def test_training_sizes_are_the_nearest_multiples_but_never_nothing() -> None:
-    assert nearest_multiple((512, 500, 30)) == (512, 512, 128)
 
 
 @settings(deadline=None)

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from maisi.anatomy import BODY
 from maisi.data.phantom import phantom
-from maisi.data.tumor_masks import KEPT, deform_tumor, equivalent_diameter_mm, grow_tumors, with_hosts
+from maisi.data.tumor_masks import KEPT, deform_tumor, deform_tumors, equivalent_diameter_mm, grow_tumors, with_hosts
 from maisi.errors import MaisiError
 from maisi.tumors import KINDS, TumorWish, parse_tumors
 from maisi.volume import Volume
@@ -161,3 +161,18 @@ def test_a_map_without_the_tumour_cannot_deform_it() -> None:
     host = ball_host()
     with pytest.raises(MaisiError, match="no hepatic tumor to deform"):
         deform_tumor(host.array, 26, (1,), host.spacing_mm, np.random.default_rng(0))
+    with pytest.raises(MaisiError, match="no tumours to deform"):
+        deform_tumors(host, np.random.default_rng(0))
+
+
+def test_tumours_of_every_kind_are_deformed(torso) -> None:
+    grown, _ = grow_tumors(torso, parse_tumors(["liver:24mm", "lung:14mm"]), np.random.default_rng(0))
+    deformed = deform_tumors(grown, np.random.default_rng(1))
+    hosts = {26: (1, 26), 23: (28, 29, 30, 31, 32, 23)}
+    for tumor, ids in hosts.items():
+        before, after = grown.array == tumor, deformed.array == tumor
+        assert after.sum() >= KEPT * before.sum()
+        assert (before != after).any()
+        assert np.isin(grown.array[after], ids).all()
+    elsewhere = ~np.isin(grown.array, [id for ids in hosts.values() for id in ids])
+    np.testing.assert_array_equal(deformed.array[elsewhere], grown.array[elsewhere])

@@ -77,16 +77,21 @@ def search(
 @click.option("--elastic", type=float, metavar="MM", help="Largest displacement.  [default: 5]")
 @click.option("--rotate", type=float, metavar="DEGREES", help="Largest turn about each axis.  [default: 4]")
 @click.option("--zoom", metavar="LOW,HIGH", help="Factors on the size of everything.  [default: 0.95,1.05]")
+@click.option("--tumors", is_flag=True, help="Give its tumours other shapes within their hosts, too.")
 def deform(
     mask: Path,
     output: Path,
     seed: int,
+    tumors: bool,
     anatomy_size: Sequence[str],
     elastic: float | None,
     rotate: float | None,
     zoom: str | None,
 ) -> None:
-    """Turn, stretch and bend MASK at random, then give structures other volumes."""
+    """Turn, stretch and bend MASK at random, then give structures other volumes.
+
+    With --tumors each tumour is turned, zoomed and bent by itself, so that at least 80 % of it is left within its host.
+    """
     import numpy as np
 
     from maisi.anatomy import label_id
@@ -98,6 +103,7 @@ def deform(
         scale_organs,
     )
     from maisi.data.mask_deform import deform as deform_labels
+    from maisi.data.tumor_masks import deform_tumors
     from maisi.io.nifti import write_volume
     from maisi.request import parse_anatomy_sizes
 
@@ -109,6 +115,8 @@ def deform(
     check_sizes(labels, sizes)
     moved = deform_labels(labels, draw_deformation(np.random.default_rng(seed), ranges, labels))
     result = scale_organs(moved, sizes)
+    if tumors:
+        result = deform_tumors(result, np.random.default_rng([seed, 1]))
     write_volume(output, result, description="label map deformed by maisi", synthetic=False)
     click.echo(str(output))
 

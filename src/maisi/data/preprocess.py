@@ -27,7 +27,6 @@ STORED_HU = (-1024, 3071)
 """Range of a CT's 12 bits; metal beyond it is clipped."""
 
 MR_PERCENTILES = (0.0, 99.5)
-TRAINING_MULTIPLE = 128
 LARGEST_SIZE = 4096  # voxels per axis that resampling will make
 OFFSET_HU = 1024  # what scanners add to HU to store them unsigned
 
@@ -57,12 +56,6 @@ def window_mr(values: Array) -> NDArray[np.float32]:
         raise MaisiError(f"The image has the value {low:g} nearly everywhere; give an MR image with contrast.")
     scaled: NDArray[np.float32] = ((values - low) / (high - low)).astype(np.float32)
     return scaled
-
-
-def nearest_multiple(size: Triple, multiple: int = TRAINING_MULTIPLE) -> Triple:
-    """Round each axis to the nearest multiple, at least one: the size at which diffusion is trained."""
-    x, y, z = (max(1, round(n / multiple)) * multiple for n in size)
-    return (x, y, z)
 
 
 def hu_fault(array: Array) -> str | None:

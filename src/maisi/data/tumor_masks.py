@@ -129,6 +129,21 @@ def deform_tumor(
     raise MaisiError(f"The {label_name(tumor)} fits its host in none of {TRIES} deformations; leave it as it is.")
 
 
+def deform_tumors(labels: Volume, rng: np.random.Generator) -> Volume:
+    """Deform the tumours of every kind that is there, see `deform_tumor`.
+
+    Raises:
+        MaisiError: there are none, or no draw fits a host.
+    """
+    array = np.asarray(labels.array)
+    present = [tumor for tumor in TUMORS if (array == tumor).any()]
+    if not present:
+        raise MaisiError("The label map has no tumours to deform; give one that has.")
+    for tumor in present:
+        array = deform_tumor(array, tumor, TUMORS[tumor], labels.spacing_mm, rng)
+    return labels.with_array(array)
+
+
 def with_hosts(labels: Labels, inside: Mask, hosts: Sequence[int], spacing_mm: Spacing, otherwise: int) -> Labels:
     """Replace what is `inside` by the nearest of the hosts, in mm; by `otherwise` where the map has none. (X, Y, Z)."""
     result, margin = labels.copy(), _NEAR_MM
