@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maisi.anatomy import TUMORS, label_id
+from maisi.anatomy import TUMORS
 from maisi.conditions import Conditions
 from maisi.config import read_yaml
 from maisi.cuda_graph import CudaGraphs
@@ -741,14 +741,12 @@ def train_controlnet(
     net.requires_grad_(True).train()
     placed(net, device)
     settings = OptimizerConfig(
-        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=a.ema
+        kind="muon", learning_rate=a.rate, schedule="cosine", final_fraction=0.03, warmup_steps=200, ema_decay=0.998
     )
     student = Student("controlnet", net, settings, NOMINAL)
     table = torch.from_numpy(config.told_table()).to(device)
     weights_of = torch.ones(256, device=device)
     weights_of[list(run.weighted_labels)] = run.label_weight
-    for name, weight in a.heavy.items():
-        weights_of[label_id(name)] = weight
     sizes = list(banks)
     torch.manual_seed(a.seed + 1)
     rng, generator = np.random.default_rng(a.seed + 1), torch.Generator().manual_seed(a.seed + 1)
@@ -861,12 +859,8 @@ def main() -> None:
     parser.add_argument("--begun", type=Path, help="a U-Net to go on with")
     parser.add_argument("--begun-controlnet", type=Path, help="a ControlNet to go on with")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of U-Net and ControlNet")
-    parser.add_argument("--ema", type=float, default=0.998, help="decay of the ControlNet's averaged weights")
     parser.add_argument("--seed", type=int, default=1, help="of views, noise and order")
     parser.add_argument("--cut", type=float, default=0.0, help="share of views of heads without shoulders")
-    parser.add_argument(
-        "--heavy", type=json.loads, default={}, help="of labels in the ControlNet's loss: JSON of names and weights"
-    )
     parser.add_argument("--most", type=int, default=5000, help="views on the GPU at a time, of 5 MB each")
     parser.add_argument("--renew", type=float, default=15, help="seconds after which views drawn since are taken")
     parser.add_argument("--views", type=Path, default=Path("/tmp/maisi-views"), help="where drawn views wait")
