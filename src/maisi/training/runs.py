@@ -6,7 +6,9 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pydantic
@@ -63,39 +65,22 @@ def example_of(run_class: type[Config], command: str) -> str:
 
 
 def _run_class(stage: str) -> type[Config]:
-    if stage == "autoencoder":
-        from maisi.training.autoencoder import AutoencoderRun
-
-        return AutoencoderRun
-    if stage == "diffusion":
-        from maisi.training.diffusion import DiffusionRun
-
-        return DiffusionRun
-    if stage == "controlnet":
-        from maisi.training.controlnet import ControlNetRun
-
-        return ControlNetRun
-    if stage == "mask-autoencoder":
-        from maisi.training.mask_autoencoder import MaskAutoencoderRun
-
-        return MaskAutoencoderRun
-    if stage == "mask-diffusion":
-        from maisi.training.mask_diffusion import MaskDiffusionRun
-
-        return MaskDiffusionRun
-    raise MaisiError(f"There is no stage '{stage}'; choose one of {', '.join(STAGES)}.")
+    if stage not in STAGES:
+        raise MaisiError(f"There is no stage '{stage}'; choose one of {', '.join(STAGES)}.")
+    return getattr(_module(stage), f"{_camel(stage)}Run")  # type: ignore[no-any-return]
 
 
-def _stage_class(stage: str):  # type: ignore[no-untyped-def]
-    from maisi.training import autoencoder, controlnet, diffusion, mask_autoencoder, mask_diffusion
+def _stage_class(stage: str) -> Callable[[Any], Stage]:
+    return getattr(_module(stage), f"{_camel(stage)}Stage")  # type: ignore[no-any-return]
 
-    return {
-        "autoencoder": autoencoder.AutoencoderStage,
-        "diffusion": diffusion.DiffusionStage,
-        "controlnet": controlnet.ControlNetStage,
-        "mask-autoencoder": mask_autoencoder.MaskAutoencoderStage,
-        "mask-diffusion": mask_diffusion.MaskDiffusionStage,
-    }[stage]
+
+def _module(stage: str) -> ModuleType:
+    """Only the stage's own module is imported, since each imports what it trains."""
+    return import_module(f"maisi.training.{stage.replace('-', '_')}")
+
+
+def _camel(stage: str) -> str:
+    return "ControlNet" if stage == "controlnet" else "".join(word.capitalize() for word in stage.split("-"))
 
 
 def _paths(config: Config) -> list[Path]:
