@@ -17,6 +17,7 @@ import torch
 
 import maisi
 from maisi import cli
+from maisi.data.latents import load_latent
 from maisi.data.phantom import phantom
 from maisi.io.nifti import read_labels, read_volume, write_volume
 from maisi.splitting import plan as planning
@@ -415,6 +416,49 @@ def test_phantom_and_segment(tmp_path, capsys) -> None:
     assert 200 in read_labels(tmp_path / "labels.nii.gz").array
     assert cli.run(["phantom", *grid, "-o", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_contrast_ct_is_encoded_as_a_ct_is(model_folder, tmp_path, capsys) -> None:
+    image = phantom((24, 24, 16), (8, 8, 8), ("chest",), 1)[0]
+    write_volume(tmp_path / "ct.nii.gz", image)
+    made = []
+    for modality in ("ct", "ct_contrast"):
+        out = tmp_path / f"{modality}.safetensors"
+        words = ["encode", str(tmp_path / "ct.nii.gz"), "-o", str(out), "--model", str(model_folder)]
+        assert cli.run([*words, "--modality", modality]) == 0
+        made.append(load_latent(out))
+    np.testing.assert_array_equal(made[0].mean, made[1].mean)
+    assert [latent.modality for latent in made] == ["ct", "ct_contrast"]
+    write_volume(tmp_path / "off.nii.gz", image.with_array(np.clip((image.array + 1000) // 10, 0, 255)))
+    words = [
+        "encode",
+        str(tmp_path / "off.nii.gz"),
+        "-o",
+        str(tmp_path / "x.safetensors"),
+        "--model",
+        str(model_folder),
+    ]
+    assert cli.run([*words, "--modality", "ct_contrast"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["inpaint", "ct.nii.gz", "--tumor", "lung:9mm", "--by", "rules", "--steps", "3", "-o", "out"], "--steps"),
+        (["inpaint", "ct.nii.gz", "--tumor", "lung:9mm", "--by", "rules", "--device", "x", "-o", "out"], "--device"),
+        (["prepare", "cases.json", "--precision", "foo", "-o", "out"], "--precision"),
+        (["prepare", "data", "--views", "views.yaml", "--validation-share", "0.3", "-o", "out"], "--validation-share"),
+        (["evaluate", "fidelity", "x", "--steps", "5", "-o", "out"], "--steps"),
+        (["evaluate", "fidelity", "x", "--segmenter", "trained", "--train", "y", "--from", "n", "-o", "out"], "--from"),
+    ],
+)
+def test_options_without_an_effect_are_refused(words, option, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(words) == 2
+    said = capsys.readouterr().err
+    assert f"maisi: {option} " in said
+    assert "leave it out" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["segment", "encode"])

@@ -51,6 +51,20 @@ def test_names_become_devices_or_sentences() -> None:
             resolve_device("cuda")
 
 
+def test_what_pytorch_keeps_of_freed_memory_is_free(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda")) == 45
+
+
+def test_apples_gpu_is_taken_only_where_it_is_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto").type == "cpu"
+    assert resolve_device("mps").type == "mps"
+
+
 def test_precisions() -> None:
     cpu = torch.device("cpu")
     assert resolve_precision("fp32", cpu) == torch.float32

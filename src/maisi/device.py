@@ -22,7 +22,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn a member of `DEVICES` into a device that is there; `auto` takes CUDA, then Apple's GPU, then the CPU.
+    """Turn a member of `DEVICES` into a device that is there; `auto` takes CUDA, then the CPU.
+
+    Apple's GPU is taken where it is asked for: nothing here was ever run on one.
 
     Raises:
         MaisiError: the device is unknown or not there.
@@ -33,7 +35,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise MaisiError(f"Unknown device '{name}'; choose from {', '.join(DEVICES)}.")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, found in there.items() if found)
+        name = "cuda" if there["cuda"] else "cpu"
     if not there[name]:
         raise MaisiError(f"PyTorch finds no device '{name}' here; choose auto or cpu.")
     return torch.device(name)
@@ -78,11 +80,15 @@ def placed(
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device (for Apple's GPU and the CPU: in the machine)."""
+    """Return the bytes that are free on the device (for Apple's GPU and the CPU: in the machine).
+
+    What PyTorch keeps of freed memory on a CUDA device is free, too: this process takes it first.
+    """
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from maisi import cli
 from maisi.data.phantom import phantom_labels
-from maisi.io.nifti import read_labels, write_volume
+from maisi.io.nifti import read_label_names, read_labels, write_volume
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_tumours_get_other_shapes(masks, tmp_path) -> None:
     assert (moved == 26).sum() >= 0.8 * (old.array == 26).sum()
     assert not np.array_equal(moved, old.array)
     assert np.isin(old.array[moved == 26], (1, 26)).all()
+    assert read_label_names(tmp_path / "moved.nii.gz")[26] == "hepatic tumor"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_inpaint_writes_items_and_goes_on(model_folder, scan, tmp_path, capsys) 
     out = tmp_path / "out"
     assert inpaint(model_folder, scan, out, "--tumor", "liver:40mm", "-n", "2") == 0
     record = json.loads((out / "0001" / "record.json").read_text())
-    assert record["synthetic"] is True
+    assert (record["synthetic"], record["painted"]) == (False, True)
     assert record["tumors"][0]["kind"] == "liver"
     assert record["painted_by"] == "network"
     names = {path.name for path in (out / "0001").iterdir()}

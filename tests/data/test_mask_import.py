@@ -219,6 +219,26 @@ def test_names_in_the_file_tell_the_vocabulary() -> None:
     import_masks([source(labels, "vista3d", names={5: "right kidney"})])
 
 
+def test_names_that_no_vocabulary_has_are_refused_and_single_ones_told(foreign: Volume) -> None:
+    vessels = foreign.with_array(np.where(np.isin(foreign.array, (1, 2)), foreign.array, 0).astype(np.uint8))
+    with pytest.raises(
+        MaisiError, match=r"otherwise than totalsegmentator \(1 is 'lung_vessels' there, 'spleen' here\)"
+    ):
+        import_masks([source(vessels, names={1: "lung_vessels", 2: "lung_trachea_bronchia"})])
+    names = {id: name for id, name in vocabulary("totalsegmentator").names.items() if id in np.unique(foreign.array)}
+    assert not any("there, '" in warning for warning in import_masks([source(foreign, names=names)])[1].warnings)
+    told = import_masks([source(foreign, names=names | {1: "milt"})])[1].warnings
+    assert any("1 is 'milt' there, 'spleen' here" in warning for warning in told)
+
+
+def test_a_mirrored_mask_without_pairs_is_refused(torso: tuple[Volume, Volume]) -> None:
+    labels = torso[1]
+    kept = labels.with_array(np.where(np.isin(labels.array, (1, 3, 6, 7, 12)), labels.array, 0).astype(np.uint8))
+    import_masks([source(kept, "maisi")])
+    with pytest.raises(MaisiError, match="is mirrored: its unpaired organs lie on the wrong side"):
+        import_masks([source(kept.with_array(kept.array[::-1]), "maisi")])
+
+
 def test_ids_of_no_vocabulary_want_a_table(foreign: Volume) -> None:
     with pytest.raises(MaisiError, match=r"lacks \(254\).*TABLE.json"):
         import_masks([source(foreign.with_array(np.full(foreign.shape, 254, np.uint8)))])
@@ -305,6 +325,15 @@ def test_the_hull_of_a_ball_is_a_larger_ball_and_legs_stay_apart() -> None:
     radius = np.sqrt(np.count_nonzero(body[:40, :, 10]) * 9 / np.pi)
     assert radius == pytest.approx(30 + GROWN_MM, abs=2.5)
     assert body[array != 0].all()
+
+
+@pytest.mark.parametrize(("step", "count"), [(0.8, 50), (1.25, 102)])
+def test_a_hull_reaches_the_first_and_the_last_section(step: float, count: int) -> None:
+    labels = np.zeros((60, 60, count), np.uint8)
+    labels[20:40, 20:40] = 1
+    found = hull(Volume.from_spacing(labels, (3.0, 3.0, step)))
+    areas = found.sum(axis=(0, 1))
+    assert areas.min() > 0.9 * areas.max()
 
 
 def test_a_fine_envelope_is_the_coarse_one_with_the_skin_of_the_fine_scan() -> None:

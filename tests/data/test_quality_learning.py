@@ -151,6 +151,21 @@ def test_a_list_and_a_prepared_folder_tell_nearly_the_same(tmp_path: Path, pairs
         assert from_list.organs[organ].cases == 2
 
 
+def test_a_list_with_own_classes_and_one_with_a_ct_that_is_not_in_hu(tmp_path: Path, pairs) -> None:
+    image, labels = pairs[0]
+    own = labels.with_array(np.where(labels.array == 3, 150, labels.array).astype(np.uint8))
+    for name, ct in (("good", image), ("off", image.with_array(np.clip((image.array + 1000) // 10, 0, 255)))):
+        write_volume(tmp_path / f"{name}.nii.gz", ct)
+        write_volume(tmp_path / f"{name}-mask.nii.gz", own)
+        row = {"id": name, "patient": name, "image": f"{name}.nii.gz", "labels": f"{name}-mask.nii.gz"}
+        values = {"version": 1, "cases": [row], "custom_labels": {"150": "stent"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    ((_, found),) = pairs_of(tmp_path / "good.json")
+    assert (found.array == 150).any()
+    with pytest.raises(MaisiError, match="Case off does not hold HU"):
+        list(pairs_of(tmp_path / "off.json"))
+
+
 def test_no_case_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MaisiError, match="no CT with a label map"):
         learn([], "cases.json")

@@ -137,6 +137,16 @@ def test_fine_scans_keep_their_grid() -> None:
     assert dice(found.array > 0, labels.array > 0) > 0.97
 
 
+@pytest.mark.parametrize(("step", "count"), [(0.4, 54), (0.625, 102)])
+def test_thin_sections_have_a_body_to_the_last(step: float, count: int) -> None:
+    x, y = np.meshgrid(np.arange(60), np.arange(60), indexing="ij")
+    section = np.where(np.hypot(x - 30, y - 30) < 24, 40, -1000).astype(np.int16)
+    ct = Volume.from_spacing(np.repeat(section[:, :, None], count, axis=2), (3.0, 3.0, step))
+    for body in (segment(ct).array > 0, envelope(ct).array):
+        areas = body.sum(axis=(0, 1))
+        assert areas.min() == areas.max() > 1500
+
+
 def test_air_alone_is_nobody() -> None:
     empty = Volume.from_spacing(np.full((12, 12, 12), -1000, np.int16), (3, 3, 3))
     assert not segment(empty).array.any()

@@ -18,7 +18,7 @@ from maisi.data.mask_postprocess import clean
 from maisi.errors import MaisiError
 from maisi.generation.codec import coding_plan, fast_layout
 from maisi.generation.mask_generator import MaskGenerator, decode_classes, make_order, painted, score_parts
-from maisi.io.nifti import read_labels
+from maisi.io.nifti import read_label_names, read_labels
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.request import Request
@@ -193,6 +193,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert {path.name for path in item.iterdir()} == {"labels.nii.gz", "preview.png", "record.json"}
         labels = read_labels(item / "labels.nii.gz")
         assert (labels.array == expected).all()
+        assert read_label_names(item / "labels.nii.gz")[200] == "body"
         assert labels.spacing_mm == pytest.approx(SPACING)
         record = json.loads((item / "record.json").read_text())
         assert record["anatomy_sizes"]["liver"] == 0.6
@@ -221,6 +222,17 @@ def test_refusals(
     assert run(["mask", "generate", "--model", str(folder), *words, "-o", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_map_that_would_be_too_large_is_refused_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("maisi.generation.mask_generator.MAX_VOXELS", 64 * 32 * 32)
+    words = ["mask", "generate", "--model", str(folder), "-o", str(tmp_path / "out"), "--spacing"]
+    assert run([*words, "0.3,0.3,0.3"]) == 2
+    assert "million; give a coarser spacing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run([*words, "4,4.5,5"]) == 0
 
 
 def test_a_model_without_mask_networks_makes_none(

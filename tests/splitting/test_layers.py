@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,8 +13,34 @@ from maisi.layers.convolution import conv1, conv3
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import autoencoder as split
 from maisi.splitting.execution import Execution, upsampled
-from maisi.splitting.layers import Convolved, Moments, TransposedConvolved, mixed, widened
+from maisi.splitting.layers import Convolved, Moments, TransposedConvolved, doubles, mixed, widened
 from maisi.splitting.maps import Whole
+
+
+def test_frozen_kernels_kept_in_inference_mode_serve_gradients_too() -> None:
+    layer = Upsample(8, "nearest").requires_grad_(False)
+    x = torch.randn(1, 8, 6, 6, 6)
+    with torch.inference_mode():
+        before = layer(x)
+    x.requires_grad_(True)
+    after = layer(x)
+    after.sum().backward()
+    torch.testing.assert_close(after.detach(), before.clone())
+    assert x.grad is not None
+
+
+def test_a_device_without_float64_leaves_that_to_the_cpu() -> None:
+    class There:
+        """A tensor of a device that nobody has here."""
+
+        device = SimpleNamespace(type="mps")
+
+        def cpu(self) -> torch.Tensor:
+            return torch.ones(2)
+
+    assert doubles(There()).dtype == torch.float64  # type: ignore[arg-type]
+    assert doubles(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64
+
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from maisi.config import Config
 from maisi.errors import MaisiError
-from maisi.networks.controlnet import ControlNetConfig
+from maisi.networks.controlnet import ControlNet, ControlNetConfig
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.weights.convert import convert, export_official, rename
 from maisi.weights.infer import infer_config
@@ -156,6 +156,28 @@ def test_narrow_file_there_and_back(tmp_path: Path):
     assert header.scale_factor == 1.5
     first, second = (load_network(tmp_path / n).state_dict() for n in ("narrow.safetensors", "back.safetensors"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_inpainting_controlnet_there_and_back(tmp_path: Path):
+    config = ControlNetConfig(
+        channels=(8, 16),
+        num_res_blocks=(1, 1),
+        attention_levels=(False, False),
+        head_channels=8,
+        norm_groups=4,
+        image_channels=2,
+    )
+    save_network(tmp_path / "ours.safetensors", ControlNet(config))
+    export_official(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
+    header = convert(
+        tmp_path / "theirs.pt", tmp_path / "back.safetensors", settings={"norm_groups": 4, "head_channels": 8}
+    )
+    assert (header.config["mask_channels"], header.config["image_channels"]) == (8, 2)
+    told = ControlNet(config.model_copy(update={"told_as": {95: (33, 34)}}))
+    save_network(tmp_path / "told.safetensors", told)
+    with pytest.raises(MaisiError, match="told_as"):
+        export_official(tmp_path / "told.safetensors", tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
 
 
 def test_stored_half_precision_is_kept(tmp_path: Path):

@@ -20,6 +20,7 @@ from maisi.cli.options import (
     FILE,
     cache_option,
     progress,
+    refuse_given,
     require_new,
     result_option,
     say_result,
@@ -75,6 +76,10 @@ def fidelity(
     require_new(output)
     if segmenter != TRAINED and (train or structure):
         raise MaisiError("--train and --structure are for --segmenter trained; leave them out.")
+    if segmenter == TRAINED:
+        refuse_given(["vocabulary"], "says what the ids of a command mean, and this segmenter needs none")
+    else:
+        refuse_given(training, "is for --segmenter trained")
     judge = None if segmenter == TRAINED else _segmenter(segmenter, vocabulary)
     from maisi.evaluation.volumes import Found, find_entries, readable
 

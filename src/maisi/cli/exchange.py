@@ -40,4 +40,4 @@ def export(folders: Sequence[Path], to: str, output: Path, keep: str | None, fol
 
 def _label(word: str) -> int | str:
     """An id or a name, which may be one that the masks give."""
-    return int(word) if word.strip().isdigit() else word.strip()
+    return int(word) if word.strip().isdecimal() else word.strip()

@@ -15,6 +15,7 @@ from maisi.cli.options import (
     items_options,
     output_option,
     ranges_option,
+    refuse_given,
     require_first,
     running_options,
     say_items,
@@ -136,6 +137,8 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
     from maisi.request import Request
 
     request = Request.parse(**wishes)
+    if request.by == "rules":
+        refuse_given(["steps", "solver", "guidance", "device", "precision"], "is for networks, and rules paint here")
     require_first(first)
     from maisi.generation.inpaint_job import make_inpaint_job
     from maisi.generation.output import destination

@@ -56,14 +56,14 @@ def encode(
     may share it (torchrun -m maisi encode ...). An MR image is read whole by one, since its percentiles are those of
     all voxels.
     """
-    from maisi.anatomy import parse_modality
+    from maisi.anatomy import modality_name, parse_modality
     from maisi.io.nifti import opened_rows, read_volume
     from maisi.volume import Volume
 
     require_new(output, ".safetensors")
     modality, limit = parse_modality(modality), set_up_memory(memory)
     path = autoencoder_file(model, autoencoder)
-    streamed = modality == "ct"
+    streamed = modality_name(modality) == "CT"
     if processes() > 1 and not streamed:
         raise MaisiError("Processes can share a CT only, since an MR image is read whole; start one process.")
     with opened_rows(image) if streamed else nullcontext(read_volume(image).to_ras()) as source:
@@ -84,7 +84,7 @@ def encode(
             if isinstance(source, Volume):
                 latent: Latent | None = codec.encode(network, source, modality, notes, chosen)
             else:
-                latent = codec.encode_rows(network, source, chosen, notes, group)
+                latent = codec.encode_rows(network, source, chosen, notes, group, modality)
             if latent is not None:
                 save_latent(output, latent)
                 tell(f"{output}: {' x '.join(map(str, latent.mean.shape))}")

@@ -94,8 +94,8 @@ def deform(
     """
     import numpy as np
 
-    from maisi.anatomy import label_id
-    from maisi.data.label_maps import checked_mask
+    from maisi.anatomy import label_id, label_names
+    from maisi.data.label_maps import checked_mask, ids_in
     from maisi.data.mask_deform import (
         DeformationRanges,
         check_sizes,
@@ -117,7 +117,8 @@ def deform(
     result = scale_organs(moved, sizes)
     if tumors:
         result = deform_tumors(result, np.random.default_rng([seed, 1]))
-    write_volume(output, result, description="label map deformed by maisi", synthetic=False)
+    names = label_names(set(ids_in(result.array)))
+    write_volume(output, result, description="label map deformed by maisi", synthetic=False, names=names)
     click.echo(str(output))
 
 

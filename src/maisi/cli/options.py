@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+from click.core import ParameterSource
 
 from maisi.errors import MaisiError
 
@@ -68,6 +69,23 @@ def running_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where networks run."""
     command = click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16.")(command)
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")(command)
+
+
+def refuse_given(names: Iterable[str], why: str) -> None:
+    """Refuse parameters of the running command that would have no effect.
+
+    Args:
+        names: of the parameters.
+        why: rest of the sentence that begins with the option.
+
+    Raises:
+        MaisiError: one of them was given.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is ParameterSource.COMMANDLINE:
+            raise MaisiError(f"{parameter.opts[0]} {why}; leave it out.")
 
 
 def budget_options(command: Callable[..., None]) -> Callable[..., None]:

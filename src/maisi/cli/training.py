@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from maisi.cli.options import FILE, autoencoder_file, autoencoder_options, output_option, progress, running_options
+from maisi.cli.options import (
+    FILE,
+    autoencoder_file,
+    autoencoder_options,
+    output_option,
+    progress,
+    refuse_given,
+    running_options,
+)
 from maisi.errors import MaisiError
 
 
@@ -31,8 +39,10 @@ def prepare(source: Path, output: Path, validation_share: float, seed: int, view
     maisi prepare prepared --views views.yaml --autoencoder autoencoder.safetensors -o latents
     """
     if views is not None:
+        refuse_given(["validation_share", "seed"], "is of case lists, and views say their own seed")
         _prepare_latents(source, views, output, **network)
         return
+    refuse_given(network, "is for --views")
     from maisi.data.manifest import read_cases
     from maisi.data.prepare import prepare as prepare_cases
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, LINGULA, OPPOSITE, label_name, name_key, opposite
 from maisi.data.label_maps import VOCABULARIES, Vocabulary, counts, ids_in, merge, translated, vocabulary
-from maisi.data.preprocess import hu_fault, resample, resample_to_grid
+from maisi.data.preprocess import edged, hu_fault, resample, resample_to_grid
 from maisi.data.segmentation import envelope, with_organs
 from maisi.errors import MaisiError
 from maisi.volume import Volume
@@ -47,6 +47,7 @@ LEFT_OF = ((3, 1), (12, 1), (6, 7))
 
 _GUESS = "the body is a guess from the labels alone; a CT (--ct) would show it"
 _SURE, _DOUBTFUL, _ENOUGH = 0.9, 0.7, 6
+_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def import_masks(
     mask = merge([mask], body=shown)
     whole = Structure(BODY, label_name(BODY), _ml(int(counts(mask)[BODY]), grid), None)
     warnings = [*((_GUESS,) if body == "labels" else ()), *_warnings(structures, found, custom)]
+    warnings += [f"{source.name}: {one}" for source in sources for one in _name_warnings(source)]
     result = grid.with_array(mask)
     if spacing_mm is not None:
         result = resample(result.to_ras(), spacing_mm, order=0)
@@ -304,7 +306,7 @@ def hull(labels: Volume) -> Bools:
         body |= ndimage.minimum_filter1d(between, 2 * reach + 1, axis=2, mode="constant").view(np.bool_)
     for k in range(work.shape[2]):
         body[:, :, k] = _within(body[:, :, k], GROWN_MM, (sx, sy))
-    fine = resample_to_grid(work.with_array(body.view(np.uint8)), labels, order=0).array
+    fine = resample_to_grid(edged(work.with_array(body.view(np.uint8))), labels, order=0).array
     result: Bools = (fine | inside.array) != 0
     return result
 
@@ -386,13 +388,17 @@ def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:
         mend = f"use --from {fits[-1].name}, which has them all" if fits else "use --from TABLE.json that maps them"
         some = ", ".join(str(id) for id in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
         raise MaisiError(f"{source.name} holds ids that {words.name} lacks ({some}); {mend}.")
-    named = {id: name for id, name in source.names.items() if id in found}
+    named = _named(source, found)
     if words.names and named and _name_share(named, words) < 0.5:
         better = [v.name for v in others if _name_share(named, v) >= _SURE]
         if better:
             raise MaisiError(
                 f"{source.name} names its classes as {better[0]} does, not {words.name}; use it as --from."
             )
+        raise MaisiError(
+            f"{source.name} names its classes otherwise than {words.name} ({_otherwise(named, words)[0]}); "
+            "use --from TABLE.json that maps them."
+        )
     share, tests = _order_share(found, words)
     if tests >= _ENOUGH and share < _DOUBTFUL:
         for other in others:
@@ -401,6 +407,22 @@ def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:
                     f"{source.name}: as {words.name}, its vertebrae and sides are in disorder, as {other.name} "
                     f"they are in order; use --from {other.name}."
                 )
+
+
+def _named(source: Source, found: Container[int]) -> dict[int, str]:
+    """What the file calls the classes that it holds, but for the user's own."""
+    own = source.vocabulary.custom
+    return {id: name for id, name in source.names.items() if id in found and source.vocabulary.to.get(id) not in own}
+
+
+def _otherwise(named: Mapping[int, str], words: Vocabulary) -> list[str]:
+    """In words, which classes the file calls otherwise than the vocabulary."""
+    ours = {id: words.names.get(id, "nothing") for id in named}
+    return [
+        f"{id} is '{name}' there, '{ours[id]}' here"
+        for id, name in named.items()
+        if name_key(ours[id]) != name_key(name)
+    ]
 
 
 def _others(source: Source, found: Mapping[int, Found]) -> list[Vocabulary]:
@@ -448,12 +470,17 @@ def _check_sides(source: Source, found: Mapping[int, Found], custom: Mapping[int
     ours = _ours(found, source.vocabulary.to)
     pairs = _sides(ours, custom)
     wrong = [left.centre[0] > right.centre[0] for left, right in pairs.values()]
+    organs = [ours[a].centre[0] > ours[b].centre[0] for a, b in LEFT_OF if a in ours and b in ours]
+    if not pairs and len(organs) > 1 and all(organs):
+        raise MaisiError(
+            f"{source.name} is mirrored: its unpaired organs lie on the wrong side of each other; "
+            "mend the affine in its header (and the CT's, if that is mirrored)."
+        )
     if not pairs or 2 * sum(wrong) <= len(wrong):
         return False
     count = f"{sum(wrong)} of {len(wrong)} paired structures"
     ordered = [v.name for v in _others(source, found) if _order_share(found, v)[0] >= _SURE]
     instead = f", or say --from {ordered[0]} if that is what its ids mean" if ordered else ""
-    organs = [ours[a].centre[0] > ours[b].centre[0] for a, b in LEFT_OF if a in ours and b in ours]
     if organs and 2 * sum(organs) > len(organs):
         raise MaisiError(
             f"{source.name} is mirrored: {count} and its unpaired organs lie on the wrong side of each other; "
@@ -508,6 +535,14 @@ def _body(mask: NDArray[np.uint8], grid: Volume, ct: Volume | None) -> tuple[Boo
     if given.any():
         return given, "given"
     return hull(grid.with_array(mask)), "labels"
+
+
+def _name_warnings(source: Source) -> list[str]:
+    """Which classes the file calls otherwise than the vocabulary that it is said to follow, a few of them."""
+    words = source.vocabulary
+    if not words.names or not source.names:
+        return []
+    return _otherwise(_named(source, ids_in(source.labels.array)), words)[:_TOLD]
 
 
 def _structures(

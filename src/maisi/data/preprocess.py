@@ -136,6 +136,16 @@ def resample_to_grid(volume: Volume, like: Volume, order: int = 1, fill: float |
     return Volume(np.ascontiguousarray(_as_dtype(result, volume.array.dtype)), like.affine)
 
 
+def edged(volume: Volume) -> Volume:
+    """The volume with its outermost voxels once more around it.
+
+    A coarse grid may end up to half a voxel before the fine one that it was made of; what is brought back needs more.
+    """
+    affine = volume.affine.copy()
+    affine[:3, 3] -= affine[:3, :3].sum(axis=1)
+    return Volume(np.pad(volume.array, 1, mode="edge"), affine)
+
+
 def crop_or_pad(volume: Volume, size: Triple, value: float | None = None) -> Volume:
     """Crop or pad each axis symmetrically to `size`; the affine follows, so that no voxel moves in the world.
 

@@ -17,7 +17,7 @@ import numpy as np
 from maisi.data.manifest import Case, read_cases
 from maisi.data.prepare import label_map
 from maisi.data.prepared import PreparedCase, PreparedFolder, Split
-from maisi.data.preprocess import STORED_HU
+from maisi.data.preprocess import STORED_HU, hu_fault
 from maisi.data.quality import (
     ORGANS,
     ContrastRange,
@@ -71,8 +71,9 @@ def pairs_of(
         labelled = [case for case in cases if case.is_ct and case.labels is not None]
         makers = [partial(_prepared_pair, folder, case) for case in labelled]
     else:
-        listed = [case for case in read_cases(source).cases if split in (None, case.split)]
-        makers = [partial(_listed_pair, case) for case in listed if case.modality.startswith("ct")]
+        given = read_cases(source)
+        listed = [case for case in given.cases if split in (None, case.split)]
+        makers = [partial(_listed_pair, case, given.custom_labels) for case in listed if case.modality.startswith("ct")]
     for done, make in enumerate(makers):
         yield make()
         if progress:
@@ -192,7 +193,9 @@ def _prepared_pair(folder: PreparedFolder, case: PreparedCase) -> Pair:
     return Volume(np.array(folder.image(case)), affine), Volume(np.array(folder.labels(case)), affine)
 
 
-def _listed_pair(case: Case) -> Pair:
+def _listed_pair(case: Case, custom: Mapping[int, str]) -> Pair:
     image = read_volume(case.image).to_ras()
+    if fault := hu_fault(image.array):
+        raise MaisiError(f"Case {case.id} does not hold HU: {fault}.")
     image = image.with_array(np.clip(np.rint(image.array), *STORED_HU).astype(np.int16))
-    return image, image.with_array(label_map(case, image))
+    return image, image.with_array(label_map(case, image, custom))

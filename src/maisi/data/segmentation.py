@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from maisi.anatomy import BACKGROUND, BODY, LUNGS, TARGET_VOLUME, UNNAMED_BONE, label_id
 from maisi.data.label_maps import counts
-from maisi.data.preprocess import resample, resample_to_grid, wider_box
+from maisi.data.preprocess import edged, resample, resample_to_grid, wider_box
 from maisi.volume import Volume
 
 Array = NDArray[Any]
@@ -77,7 +77,7 @@ def segment(ct: Volume) -> Volume:
     x, y, z = (max(s, WORKING_SPACING_MM) for s in ras.spacing_mm)
     work = resample(ras, (x, y, z)) if (x, y, z) != ras.spacing_mm else ras
     labels = work.with_array(_segment_ras(work.array, work.spacing_mm))
-    return resample_to_grid(labels, ct, order=0)
+    return resample_to_grid(labels if work is ras else edged(labels), ct, order=0)
 
 
 def _segment_ras(hu: Array, spacing: Spacing) -> NDArray[np.uint8]:
@@ -111,7 +111,7 @@ def envelope(ct: Volume) -> Volume:
     if work is ras:
         return ct.with_array(resample_to_grid(ras.with_array(body.view(np.uint8)), ct, order=0).array != 0)
     code = ndimage.binary_dilation(body).view(np.uint8) + ndimage.binary_erosion(body, border_value=1).view(np.uint8)
-    fine = resample_to_grid(work.with_array(code), ct, order=0).array
+    fine = resample_to_grid(edged(work.with_array(code)), ct, order=0).array
     return ct.with_array((fine == 2) | ((fine == 1) & (ct.array > AIR_HU)))
 
 

@@ -173,6 +173,7 @@ def encode_rows(
     plan: Plan,
     notes: Mapping[str, str] | None = None,
     group: Processes | None = None,
+    modality: str = "ct",
 ) -> Latent | None:
     """As `encode`, of a CT that is never whole in memory; in a group each process encodes its share of the rows.
 
@@ -200,7 +201,7 @@ def encode_rows(
     if coded is None:
         return None
     mean, log_variance = (half.contiguous().numpy() for half in coded.cpu().chunk(2))
-    return Latent(mean, log_variance, ct.affine, ct.shape, "ct", dict(notes or {}))
+    return Latent(mean, log_variance, ct.affine, ct.shape, modality, dict(notes or {}))
 
 
 @torch.inference_mode()

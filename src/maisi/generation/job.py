@@ -114,6 +114,16 @@ class Job:
         added = [p - n for p, n in zip(self.padded, self.size, strict=True)]
         return tuple((n // 2, n - n // 2) for n in added)
 
+    @property
+    def masks_told(self) -> int:
+        """How many masks the ControlNet may be told: this one, that without tumours, those without structures."""
+        if self.labels is None:
+            return 1
+        tumors = bool(self.request.tumor) or bool(TUMORS.keys() & set(ids_in(self.labels.array)))
+        # further attempts may raise the guidance by tumours from 0
+        healthy = tumors and (self.request.guidance != 0 or self.request.retries > 0)
+        return 1 + healthy + len(set(self.strengthened.values()))
+
     def padded_labels(self) -> Labels | None:
         """The mask on the padded grid, RAS+ (X, Y, Z) uint8; the edge goes on beyond itself, so no body ends there."""
         if self.labels is None:

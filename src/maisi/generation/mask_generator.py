@@ -6,6 +6,7 @@ an item depends on the request's seed and the item's number alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, LUNGS
+from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, LUNGS, label_names
 from maisi.conditions import Conditions, stack
 from maisi.data.anatomy_sizes import (
     ABSENT,
@@ -31,13 +32,14 @@ from maisi.data.anatomy_sizes import (
     relative_sizes,
     training_of,
 )
+from maisi.data.label_maps import ids_in
 from maisi.data.mask_codes import MaskCodes, codes_of
 from maisi.data.mask_postprocess import clean, resample_smooth
 from maisi.errors import MaisiError
 from maisi.io.files import new_folder
 from maisi.io.nifti import write_volume
 from maisi.io.record import write_record
-from maisi.request import Request, item_seed
+from maisi.request import MAX_VOXELS, Request, item_seed
 from maisi.volume import Volume
 from maisi.weights.load import read_header
 from maisi.weights.registry import MaskModel, ModelFolder
@@ -104,6 +106,17 @@ def make_order(request: Request, wanted: Mapping[int, float], folder: ModelFolde
     path = folder.path("mask_unet")
     header = read_header(path)
     training = training_of(header.metadata, str(path))
+    if request.spacing is not None:
+        extents = (
+            n * step / wanted
+            for n, step, wanted in zip(training.size, training.spacing_mm, request.spacing, strict=True)
+        )
+        finished = tuple(round(n) for n in extents)
+        if math.prod(finished) > MAX_VOXELS:
+            raise MaisiError(
+                f"At {request.spacing} mm the label map would have {finished} voxels, more than "
+                f"{MAX_VOXELS / 1e6:.0f} million; give a coarser spacing."
+            )
     notes = []
     if request.region and not header.config.get("region_input"):
         notes.append("This model's mask network is not told regions; the anatomy sizes decide what it shows.")
@@ -151,7 +164,10 @@ class MaskItem:
         regions = ", ".join(self.request.region) or "region not given"
         title = f"Synthetic label map: {regions}; seed {self.request.seed}, item {self.number}"
         with new_folder(folder) as part:
-            write_volume(part / "labels.nii.gz", self.labels)
+            names = label_names(ids_in(self.labels.array))
+            write_volume(
+                part / "labels.nii.gz", self.labels, description="synthetic label map made by maisi", names=names
+            )
             preview(part / "preview.png", self.labels.with_array(painted(self.labels.array)), self.labels, title)
             write_record(
                 part / "record.json",

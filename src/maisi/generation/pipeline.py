@@ -413,7 +413,7 @@ class Model:
         return parse_config(kind, headers[part].config, str(self.folder.path(part)))
 
     def _denoise_bytes(self, job: Job, config: AutoencoderConfig, headers: Mapping[Part, NetworkHeader]) -> int:
-        """Forecast of one step; with a mask its bits and their features count too."""
+        """Forecast of one step; with a mask its bits and features count too, and further masks to go away from."""
         nowhere = torch.device("meta")
         nets = {part: build_network(part, h.config, part) for part, h in headers.items() if part != "autoencoder"}
         told_channels = 8 + int(headers["controlnet"].config.get("image_channels", 0)) if "controlnet" in nets else 0
@@ -428,8 +428,8 @@ class Model:
             told = {name: torch.from_numpy(value).to(nowhere) for name, value in vars(arrays).items()}
             x, times, residuals = filled(*latent), torch.empty(1, device=nowhere), None
             if "controlnet" in nets:
-                mask = filled(1, told_channels, *job.padded)
-                residuals = nets["controlnet"](x, times, mask, modality=told["modality"])
+                masks = [filled(1, told_channels, *job.padded) for _ in range(job.masks_told)]
+                residuals = nets["controlnet"](x, times, masks[0], modality=told["modality"])
             nets["unet"](x, times, **told, residuals=residuals)
 
         for net in nets.values():

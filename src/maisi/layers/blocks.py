@@ -115,6 +115,8 @@ def doubling_kernel(weight: Tensor) -> Tensor:
     if weight.requires_grad or weight.is_inference():
         return folded_kernel(weight)
     version, kernel = _FOLDED.get(weight, (-1, weight))
+    if kernel.is_inference() and not torch.is_inference_mode_enabled():  # autograd could not keep it
+        version = -1
     if version != weight._version or kernel.device != weight.device or kernel.dtype != weight.dtype:
         kernel = folded_kernel(weight.detach()).contiguous(memory_format=torch.channels_last_3d)
         _FOLDED[weight] = weight._version, kernel

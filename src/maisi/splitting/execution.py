@@ -173,11 +173,14 @@ class Execution:
         own = self.stretches(x.size)
         start, stop = own[0][0], own[-1][1]
         edge_rows: list[Tensor] = []
+        layout = torch.contiguous_format
         for first, end, made in self.pieces(x, release):
             if normed:
                 found.append(computed_twice(partial(Moments.of, made)))
             if self.group is not None and (first == start or end == stop):
                 edge_rows += [made.narrow(x.dim, 0, 1), made.narrow(x.dim, end - first - 1, 1)]
+                if made.is_contiguous(memory_format=torch.channels_last_3d) and not made.is_contiguous():
+                    layout = torch.channels_last_3d
             if beside is not None:
                 beside[1].add(first, end, self.store.put(beside[0].rows(first, end, made.device), x.axis))
             parts.add(first, end, self.store.put(made, x.axis))
@@ -185,7 +188,8 @@ class Execution:
         if self.group is not None:
             before, after = self.group.edges(edge_rows[0].contiguous(), edge_rows[-1].contiguous())
             for row, place in ((before, start - 1), (after, stop)):
-                if row is not None:
+                if row is not None:  # in the others' layout, or joining them would lose it
+                    row = row.contiguous(memory_format=layout)
                     parts.add(place, place + 1, self.store.put(row, x.axis))
         return parts, self._joint(found) if normed else None
 

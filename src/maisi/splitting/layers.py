@@ -27,6 +27,9 @@ LEAST_SUMMED, MOST_SUMMED, STRETCHES = 2**8, 2**13, 2**6
 """Voxels that float32 adds up, and stretches of them that float64 adds up: the error grows with the root of the
 first and falls with the root of the second."""
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Devices that have no float64: Apple's GPUs."""
+
 TENSOR_CORE_CHANNELS = 8
 """Channels of a result below which cuDNN has no quick convolution."""
 
@@ -36,9 +39,15 @@ def on(parameter: Tensor, device: torch.device) -> Tensor:
     if parameter.device == device or parameter.requires_grad:
         return parameter.to(device)
     copies = _COPIES.setdefault(parameter, {})
-    if device not in copies:
-        copies[device] = parameter.to(device)
-    return copies[device]
+    copy_there = copies.get(device)
+    if copy_there is None or (copy_there.is_inference() and not torch.is_inference_mode_enabled()):
+        copies[device] = copy_there = parameter.to(device)
+    return copy_there
+
+
+def doubles(x: Tensor) -> Tensor:
+    """As float64: on the CPU where the device has none."""
+    return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).double()
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """Of all rows of a tensor, in float32 (float64 for float64), on its device."""
+        """Of all rows of a tensor, in float32 (float64 for float64), on its device or where that has float64."""
         if usable(x) and not torch.is_grad_enabled():
             from maisi.layers import kernels
 
@@ -69,9 +78,9 @@ class Moments:
         found = [_statistics(piece.to(wide)) for piece in pieces]
         if x.is_meta:
             return cls(x[0, 0].numel(), *found[0])
-        mean, variance = (torch.stack(each).double() for each in zip(*found, strict=True))
+        mean, variance = (doubles(torch.stack(each)) for each in zip(*found, strict=True))
         sizes = [float(piece[0, 0].numel()) for piece in pieces]
-        count = torch.tensor(sizes, device=x.device, dtype=torch.float64).reshape(-1, 1, 1)
+        count = torch.tensor(sizes, device=mean.device, dtype=torch.float64).reshape(-1, 1, 1)
         joint = (mean * count).sum(0) / count.sum()
         deviations = ((variance + (mean - joint).square()) * count).sum(0)
         return cls(x[0, 0].numel(), joint, deviations)
@@ -99,7 +108,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         # of differences from the first voxel: where the mean is far from zero, gradients would lose digits
         reference = x[:, :, :1, :1, :1].detach()
         variance, mean = torch.var_mean(x - reference, (2, 3, 4), correction=0)
-        return mean.double() + reference.flatten(1), variance
+        return doubles(mean) + doubles(reference.flatten(1)), variance
     if len(x) == 1:
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean[None], variance[None]
@@ -124,7 +133,7 @@ class Activation:
     def __call__(self, x: Tensor, wish: torch.dtype | None = None) -> Tensor:
         """`B C X Y Z` -> a new tensor in the same precision, or in the one wished for where that costs nothing."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, variance = self.mean.to(x.device, wide), self.variance.to(x.device, wide)
+        mean, variance = self.mean.to(wide).to(x.device), self.variance.to(wide).to(x.device)
         weight, bias = on(self.norm.weight, x.device).to(wide), on(self.norm.bias, x.device).to(wide)
         dense = x if torch.is_grad_enabled() else laid_out(x)
         if usable(dense) and not torch.is_grad_enabled():
@@ -253,12 +262,13 @@ def mixed(x: FeatureMap, conv: nn.Conv3d) -> FeatureMap:
     transposed = isinstance(x.conv, nn.ConvTranspose3d)
     assert x.conv.bias is not None
     assert conv.bias is not None
-    weight, bias, matrix = (values.double() for values in (x.conv.weight, x.conv.bias, conv.weight.flatten(1)))
+    values = (x.conv.weight, x.conv.bias, conv.weight.flatten(1), conv.bias)
+    weight, bias, matrix, added = (doubles(value) for value in values)
     weight = torch.einsum("po,ioxyz->ipxyz" if transposed else "po,oixyz->pixyz", matrix, weight)
     both = copy(x.conv)
     both._parameters = {
-        "weight": nn.Parameter(weight.to(conv.weight), requires_grad=False),
-        "bias": nn.Parameter((matrix @ bias + conv.bias).to(conv.bias), requires_grad=False),
+        "weight": nn.Parameter(weight.to(conv.weight.dtype).to(conv.weight), requires_grad=False),
+        "bias": nn.Parameter((matrix @ bias + added).to(conv.bias.dtype).to(conv.bias), requires_grad=False),
     }
     both.out_channels = conv.out_channels
     made = copy(x)

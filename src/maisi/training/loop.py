@@ -40,7 +40,7 @@ class LoopConfig(Config):
         steps: optimizer steps of the whole run.
         seed: of every random draw in the run.
         minutes: stop (with a checkpoint) after this wall time; 0 is no limit. Resuming starts the clock anew.
-        device: `auto` takes CUDA, then Apple's GPU, then the CPU.
+        device: `auto` takes CUDA, then the CPU.
         precision: `bf16` runs forward and backward under autocast; weights and optimizers stay fp32.
         threads: CPU threads; 0 leaves PyTorch's choice.
     """

@@ -110,13 +110,18 @@ def export_official(path: Path, out: Path) -> None:
     """Write one of our files in the released layout; the reverse of `convert`.
 
     Raises:
-        MaisiError: `path` is not a network of ours, or `out` cannot be written.
+        MaisiError: `path` is not a network of ours, or one that the layout cannot hold, or `out` cannot be written.
     """
     import torch
 
     header = read_header(path)
     if header.network not in NETWORKS:
         raise MaisiError(f"{path} holds '{header.network}', which others published; use the file it was made from.")
+    if header.config.get("told_as"):
+        raise MaisiError(
+            f"{path} is told groups of ids as one (told_as), which the released layout has no place for; "
+            "use it as it is."
+        )
     module = load_network(path, dtype=_stored_dtype(header))
     state = module.state_dict()
     names = rename(header.network, {n: tuple(t.shape) for n, t in state.items()}, "to_released", str(path))

@@ -12,6 +12,10 @@ from typing import Any
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+MASK_CHANNELS, INPAINTING_CHANNELS = 8, 2
+"""What a ControlNet is told: bits of label ids, and, if it inpaints, the known image with where it is known."""
+
+
 def infer_config(network: str, shapes: Shapes) -> dict[str, Any]:
     """Return configuration values for one of "autoencoder", "unet", "controlnet".
 
@@ -95,7 +99,12 @@ def _controlnet(shapes: Shapes) -> dict[str, Any]:
     first = shapes["mask_encoder.conv_in.weight"]
     count = _count(shapes, "mask_encoder.blocks.{}.weight")
     wider = [shapes[f"mask_encoder.blocks.{i}.weight"][0] for i in range(1, count, 2)]
-    return {"mask_channels": first[1], "mask_encoder_channels": (first[0], *wider)}
+    image = INPAINTING_CHANNELS if first[1] == MASK_CHANNELS + INPAINTING_CHANNELS else 0
+    return {
+        "mask_channels": first[1] - image,
+        "image_channels": image,
+        "mask_encoder_channels": (first[0], *wider),
+    }
 
 
 def _count(shapes: Shapes, *names: str) -> int:
