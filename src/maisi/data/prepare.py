@@ -61,8 +61,9 @@ def prepare(
         row_file, digest = out / f"{case.id}.json", _made_of(case, cases.custom_labels)
         row = _kept_row(row_file, digest)
         if row is None:
-            (out / INDEX).unlink(missing_ok=True)  # one of other arrays must not speak of these
-            row_file.unlink(missing_ok=True)
+            if row_file.exists():  # an index of other arrays must not speak of these
+                (out / INDEX).unlink(missing_ok=True)
+                row_file.unlink()
             row = prepare_case(case, splits[case.id], out, cases.custom_labels)
             write_json(row_file, {"made_of": digest, "case": row.model_dump(mode="json")})
         rows.append(row.model_copy(update={"split": splits[case.id]}))

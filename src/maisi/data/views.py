@@ -200,7 +200,8 @@ def cache_latents(
         rng = np.random.default_rng([seed, number, copy, *case.id.encode()])
         file = f"{case.id}-{number}-{copy}.safetensors"
         plan = plan_view(case, kind, extents[case.id], rng, file)
-        made_of = [autoencoder_sha256, seed, kind.model_dump(mode="json"), plan.row.regions, contents[case.id]]
+        shown = [case.affine, case.regions, case.modality, plan.row.regions, contents[case.id]]
+        made_of = [autoencoder_sha256, seed, kind.model_dump(mode="json"), shown]
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         kept = _kept_mean(out / file, digest)
         if kept is None:
