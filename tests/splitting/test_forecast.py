@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.splitting.autoencoder import decoded, encoded
+from maisi.splitting.execution import Execution
 from maisi.splitting.forecast import counted, forecast, scratch_of
 
 SHAPE = (1, 4, 8, 8, 8)
@@ -127,3 +131,23 @@ def test_small_maps_in_training_are_written_out_for_the_slow_kernel(z: int, colu
     weight = torch.empty(4, 4, 3, 3, 3, device="meta", requires_grad=True)
     assert peak((1, 4, 8, 8, z)) == columns
     assert peak((2, 4, 8, 8, z)) == peak((1, 4, 72, 72, z)) == 2
+
+
+@pytest.mark.parametrize("task", [encoded, decoded])
+@pytest.mark.parametrize("upsampling", ["nearest", "transposed"])
+def test_in_channels_last_a_forecast_counts_what_data_take(task, upsampling) -> None:
+    config = AutoencoderConfig(channels=(16, 32), num_res_blocks=(1, 1), norm_groups=8, upsampling=upsampling)
+    shape = (1, 1, 32, 16, 16) if task is encoded else (1, 4, 16, 8, 8)
+    peaks = []
+    for device in (torch.device("cpu"), torch.device("meta")):
+        with device:
+            network = Autoencoder(config).bfloat16().requires_grad_(False).to(memory_format=torch.channels_last_3d)
+        given = torch.zeros(shape, dtype=torch.bfloat16, device=device).contiguous(memory_format=torch.channels_last_3d)
+
+        def run(network: Autoencoder = network, given: Tensor = given, device: torch.device = device) -> None:
+            for _ in task(network, given, Execution(2, (device,)), 0):
+                pass
+
+        with torch.inference_mode():
+            peaks.append(counted(run, scratch_of(torch.device("cpu"))).peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)

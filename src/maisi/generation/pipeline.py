@@ -433,7 +433,7 @@ class Model:
             nets["unet"](x, times, **told, residuals=residuals)
 
         for net in nets.values():
-            net.to(self.dtype)
+            net.to(dtype=self.dtype, memory_format=self.layout)  # type: ignore[call-overload]
         with torch.inference_mode():
             return FIXED_BYTES + forecast(run, scratch_of(self.device))
 

@@ -47,6 +47,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation and count what it makes."""
         result = func(*args, **(kwargs or {}))
+        if func.name() in CONVOLUTIONS and result.is_meta and any(map(_is_channels_last, args[:2])):
+            # without data PyTorch gives up the layout that it takes from a map or weights with data
+            result = torch.empty_like(result, memory_format=torch.channels_last_3d)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in made:
             self._count(tensor.untyped_storage())
@@ -87,6 +90,11 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _forget(self, size: int) -> None:
         self.live -= size
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    # by the strides: of one channel both layouts are contiguous
+    return x.dim() == 5 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def forecast(run: Callable[[], object], scratch: Scratch) -> int:

@@ -238,7 +238,8 @@ def _counted(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype:
     """Peak bytes beside the weights, peak bytes that wait elsewhere, values of the largest tensor."""
     layout, nowhere = feature_layout(device, dtype), torch.device("meta")
     with nowhere:
-        model = Autoencoder(config).to(dtype).requires_grad_(False)
+        model = Autoencoder(config).requires_grad_(False)
+    model.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
     group = None if plan.processes == 1 else _Imagined(plan.processes - 1, plan.processes)
     ledger = Ledger()
     there = Execution(plan.parts, (nowhere,), Store(plan.storage, ledger=ledger), plan.recompute, group=group)
