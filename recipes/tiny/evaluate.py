@@ -346,7 +346,7 @@ def compare_sets(made: Sequence[Description], real: Sequence[Description], patie
     return {
         "generated": len(made),
         "real": len(real),
-        "count": found.ways[0].count,
+        "count": found.count,
         "generated_to_real": {name: found.made_to_real(name) for name in names},
         "real_to_real": {name: found.real_to_real(name) for name in names},
         "fid_ratio": found.ratio("fid"),

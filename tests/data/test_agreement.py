@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from maisi.anatomy import BODY, UNNAMED_BONE, label_id
-from maisi.data.agreement import dice_by_group, dice_by_label, joint_counts
+from maisi.data.agreement import dice_by_group, joint_counts
 from maisi.errors import MaisiError
 
 
@@ -21,10 +21,9 @@ def dice_of_sets(a, b, ids):
 
 def test_dice_of_each_label_is_that_of_voxel_sets():
     a, b = two_maps()
-    found = dice_by_label(joint_counts(a, b))
-    assert set(found) == {1, 5, 28, 29, 32, 133, 200}
+    found = dice_by_group(joint_counts(a, b), {str(id): {id} for id in (1, 5, 28, 29, 32, 133, 200)})
     for id, value in found.items():
-        assert value == pytest.approx(dice_of_sets(a, b, {id}))
+        assert value == pytest.approx(dice_of_sets(a, b, {int(id)}))
 
 
 def test_dice_of_groups_is_that_of_voxel_sets():
@@ -38,7 +37,7 @@ def test_dice_of_groups_is_that_of_voxel_sets():
 def test_two_boxes_that_overlap_by_half():
     a, b = np.zeros((2, 8, 4, 4), np.uint8)
     a[0:4], b[2:6] = 1, 1
-    assert dice_by_label(joint_counts(a, b)) == {1: 0.5}
+    assert dice_by_group(joint_counts(a, b), {"box": {1}}) == {"box": 0.5}
 
 
 def test_names_of_parts_do_not_matter_within_a_group():
@@ -46,7 +45,7 @@ def test_names_of_parts_do_not_matter_within_a_group():
     a = np.array([[[vertebra, lobe, BODY, 0]]], np.uint8)
     b = np.array([[[UNNAMED_BONE, 28, 7, 0]]], np.uint8)
     assert dice_by_group(joint_counts(a, b)) == {"lungs": 1.0, "skeleton": 1.0, "body": 1.0}
-    assert dice_by_label(joint_counts(a, b))[vertebra] == 0.0
+    assert dice_by_group(joint_counts(a, b), {"L1": {vertebra}}) == {"L1": 0.0}
 
 
 def test_absent_in_both_is_none_and_absent_in_one_is_zero():
@@ -64,7 +63,7 @@ def test_counts_of_parts_add_up():
 
 def test_dice_does_not_depend_on_the_order():
     a, b = two_maps(3)
-    assert dice_by_label(joint_counts(a, b)) == dice_by_label(joint_counts(b, a))
+    assert dice_by_group(joint_counts(a, b)) == dice_by_group(joint_counts(b, a))
 
 
 @pytest.mark.parametrize("bad", [np.full((2, 2, 2), 1.5), np.full((2, 2, 2), 256), np.full((2, 2, 2), -1)])

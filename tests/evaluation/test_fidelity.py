@@ -53,6 +53,8 @@ def test_generated_beside_real() -> None:
     assert result.summary == {"lungs, generated": pytest.approx(0.7), "lungs, real": 0.9996, "lungs, ratio": ratio}
     assert "trivial" in result.notes[1]
     assert "No real cases" in summed_up(generated, [], ("lungs",), {}).notes[1]
+    with pytest.raises(MaisiError, match=r"holds what the segmenter finds \(body\)"):
+        summed_up(generated, real, ("body",), {})
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,13 @@ def test_refusals(items, tmp_path, capsys, words, said) -> None:
     assert run(["evaluate", "fidelity", str(items / "out"), *words, "-o", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_may_hold_any_sign(items, tmp_path) -> None:
+    copied = f"cp {items / 'out' / '0000' / 'labels.nii.gz'} {{labels}} #"
+    words = ["evaluate", "fidelity", str(items / "out"), "--segmenter", f"sh -c '{copied} $1 \\frac_$' {{image}}"]
+    assert run([*words, "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "figure.png").is_file()
 
 
 def test_images_without_labels_are_refused(items, tmp_path, capsys) -> None:

@@ -27,7 +27,7 @@ def compared(made, real, seed=0):
 def test_distances_are_those_of_sets_of_one_size() -> None:
     real, made = [0.0, 1.0, 2.0, 3.0, 4.0], [10.0, 12.0, 14.0]
     found = compared(made, real)
-    assert {way.count for way in found.ways} == {2}
+    assert found.count == 2
     for number, way in enumerate(found.ways):
         rng = np.random.default_rng(number)
         first, second = halves([str(i) for i in range(5)], rng)
@@ -36,6 +36,18 @@ def test_distances_are_those_of_sets_of_one_size() -> None:
         assert way.real_to_real["gap"] == pytest.approx(abs(a - b))
         assert way.made_to_real["gap"] == pytest.approx((m - a + m - b) / 2)
     assert found.made_to_real("gap") == pytest.approx(np.mean([w.made_to_real["gap"] for w in found.ways]))
+
+
+def test_all_ways_have_as_many_volumes() -> None:
+    patients = ["a", "a", "a", "b", "c", "c", "d"]
+    counts = []
+
+    def count_of(some):
+        counts.append(len(some))
+        return float(np.sum(some))
+
+    found = compare_with_halves([1.0] * 9, [float(n) for n in range(7)], patients, count_of, by_means, 6)
+    assert set(counts) == {found.count} == {smallest_half(patients, 6)}
 
 
 def test_a_ratio_needs_a_unit() -> None:

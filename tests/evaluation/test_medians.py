@@ -87,6 +87,7 @@ def test_the_command_finds_the_wrong_liver(sets, tmp_path, source) -> None:
         (["--ranges", "cases.json"], "cases.json"),
         (["--real", "absent"], "absent does not exist"),
         (["--real", "cases.json", "--split", "train"], "holds no CT for train"),
+        (["--ranges", "ranges.json", "--split", "train"], "--split is of --real"),
     ],
 )
 def test_refusals(sets, tmp_path, capsys, words, said) -> None:
@@ -94,6 +95,19 @@ def test_refusals(sets, tmp_path, capsys, words, said) -> None:
     assert run(["evaluate", "medians", str(sets / "out"), *places, "-o", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_small_structures_are_left_out_as_the_ranges_say(sets, tmp_path) -> None:
+    words = ["evaluate", "medians", str(sets / "out"), "--ranges", str(tmp_path / "ranges.json")]
+
+    def judged(smallest_ml: float) -> int:
+        (tmp_path / "ranges.json").write_text(
+            carried_ranges().model_copy(update={"smallest_ml": smallest_ml}).model_dump_json()
+        )
+        assert run([*words, "-o", str(tmp_path / str(smallest_ml))]) == 0
+        return len(json.loads((tmp_path / str(smallest_ml) / "result.json").read_text())["items"])
+
+    assert 0 < judged(500.0) < judged(1.0)
 
 
 def test_images_without_labels_are_refused(sets, tmp_path, capsys) -> None:

@@ -13,6 +13,7 @@ from maisi.data.phantom import phantom
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.memorisation import (
+    SAME,
     CoarseGrid,
     Correlator,
     Neighbours,
@@ -188,6 +189,16 @@ def test_one_patient_is_no_baseline(people, tmp_path) -> None:
     training = [as_image(f"{i}", ct, tmp_path, patient="same") for i, ct in enumerate(people[:2])]
     with pytest.raises(MaisiError, match="one patient"):
         find_neighbours(training, training, (), ("none", lambda ct: np.zeros(1)), Cache(tmp_path / "c"))
+
+
+def test_one_training_case_is_no_copy_of_everybody(people, tmp_path) -> None:
+    training, held = [as_image("p0", people[0], tmp_path)], [as_image(f"h{i}", people[i], tmp_path) for i in (1, 2, 3)]
+    made = [as_image("other", people[4], tmp_path), as_image("copy", people[0], tmp_path)]
+    mean_hu = ("mean", lambda ct: np.array([ct.array.mean(), ct.array.std()]))
+    found = find_neighbours(made, training, held, mean_hu, Cache(tmp_path / "cache"), grid=GRID)
+    other, copy = found.generated
+    assert other.in_features[1] > 0.1
+    assert copy.in_features[1] < SAME
 
 
 @pytest.mark.parametrize("show_real", [False, True])

@@ -140,6 +140,26 @@ def test_a_reconstructor_that_changes_the_grid_is_refused(data) -> None:
         study(lambda ct: Volume(ct.array[1:], ct.affine)).run(find_entries([data / "images"]))
 
 
+def test_headers_that_differ_by_a_hair_are_resampled_together(tmp_path) -> None:
+    ct, labels = phantom((65, 40, 40), (1.5, 6, 6), ("chest",), seed=0)
+    affine = ct.affine.copy()
+    affine[0, 0] += 1e-5  # 65 voxels: 32.5 of 3 mm, rounded down and up
+    for place, volume in (("images", ct), ("labels", Volume(labels.array, affine))):
+        (tmp_path / place).mkdir()
+        write_volume(tmp_path / place / "a.nii.gz", volume)
+    found = study(Noise(60), spacing_mm=(3.0, 6.0, 6.0), features="none").run(
+        find_entries([tmp_path / "images"], labels=tmp_path / "labels")
+    )
+    assert found.items[0]["structures"]["body"]
+
+
+def test_a_volume_that_is_too_small_is_named(tmp_path) -> None:
+    ct = phantom((40, 40, 4), (9, 9, 9), ("chest",), seed=0)[0]
+    write_volume(tmp_path / "thin.nii.gz", ct)
+    with pytest.raises(MaisiError, match=r"thin: SSIM needs 7 voxels"):
+        study(Noise(60)).run(find_entries([tmp_path / "thin.nii.gz"]), skip_unreadable=True)
+
+
 def test_damage_is_found_while_reading(data, tmp_path) -> None:
     (tmp_path / "images").mkdir()
     for path in (data / "images").iterdir():
@@ -193,4 +213,6 @@ def test_the_command_refuses_before_it_works(data, tmp_path, capsys) -> None:
     assert "vgg" in capsys.readouterr().err
     assert evaluate(data / "images", "--spacing", "0,1,1", "-o", tmp_path / "out") == 2
     assert "spacing" in capsys.readouterr().err
+    assert evaluate(data / "images", "--python", "a.py:b", "--precision", "fp32", "-o", tmp_path / "out") == 2
+    assert "--precision is for an autoencoder of this package" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -108,6 +108,20 @@ def test_pictures_of_real_people_are_said_to_be_so(tmp_path) -> None:
     (tmp_path / "i").mkdir()
     (tmp_path / "i" / "record.json").write_text(json.dumps({"request": {"image": "ct.nii.gz"}}))
     assert "painted into a real CT" in render(sections_of([tmp_path / "i"]))
+    (tmp_path / "i" / "record.json").write_text(json.dumps({"synthetic": False, "request": {"image": None}}))
+    assert "painted into a real CT" in render(sections_of([tmp_path / "i"]))
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"request": {"size": [8, 9, 10], "spacing": [2.0, 2.0, 2.5]}}, "8 x 9 x 10 voxels of 2 x 2 x 2.5 mm"),
+        ({"size": 5, "spacing_mm": "thin", "regions": None}, "region not given; size not known; seed"),
+    ],
+)
+def test_items_say_what_their_records_say(tmp_path, record, said) -> None:
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert said in render(sections_of([tmp_path]))
 
 
 def test_what_is_no_result(tmp_path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from planted import BRIGHT, DARK, write_item
 
+from maisi.data.preprocess import resample
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.segmentation_cases import (
@@ -74,6 +75,13 @@ def test_the_largest_share_wins_and_the_background_has_the_rest() -> None:
         like.with_array(np.array(v, np.float32).reshape(4, 1, 1)) for v in ([0.6, 0.3, 0.2, 0], [0.1, 0.4, 0.3, 1])
     ]
     assert likeliest(shares, like).ravel().tolist() == [1, 2, 0, 2]
+
+
+@pytest.mark.parametrize("size", [512, 100])
+def test_what_a_coarse_grid_does_not_reach_is_not_background(size) -> None:
+    fine = Volume.from_spacing(np.ones((size, 4, 4), np.float32), (0.75, 3, 3))
+    coarse = resample(fine, (6.0, 3.0, 3.0))
+    assert (likeliest([coarse], fine) == 1).all()
 
 
 def test_patches_lie_around_structures_and_keep_their_side(entries, tmp_path) -> None:

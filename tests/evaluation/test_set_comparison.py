@@ -180,6 +180,7 @@ def test_the_command(sets, tmp_path, capsys) -> None:
     capsys.readouterr()
     for wrong, word in (
         (("--metrics", "fid,is"), "is"),
+        (("--metrics", " "), "metrics"),
         (("--center-slices", 2), "centre_share"),
         (("--size", 0), "size"),
     ):

@@ -9,11 +9,22 @@ from planted import BRIGHT, write_item
 
 from maisi.cli import run
 from maisi.errors import MaisiError
+from maisi.evaluation.result import Result
 from maisi.evaluation.sources import Origin
 from maisi.evaluation.volumes import Entry
 
 pytest.importorskip("monai")
-from maisi.evaluation.study import MEAN, REAL, Added, StudyConfig, comparison, patient_folds, plan
+from maisi.evaluation.study import (
+    COMPARISON,
+    MEAN,
+    REAL,
+    Added,
+    StudyConfig,
+    comparison,
+    draw,
+    patient_folds,
+    plan,
+)
 
 
 def _entry(name: str, patient: str) -> Entry:
@@ -118,6 +129,28 @@ def test_comparison_by_hand() -> None:
     assert mean[REAL] == pytest.approx((0.55 + 0.5) / 2)
     assert a["p"] == 1.0  # one pair differs, and its sign says nothing
     assert all(r["p"] <= r["p, Holm"] <= 1 for r in found.values())
+
+
+def _rows_of(gains):
+    for patient, gain in enumerate(gains):
+        for arm, value in ((REAL, 0.1), ("real + x", 0.1 + gain)):
+            about = {"case": str(patient), "patient": str(patient), "arm": arm, "patients": "all"}
+            yield {**about, "a, dice": value, "a, surface dice": value}
+
+
+def test_the_mean_of_one_structure_is_no_second_test() -> None:
+    found = comparison(list(_rows_of([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])), ("a",))
+    assert [row["structure"] for row in found] == ["a", MEAN] * 2
+    assert [row["p, Holm"] for row in found] == [row["p"] for row in found] == [pytest.approx(2 / 2**6)] * 4
+
+
+def test_the_figure_gives_no_number_where_there_is_none() -> None:
+    from matplotlib.figure import Figure
+
+    rows = [{**row, "a, dice": 0.0 if row["arm"] == REAL else 0.3} for row in _rows_of([0.1, 0.2])]
+    figure = Figure()
+    draw(figure, Result("study", {}, rows, {}, tables={COMPARISON: comparison(rows, ("a",))}))
+    assert {text.get_text() for text in figure.axes[1].texts} == {"n/a"}
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def test_the_budget_counts_every_byte(plain, oblique):
     assert read_volume(plain, budget_bytes=needed * 3).shape == oblique.shape
 
 
-def test_a_bomb_is_read_no_further_than_its_header_says(tmp_path, oblique):
+def test_a_bomb_takes_no_more_memory_than_its_header_says(tmp_path, oblique):
     write_volume(tmp_path / "small.nii", oblique)
     bomb = tmp_path / "bomb.nii.gz"
     bomb.write_bytes(gzip.compress((tmp_path / "small.nii").read_bytes() + bytes(200_000_000), 1))
@@ -263,6 +263,12 @@ def test_cut_files(tmp_path, oblique, ending, keep):
         read_volume(path)
 
 
+def written(folder, volume):
+    path = folder / "written.nii.gz"
+    write_volume(path, volume)
+    return path.read_bytes()
+
+
 def test_damaged_compression(tmp_path, oblique):
     path = tmp_path / "a.nii.gz"
     write_volume(path, oblique)
@@ -274,6 +280,26 @@ def test_damaged_compression(tmp_path, oblique):
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(MaisiError, match="cut short or damaged"):
+        read_volume(path)
+
+
+def test_damage_that_makes_the_stream_longer(tmp_path, oblique):
+    content = gzip.decompress(written(tmp_path, oblique)) + bytes(5_000_000)
+    packed = bytearray(gzip.compress(content, mtime=0))
+    path = tmp_path / "long.nii.gz"
+    path.write_bytes(packed)
+    assert (read_volume(path).array == oblique.array).all()  # others' padding
+    packed[-6] ^= 0xFF
+    path.write_bytes(packed)
+    with pytest.raises(MaisiError, match="cut short or damaged"):
+        read_volume(path)
+
+
+def test_a_stream_that_goes_on_and_on(tmp_path, oblique, monkeypatch):
+    monkeypatch.setattr("maisi.io.stored._MOST_AFTER", 1000)
+    path = tmp_path / "long.nii.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(written(tmp_path, oblique)) + bytes(2000)))
+    with pytest.raises(MaisiError, match="after its voxels"):
         read_volume(path)
 
 

@@ -124,12 +124,13 @@ def _require_unseen(real: Sequence[Entry], judge: Segmenter | None, order: Train
     Raises:
         MaisiError: so.
     """
-    patients = {entry.patient for entry in order.found.entries} if order else set()
-    hashes = set(judge.trained_on) if judge else set()
+    lessons = order.found.entries if order else ()
+    hashes = {*(judge.trained_on if judge else ()), *(lesson.hash for lesson in lessons)}
     seen = [
         entry.name
         for entry in real
-        if entry.patient in patients or (hashes and (entry.patient_hash in hashes or entry.hash in hashes))
+        if any(map(entry.may_share_patient, lessons))
+        or (hashes and (entry.patient_hash in hashes or entry.hash in hashes))
     ]
     if seen:
         raise MaisiError(

@@ -12,6 +12,7 @@ from maisi.cli.options import (
     FILE,
     cache_option,
     progress,
+    refuse_given,
     require_new,
     result_option,
     say_result,
@@ -51,7 +52,9 @@ def medians(
     from maisi.data.quality import read_ranges
     from maisi.evaluation.volumes import Found, find_entries, readable
 
-    known = {} if ranges is None else read_ranges(ranges).medians
+    if real is None:
+        refuse_given(["split"], "is of --real")
+    told_ranges = read_ranges(ranges) if ranges else None
     judged = readable(find_entries(generated), skip_unreadable)
     cases = readable(find_entries([real], split), skip_unreadable) if real else Found(())
     from maisi.evaluation.cache import cache_for
@@ -61,8 +64,9 @@ def medians(
     given = {"generated": [str(path) for path in generated], "real": str(real) if real else None, "split": split}
     with cache_for(output, cache) as kept, progress() as report:
         told = partial(report, "medians")
-        found = measure(judged.entries, "generated", kept, told)
-        known = learned(measure(cases.entries, "real", kept, told)) if real else known
+        smallest_ml = told_ranges.smallest_ml if told_ranges else None
+        found = measure(judged.entries, "generated", kept, told, smallest_ml)
+        known = told_ranges.medians if told_ranges else learned(measure(cases.entries, "real", kept, told))
         result = summed_up(found, known, {**given, "ranges": str(ranges) if ranges else None})
         result = result.with_notes(*judged.notes, *cases.notes)
         write_result(output, result, lambda figure: draw(figure, result))

@@ -14,6 +14,7 @@ from maisi.cli.options import (
     autoencoder_options,
     cache_option,
     progress,
+    refuse_given,
     require_new,
     result_option,
     running_options,
@@ -79,6 +80,8 @@ def reconstruction(
     spacing_mm = Request.parse(spacing=spacing, seed=seed).spacing
     if hook and (model or autoencoder):
         raise MaisiError("Both --python and an autoencoder of this package are given; leave one of them out.")
+    if hook:
+        refuse_given(where, "is for an autoencoder of this package, and --python says itself where it runs")
     path = None if hook else autoencoder_file(model, autoencoder)
     name, read = choose_features(features, weights, "efficientnet-lite0", IMAGE_NETWORKS)
     found = readable(find_entries(images, split, labels), skip_unreadable)

@@ -65,7 +65,7 @@ def trainer_from(trainer: str, **given: Any) -> Trainer:
     Raises:
         MaisiError: no such trainer, an option that it does not have or a value it cannot use, or it is not installed.
     """
-    from maisi.device import resolve_device
+    from maisi.device import resolve_device, resolve_precision
     from maisi.evaluation.trainers import TRAINERS, make_trainer
 
     values = {name: value for name, value in given.items() if value is not None}
@@ -78,7 +78,8 @@ def trainer_from(trainer: str, **given: Any) -> Trainer:
                 f"{_option(name)} is not for --trainer {trainer}, which has {', '.join(map(_option, own))}."
             )
     made = make_trainer(trainer, _settings(trainer, values))
-    resolve_device(values.get("device", "auto"))
+    device = resolve_device(values.get("device", "auto"))
+    resolve_precision(values.get("precision", "auto"), device)
     return made
 
 

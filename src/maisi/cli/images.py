@@ -72,7 +72,7 @@ def encode(
 
         if not isinstance(source, Volume) and (fault := codec.rows_fault(source)):
             raise MaisiError(f"{image} does not hold HU: {fault}; an MR image is told by --modality.")
-        from maisi.weights.load import sha256
+        from maisi.io.files import sha256
 
         with joined_group(device) as group:
             plan = partial(codec.file_plan, path, "encode", source.shape, device, precision, limit, streamed=streamed)
@@ -112,9 +112,9 @@ def decode(
     maisi decode ...).
     """
     from maisi.data.latents import load_latent
+    from maisi.io.files import sha256
     from maisi.io.nifti import write_slabs
     from maisi.io.slabs import Slabs
-    from maisi.weights.load import sha256
 
     require_new(output, *VOLUME_ENDINGS)
     path, limit = autoencoder_file(model, autoencoder), set_up_memory(memory)

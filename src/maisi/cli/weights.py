@@ -89,7 +89,8 @@ def assemble(
 @click.argument("file", type=FILE)
 def show(file: Path) -> None:
     """Tell what FILE holds: network, parameters and how they are stored, configuration, notes, hash."""
-    from maisi.weights.load import read_header, sha256
+    from maisi.io.files import sha256
+    from maisi.weights.load import read_header
 
     header = read_header(file)
     notes = {k: v for k, v in header.metadata.items() if k not in ("maisi.network", "maisi.config")}

@@ -37,13 +37,6 @@ def joint_counts(a: Array, b: Array) -> NDArray[np.int64]:
     return counts.reshape(256, 256)
 
 
-def dice_by_label(counts: NDArray[np.int64]) -> dict[int, float]:
-    """Return the Dice coefficient of each id that either map holds, but for 0, from `joint_counts`."""
-    sizes = counts.sum(axis=1) + counts.sum(axis=0)
-    present = np.flatnonzero(sizes)
-    return {int(id): float(2 * counts[id, id] / sizes[id]) for id in present if id}
-
-
 def dice_by_group(
     counts: NDArray[np.int64], groups: Mapping[str, Collection[int]] = STRUCTURES
 ) -> dict[str, float | None]:

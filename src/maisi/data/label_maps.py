@@ -32,6 +32,7 @@ VOCABULARIES = ("maisi", "totalsegmentator", "vista3d", "openkbp")
 
 _CHUNK = 1 << 22
 _LARGEST_LUT = 1 << 16
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def apply_map(labels: Array, table: Mapping[int, int]) -> Mask:
     present = ids_in(labels)
     unknown = [id for id in present if id not in table]
     if unknown:
-        raise MaisiError(f"The mask holds ids {unknown} that its vocabulary lacks; name the right vocabulary.")
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        some = ", ".join(map(str, unknown[:_SHOWN])) + more
+        raise MaisiError(f"The mask holds ids that its vocabulary lacks ({some}); name the right vocabulary.")
     return translated(labels, {id: table[id] for id in present})
 
 

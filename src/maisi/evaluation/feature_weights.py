@@ -9,7 +9,8 @@ from pydantic import Field
 
 from maisi.config import Config
 from maisi.errors import MaisiError
-from maisi.weights.load import FEATURE_NETWORKS, read_header, sha256
+from maisi.io.files import sha256
+from maisi.weights.load import FEATURE_NETWORKS, read_header
 
 SLICE_NETWORKS = ("inception", "radimagenet")
 """Features of slices that need a file of weights."""

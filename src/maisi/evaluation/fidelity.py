@@ -84,12 +84,21 @@ def summed_up(
     structures: Sequence[str],
     settings: Mapping[str, Any],
 ) -> Result:
-    """Compare generated and real cases by structure, with the ratio of both; what no image was to show is left out."""
+    """Compare generated and real cases by structure, with the ratio of both; what no image was to show is left out.
+
+    Raises:
+        MaisiError: no generated image was to show any of the structures.
+    """
     summary: dict[str, float | None] = {}
     notes = [
         "Dice of what the segmenter finds in the image with the labels; a structure not in the labels is left out."
     ]
     shown = [name for name in structures if mean_dice(generated, name) is not None]
+    if not shown:
+        raise MaisiError(
+            f"No label map of the generated images holds what the segmenter finds ({', '.join(structures)}); "
+            "give a segmenter of structures that are labelled."
+        )
     for name in shown:
         summary[f"{name}, generated"] = mean_dice(generated, name)
         if real:

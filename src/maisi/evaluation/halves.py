@@ -1,6 +1,6 @@
 """A set against halves of another: how far apart is far, when even two halves of the real volumes differ.
 
-Knows no measure. Distances such as FID depend on the number of volumes, so all sets of one way to halve have the same.
+Knows no measure. Distances such as FID depend on the number of volumes, so all sets of all ways to halve have the same.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ class Halving:
     """Distances of one way to halve the real volumes.
 
     Attributes:
-        count: volumes in each of the three sets.
-        made_to_real: by name; of `count` generated volumes to either half, the mean of both.
+        made_to_real: by name; of generated volumes to either half, the mean of both.
         real_to_real: of one half to the other.
     """
 
-    count: int
     made_to_real: Distances
     real_to_real: Distances
 
 
 @dataclass(frozen=True)
 class Halvings:
-    """Several ways to halve."""
+    """Several ways to halve.
 
+    Attributes:
+        count: volumes in each of the three sets of every way.
+        ways: one after the other.
+    """
+
+    count: int
     ways: tuple[Halving, ...]
 
     def made_to_real(self, name: str) -> float:
@@ -92,16 +96,16 @@ def compare_with_halves(
         seed: of the choices.
     """
     found = []
+    count = min(len(made), smallest_half(patients, ways, seed))
     for way in range(ways):
         rng = _generator(way, seed)
         first, second = halves(patients, rng)
-        count = min(len(made), len(first), len(second))
         some = summarised([made[i] for i in rng.permutation(len(made))[:count]])
         a, b = (summarised([real[i] for i in half[:count]]) for half in (first, second))
         to_a, to_b = distances(some, a), distances(some, b)
         apart = {name: (to_a[name] + to_b[name]) / 2 for name in to_a}
-        found.append(Halving(count, apart, distances(a, b)))
-    return Halvings(tuple(found))
+        found.append(Halving(apart, distances(a, b)))
+    return Halvings(count, tuple(found))
 
 
 def _generator(way: int, seed: int) -> np.random.Generator:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from maisi.data.preprocess import unwindow_ct, window_ct
 from maisi.errors import MaisiError
+from maisi.io.files import sha256
 from maisi.volume import Volume
-from maisi.weights.load import sha256
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,13 @@ REACH = 2.0
 """The picture shows that many widths of the range beyond its ends."""
 
 
-def measure(images: Sequence[Entry], kind: str, cache: Cache, progress: Progress | None = None) -> dict[str, Medians]:
+def measure(
+    images: Sequence[Entry],
+    kind: str,
+    cache: Cache,
+    progress: Progress | None = None,
+    smallest_ml: float | None = None,
+) -> dict[str, Medians]:
     """Return name of each image that has labels -> the median HU of its structures.
 
     Args:
@@ -37,6 +43,7 @@ def measure(images: Sequence[Entry], kind: str, cache: Cache, progress: Progress
         kind: what the set is called.
         cache: keeps the medians.
         progress: told the stage, images done, images in all.
+        smallest_ml: organs of which the label map has less are left out; as the carried ranges say if left out.
 
     Raises:
         MaisiError: none has labels, or one can't be read.
@@ -44,7 +51,7 @@ def measure(images: Sequence[Entry], kind: str, cache: Cache, progress: Progress
     labelled = [image for image in images if image.has_labels]
     if not labelled:
         raise MaisiError(f"None of the {len(images)} {kind} images has labels; give images with label maps.")
-    smallest_ml = carried_ranges().smallest_ml
+    smallest_ml = carried_ranges().smallest_ml if smallest_ml is None else smallest_ml
     found = {}
     for done, image in enumerate(labelled):
         key = ["medians", image.hash, smallest_ml]

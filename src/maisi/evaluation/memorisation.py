@@ -313,7 +313,7 @@ def find_neighbours(
     """
     grid, tell = grid or CoarseGrid(), progress or (lambda stage, done, total: None)
     baseline = _baseline(heldout or training, most_real, seed)
-    if not any(one.patient != other.patient for one in baseline for other in training):
+    if not any(_others(one, training) for one in baseline):
         raise MaisiError("The real images are of one patient, which leaves no baseline; give images of at least two.")
     wanted = {image.files: image for image in (*training, *baseline, *generated)}
     described: dict[tuple[Path, ...], Described] = {}
@@ -325,7 +325,7 @@ def find_neighbours(
 
     def nearest(images: Sequence[Entry], stage: str, patients_differ: bool) -> Iterator[Nearest]:
         for done, image in enumerate(images):
-            others = [one for one in known if not patients_differ or one.image.patient != image.patient]
+            others = [one for one in known if not patients_differ or not one.image.may_share_patient(image)]
             yield comparison.nearest(image, described[image.files], others)
             tell(stage, done + 1, len(images))
 
@@ -351,10 +351,12 @@ class _Comparison:
         cls, everything: Sequence[Described], known: Sequence[Described], grid: CoarseGrid, features: str, cache: Cache
     ) -> _Comparison:
         x, y, z = np.max([one.grey.shape for one in everything], axis=0)
-        spread = np.stack([one.features for one in known]).std(axis=0)
+        # one training case has no spread, so then all images say what a large step is
+        spreading = known if len(known) > 1 else everything
+        spread = np.stack([one.features for one in spreading]).std(axis=0)
         varies = spread > STEADY * np.median(spread)
         correlator = Correlator((int(x), int(y), int(z)), grid.overlap)
-        settings = (grid.model_dump(mode="json"), features, sorted(one.image.hash for one in known))
+        settings = (grid.model_dump(mode="json"), features, sorted(one.image.hash for one in spreading))
         return cls(correlator, np.where(varies, spread, np.inf), settings, cache)
 
     def nearest(self, image: Entry, one: Described, others: Sequence[Described]) -> Nearest:
@@ -372,7 +374,7 @@ class _Comparison:
 
 
 def _others(image: Entry, training: Sequence[Entry]) -> bool:
-    return any(one.patient != image.patient for one in training)
+    return any(not one.may_share_patient(image) for one in training)
 
 
 def _baseline(real: Sequence[Entry], most: int, seed: int) -> tuple[Entry, ...]:

@@ -31,9 +31,9 @@ from maisi.evaluation.reconstruction import compare, compare_structures
 from maisi.evaluation.result import Result
 from maisi.evaluation.volumes import Entry, Found, skipped
 from maisi.generation import codec
+from maisi.io.files import sha256
 from maisi.networks.autoencoder import Autoencoder
 from maisi.volume import Volume
-from maisi.weights.load import sha256
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -131,7 +131,10 @@ class ReconstructionStudy:
                 faults.append(str(error))
                 skipped(faults, 1, skip_unreadable)
             else:
-                rows.append(self._row(entry, partial(self.judge, ct, labels, distance, entry.label_names())))
+                try:
+                    rows.append(self._row(entry, partial(self.judge, ct, labels, distance, entry.label_names())))
+                except MaisiError as error:
+                    raise MaisiError(f"{entry.name}: {error}") from error
             if report:
                 report("volumes", done + 1, len(found.entries))
         notes = (*found.notes, *skipped(faults, len(rows), skip_unreadable), *self._notes(rows))
@@ -154,8 +157,9 @@ class ReconstructionStudy:
         """
         stored_mm = ct.spacing_mm
         if self.config.spacing_mm is not None:
+            # labels by the CT's affine: sizes are rounded, and the labels' own may be off by a hair
+            labels = labels and resample(ct.with_array(labels.array), self.config.spacing_mm, order=0)
             ct = resample(ct, self.config.spacing_mm)
-            labels = None if labels is None else resample(labels, self.config.spacing_mm, order=0)
         made = self.reconstruct(ct)
         if not made.same_grid(ct):
             raise MaisiError(

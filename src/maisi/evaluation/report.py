@@ -9,14 +9,14 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.evaluation.result import FIGURE, RESULT, TABLE
+from maisi.evaluation.result import FIGURE, RESULT, TABLE, shown
 from maisi.generation.output import RECORD
 
 PREVIEW = "preview.png"
@@ -90,18 +90,24 @@ def _item(folder: Path) -> Section:
     record = _json(folder / RECORD)
     request = record.get("request")
     request = request if isinstance(request, dict) else {}
-    painted = request.get("image") is not None
-    regions = ", ".join(map(str, record.get("regions") or request.get("region") or ())) or "region not given"
-    size = " x ".join(map(str, record.get("size") or ())) or "size not known"
-    spacing = " x ".join(f"{value:.3g}" for value in record.get("spacing_mm") or ())
+    painted = record.get("synthetic") is False or request.get("image") is not None
+    regions = ", ".join(map(str, _listed(record, "regions") or _listed(request, "region"))) or "region not given"
+    size = " x ".join(map(str, _listed(record, "size") or _listed(request, "size")))
+    spacing = " x ".join(shown(value) for value in _listed(record, "spacing_mm") or _listed(request, "spacing"))
     origin = "Synthetic tissue painted into a real CT" if painted else "Synthetic: shows no real person"
-    grid = f"{size} voxels" + (f" of {spacing} mm" if spacing else "")
+    grid = (f"{size} voxels" if size else "size not known") + (f" of {spacing} mm" if spacing else "")
     return Section(
         title=f"Item {folder.resolve().name}",
         picture=_png(folder / PREVIEW) if (folder / PREVIEW).is_file() else None,
         caption=f"{origin}. {regions}; {grid}; seed {request.get('seed', 'not known')}.",
         details={"Record": record},
     )
+
+
+def _listed(values: Mapping[str, Any], name: str) -> list[Any]:
+    """What a record lists by a name; anything else is nothing."""
+    found = values.get(name)
+    return found if isinstance(found, list) else []
 
 
 def render(sections: Iterable[Section], title: str = "maisi report") -> str:

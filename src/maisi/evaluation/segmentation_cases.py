@@ -18,7 +18,7 @@ from maisi.config import Config
 from maisi.data.agreement import STRUCTURES
 from maisi.data.augment import SpatialRanges, apply, draw
 from maisi.data.label_maps import ids_in, translated
-from maisi.data.preprocess import HU_MIN, STORED_HU, resample, resample_to_grid
+from maisi.data.preprocess import HU_MIN, STORED_HU, edged, resample, resample_to_grid
 from maisi.errors import MaisiError
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.volumes import Entry
@@ -207,13 +207,14 @@ def likeliest(shares: Iterable[Volume], like: Volume) -> NDArray[np.uint8]:
 
     Args:
         shares: for each class from 1 on, how much of each voxel is its, float32 from 0 to 1; background has the rest.
+            The outermost voxels count for what lies up to a voxel further out.
         like: gives the grid.
     """
     best = np.zeros(like.shape, np.uint8)
     most: NDArray[np.float32] | None = None
     rest = np.ones(like.shape, np.float32)
     for number, share in enumerate(shares, 1):
-        here = resample_to_grid(share, like, order=1, fill=0.0).array
+        here = resample_to_grid(edged(share), like, order=1, fill=0.0).array
         rest -= here
         if most is None:
             most, best[...] = here, number

@@ -64,7 +64,7 @@ class SetConfig(Config):
     """
 
     fid: FidConfig = FidConfig()
-    metrics: tuple[Metric, ...] = METRICS
+    metrics: tuple[Metric, ...] = Field(METRICS, min_length=1)
     kernel: Kernel = "polynomial"
     neighbours: int = Field(default=NEIGHBOURS, ge=1)
     pairs: int = Field(default=20, ge=1)
@@ -149,7 +149,8 @@ class SetStudy:
         if not wanted:
             return None, []
         if smallest_half(patients, self.config.ways, self.config.seed) < 2:
-            return None, [f"Halves of the real set need 4 volumes of different patients, not {len(patients)}."]
+            have = f"{len(patients)} volumes of {len(set(patients))} patient(s)"
+            return None, [f"Halves of the real set need 4 volumes, 2 without a patient of the others, not {have}."]
 
         def summarised(some: Sequence[Description]) -> _Summary:
             moments = pooled(one.features() for one in some) if "fid" in wanted else None
@@ -161,8 +162,9 @@ class SetStudy:
 
         sets = made.descriptions, real.descriptions
         found = compare_with_halves(*sets, patients, summarised, distances, self.config.ways, self.config.seed)
-        count = found.ways[0].count
-        return found, [f"Halves: {count} volumes a side in each of {self.config.ways} way(s) to halve the real set."]
+        return found, [
+            f"Halves: {found.count} volumes a side in each of {self.config.ways} way(s) to halve the real set."
+        ]
 
     def _distances(self, made: VolumeSet, real: VolumeSet, halvings: Halvings | None) -> dict[str, float | None]:
         summary: dict[str, float | None] = {}

@@ -333,8 +333,11 @@ def comparison(rows: Sequence[Row], structures: Iterable[str]) -> list[Row]:
             for arm in list(arms)[1:]:
                 about = {"measure": measure, "patients": count, "arm": arm}
                 family += [{**about, "structure": name, **_compared(arms[REAL], arms[arm], name)} for name in names]
-        corrected = holm([row["p"] for row in family])
-        compared += [{**row, "p, Holm": p} for row, p in zip(family, corrected, strict=True)]
+        # the mean of a single structure is that structure, so its row is no test of its own
+        tests = [row for row in family if row["structure"] != MEAN] if len(names) == 2 else family
+        corrected = holm([row["p"] for row in tests])
+        repeated = [p for p in corrected for _ in range(len(family) // len(tests))] if tests else []
+        compared += [{**row, "p, Holm": p} for row, p in zip(family, repeated, strict=True)]
     return compared
 
 
@@ -441,14 +444,13 @@ def _draw_count(above: Any, below: Any, rows: Sequence[Row], structures: Sequenc
         own = [row for row in rows if row["arm"] == arm]
         at = places - _BARS_WIDTH / 2 + width * (number + 0.5)
         above.bar(at, [row["with added"] or 0.0 for row in own], width, color=color, label=arm)
-        gains = [row["improvement, %"] or 0.0 for row in own]
-        below.bar(at, gains, width, color=color)
-        for place, gain, row in zip(at, gains, own, strict=True):
+        below.bar(at, [row["improvement, %"] or 0.0 for row in own], width, color=color)
+        for place, row in zip(at, own, strict=True):
+            gain = row["improvement, %"]
             star = "*" if row["p, Holm"] is not None and row["p, Holm"] < _SIGNIFICANT else ""
-            offset = (0, 2 if gain >= 0 else -9)
-            below.annotate(
-                f"{gain:+.1f}{star}", (place, gain), offset, textcoords="offset points", ha="center", fontsize=7
-            )
+            said = "n/a" if gain is None else f"{gain:+.1f}{star}"
+            point, offset = (place, gain or 0.0), (0, 2 if (gain or 0) >= 0 else -9)
+            below.annotate(said, point, offset, textcoords="offset points", ha="center", fontsize=7)
     for axis in (above, below):
         axis.set_xticks(places, structures, rotation=30, ha="right", fontsize=8)
     below.axhline(0, color="0.3", linewidth=0.8)

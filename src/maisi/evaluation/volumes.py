@@ -149,6 +149,11 @@ class Entry:
             return None
         return hashlib.sha256(json.dumps(["patient", self.patient]).encode()).hexdigest()
 
+    def may_share_patient(self, other: Entry) -> bool:
+        """Whether both may be of one patient: the same file, or the same name, if it is no number of an item."""
+        numbered = any(e.affine is None and e.case is None and e.image.name == IMAGE for e in (self, other))
+        return self.image == other.image or (self.patient == other.patient and not numbered)
+
     def _stored_labels(self) -> Volume | None:
         if self.labels is None:
             return None

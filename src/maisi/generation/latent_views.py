@@ -12,7 +12,7 @@ from maisi.config import Config, read_yaml
 from maisi.data.prepared import PreparedFolder
 from maisi.data.views import LatentIndex, ViewConfig, cache_latents
 from maisi.generation.codec import encode_tensor, load_autoencoder
-from maisi.weights.load import sha256
+from maisi.io.files import sha256
 
 
 class ViewsFile(Config):

@@ -23,6 +23,8 @@ GZIP_LEVEL = 3
 """The noise of CT hardly compresses: higher levels take twice as long and save a few per cent."""
 
 _CHUNK = 1 << 22
+_PIECE = 1 << 16
+_MOST_AFTER = 1 << 30
 _SLAB = 32
 
 
@@ -229,9 +231,13 @@ def _fill(target: memoryview, stream: ByteStream, path: Path) -> None:
 
 
 def _check_end(stream: ByteStream, path: Path) -> None:
-    """Read one byte past the voxels: at the end of a gzip stream this compares the checksum."""
+    """Read to the end, where a gzip stream compares its checksum; a damaged one may go on after the voxels."""
+    left = _MOST_AFTER
     try:
-        stream.read(1)
+        while data := stream.read(_PIECE):
+            left -= len(data)
+            if left < 0:
+                raise MaisiError(f"{path} goes on for over {_gigabytes(_MOST_AFTER)} after its voxels; write it anew.")
     except (EOFError, zlib.error, OSError) as error:
         raise truncated(path) from error
 

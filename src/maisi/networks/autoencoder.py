@@ -69,8 +69,8 @@ class LatentDistribution:
     log_variance: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw mean + std * noise."""
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        """Draw mean + std * noise, float32: the noise comes from the CPU, so it is the same for every device."""
+        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean.device)
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> Tensor:

@@ -163,8 +163,7 @@ class AutoencoderStage:
         halved = bool(torch.rand((), generator=generator) < losses.equivariance)
         with self.run.loop.autocast(self.device):
             distribution = self.coding.encode(self.model, x)
-            noise = torch.randn(distribution.mean.shape, generator=generator).to(self.device)
-            z = distribution.mean + torch.exp(0.5 * distribution.log_variance) * noise
+            z = distribution.sample(generator)
             output = self.coding.decode(self.model, F.avg_pool3d(z, 2) if halved else z).float()
         if halved:
             x = F.avg_pool3d(x, 2)

@@ -18,6 +18,7 @@ from maisi.config import Config
 from maisi.data.prepared import Split
 from maisi.data.views import LatentFolder, LatentView
 from maisi.errors import MaisiError
+from maisi.networks.autoencoder import LatentDistribution
 from maisi.training.state import step_generator, step_rng
 
 
@@ -136,8 +137,7 @@ class LatentSource:
         latents, labels, images, conditions = [], [], [], []
         for view, hide in zip(views, hidden, strict=True):
             stored = self.folder.load(view, with_labels=self.with_labels)
-            noise = torch.randn(stored.mean.shape, generator=generator)
-            latents.append((stored.mean + torch.exp(0.5 * stored.log_variance) * noise) * self.scale_factor)
+            latents.append(LatentDistribution(stored.mean, stored.log_variance).sample(generator) * self.scale_factor)
             conditions.append(Conditions(view.spacing_mm, () if hide else view.regions, view.modality))
             if stored.labels is not None:
                 labels.append(stored.labels)

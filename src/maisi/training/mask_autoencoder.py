@@ -123,8 +123,7 @@ class MaskAutoencoderStage:
     def _losses(self, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         with self.run.loop.autocast(self.device):
             distribution = self.model.encode(self._bits(labels))
-            noise = torch.randn(distribution.mean.shape, generator=generator).to(self.device)
-            logits = self.model.decode(distribution.mean + torch.exp(0.5 * distribution.log_variance) * noise)
+            logits = self.model.decode(distribution.sample(generator))
         classes = torch.from_numpy(self.codes.channels(labels.numpy())).to(self.device)
         terms = classification(logits.float(), classes, self.run.dice)
         return {**terms, "kl": self.run.kl * distribution.kl().float()}

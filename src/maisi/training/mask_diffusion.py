@@ -29,7 +29,7 @@ from maisi.data.mask_codes import MaskCodes
 from maisi.data.mask_maps import Labels, MaskMaps, MaskMapsConfig
 from maisi.device import resolve_device
 from maisi.errors import MaisiError
-from maisi.networks.autoencoder import Autoencoder
+from maisi.networks.autoencoder import Autoencoder, LatentDistribution
 from maisi.networks.unet import MASK_UNET, UNet, UNetConfig
 from maisi.training.denoising import NoiseRun
 from maisi.training.diffusion import UNetStage, initial_unet
@@ -70,10 +70,9 @@ class MaskDiffusionRun(NoiseRun):
 
 @dataclass(frozen=True)
 class MaskLatent:
-    """A label map as the U-Net sees it: mean and log-variance `C X/4 Y/4 Z/4`, regions, and sizes in ml."""
+    """A label map as the U-Net sees it: latent `C X/4 Y/4 Z/4`, regions, and sizes in ml."""
 
-    mean: Tensor
-    log_variance: Tensor
+    latent: LatentDistribution
     regions: tuple[str, ...]
     volumes_ml: Sizes
 
@@ -94,8 +93,7 @@ class MaskLatents:
         chosen = [self.latents[int(i)] for i in rng.integers(len(self.latents), size=self.batch_size)]
         hidden = rng.random(self.batch_size) < self.hide
         generator = step_generator(self.seed, step, stream=1)
-        noise = [torch.randn(item.mean.shape, generator=generator) for item in chosen]
-        z = [item.mean + torch.exp(0.5 * item.log_variance) * n for item, n in zip(chosen, noise, strict=True)]
+        z = [item.latent.sample(generator) for item in chosen]
         told = [
             Conditions(self.training.spacing_mm, () if hide else item.regions)
             for item, hide in zip(chosen, hidden, strict=True)
@@ -123,7 +121,7 @@ class MaskDiffusionStage(UNetStage):
             for split in ("train", "validation")
         )
         self.training = _training(run, train)
-        scale = 1 / float(torch.stack([item.mean for item in train]).double().std())
+        scale = 1 / float(torch.stack([item.latent.mean for item in train]).double().std())
         sources = (
             MaskLatents(train, self.training, scale, run, run.drop_regions),
             MaskLatents(held_out, self.training, scale, run, 0.0),
@@ -150,7 +148,8 @@ def _encoded(autoencoder: Autoencoder, codes: MaskCodes, maps: MaskMaps, run: Ma
             codes.channels(listed)  # an id without a channel is an error here, in words
             found = autoencoder.encode(mask_tensor(torch.from_numpy(listed)[None]).to(device))
             volumes = measure_ml(labels, run.maps.spacing_mm)
-            yield MaskLatent(found.mean[0].cpu(), found.log_variance[0].cpu(), map.regions, volumes)
+            latent = LatentDistribution(found.mean[0].cpu(), found.log_variance[0].cpu())
+            yield MaskLatent(latent, map.regions, volumes)
 
 
 def _variants(maps: MaskMaps, number: int) -> list[Labels]:

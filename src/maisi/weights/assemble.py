@@ -10,8 +10,8 @@ from typing import Any
 
 from maisi.conditions import MASK_BITS
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, new_folder, write_json
-from maisi.weights.load import CUSTOM_LABELS_KEY, NetworkHeader, load_network, read_header, save_network, sha256
+from maisi.io.files import INDEX, new_folder, sha256, write_json
+from maisi.weights.load import CUSTOM_LABELS_KEY, NetworkHeader, load_network, read_header, save_network
 from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, Part, network_of
 from maisi.weights.storage import Storage
 

@@ -12,8 +12,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX
-from maisi.weights.load import load_network, read_header, sha256
+from maisi.io.files import INDEX, sha256
+from maisi.weights.load import load_network, read_header
 
 if TYPE_CHECKING:
     import torch
