@@ -12,6 +12,7 @@ import torch
 from maisi.device import (
     fault_of,
     free_memory,
+    numbered,
     parse_memory,
     peak_memory,
     resolve_device,
@@ -49,6 +50,14 @@ def test_names_become_devices_or_sentences() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(MaisiError, match="cuda"):
             resolve_device("cuda")
+
+
+def test_a_cuda_device_is_the_one_this_process_uses(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("cuda") == resolve_device("auto") == torch.device("cuda", 1)
+    assert numbered(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert numbered(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_what_pytorch_keeps_of_freed_memory_is_free(monkeypatch) -> None:

@@ -38,7 +38,14 @@ def resolve_device(name: str = "auto") -> torch.device:
         name = "cuda" if there["cuda"] else "cpu"
     if not there[name]:
         raise MaisiError(f"PyTorch finds no device '{name}' here; choose auto or cpu.")
-    return torch.device(name)
+    return numbered(torch.device(name))
+
+
+def numbered(device: torch.device) -> torch.device:
+    """A CUDA device by its number: without one, some libraries take the first GPU, not the one this process uses."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

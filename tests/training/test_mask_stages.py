@@ -89,7 +89,7 @@ def test_what_the_network_is_told(mask_diffusion_run: MaskDiffusionRun, tmp_path
     training = training_of(header.metadata, "it")
     assert training.largest_ml == tuple(volumes.max(0).tolist())
     assert (training.size, len(training.cases)) == ((16, 16, 16), len(maps))
-    deviation = torch.stack([item.mean for item in stage.source.latents]).std()  # type: ignore[attr-defined]
+    deviation = torch.stack([item.latent.mean for item in stage.source.latents]).std()  # type: ignore[attr-defined]
     assert header.scale_factor == pytest.approx(1 / float(deviation), rel=1e-5)
     metrics, pictures = stage.validate(0)
     assert metrics["loss"] > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from maisi.cli import run
 from maisi.data.mask_library import build
 from maisi.data.phantom import phantom_labels
 from maisi.data.quality import carried_ranges
+from maisi.diffusion.ddpm import DDPM
 from maisi.errors import MaisiError
 from maisi.generation.pipeline import load
 from maisi.io.nifti import write_volume
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
+from maisi.networks.controlnet import ControlNet
 from maisi.weights.assemble import assemble, process_of
 from maisi.weights.load import load_network, read_header, save_network
 from maisi.weights.registry import find_model
@@ -134,3 +138,21 @@ def test_what_does_not_belong_is_refused(parts: dict[str, Path], model_folder: P
     (tmp_path / "a").mkdir()
     with pytest.raises(MaisiError, match="exists"):
         assemble(parts, tmp_path / "a", "a")  # type: ignore[arg-type]
+
+
+def test_networks_that_do_not_fit_each_other_are_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+    coder: Any = load_network(parts["autoencoder"])
+    control: Any = load_network(parts["controlnet"])
+    other = {name: tmp_path / f"{name}.safetensors" for name in ("latents", "trunk", "process")}
+    save_network(other["latents"], Autoencoder(coder.config.model_copy(update={"latent_channels": 3})))
+    levels = tuple(not on for on in control.config.attention_levels)
+    save_network(other["trunk"], ControlNet(control.config.model_copy(update={"attention_levels": levels})))
+    save_network(other["process"], control, metadata={"maisi.process": json.dumps(DDPM().config())})
+    for change, said in (
+        ({"autoencoder": other["latents"]}, "trained together"),
+        ({"controlnet": other["trunk"]}, r"not of the same make .* attention_levels"),
+        ({"controlnet": other["process"]}, "trained with another process"),
+    ):
+        with pytest.raises(MaisiError, match=said):
+            assemble({**parts, **change}, tmp_path / "a", "a")  # type: ignore[arg-type]
+    assert not (tmp_path / "a").exists()

@@ -57,6 +57,11 @@ class ImageBatches:
     def __init__(self, images: GridImages, batch_size: int) -> None:
         self.images, self.batch_size = images, batch_size
 
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int, int]]:
+        """See `maisi.training.denoising.BatchSource`."""
+        return ((1, *self.images.grid.size),)
+
     def batch(self, step: int) -> LatentBatch:
         """The batch of one step, told nothing."""
         return LatentBatch(self.images.batch(step, self.batch_size), {}, None)
@@ -71,7 +76,9 @@ class DdpmStage(UNetStage):
         self.run = run
         images = (GridImages(run.data, split, run.grid, run.loop.seed) for split in ("train", "validation"))
         train, held_out = (ImageBatches(found, run.batch_size) for found in images)
-        unet = initial_unet(run.model, run.init, run.loop.seed)
+        unet = initial_unet(run, run.model)
+        if unet.config != run.model:
+            raise MaisiError(f"init starts from {run.init}, which is another network than 'model'; give 'model' as it.")
         super().__init__(run, unet, UNet(unet.config), (train, held_out))
 
     def decoder(self) -> Decode:

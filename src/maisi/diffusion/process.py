@@ -35,6 +35,13 @@ class Process(Config, ABC):
         """The process's name, the same as `kind`."""
         return self.kind
 
+    def same_path(self, other: Process) -> bool:
+        """Whether both mean the same by a noisy sample and its timestep; how often times are visited may differ."""
+        times = torch.arange(self.num_train_timesteps)
+        return (self.kind, self.num_train_timesteps) == (other.kind, other.num_train_timesteps) and all(
+            torch.equal(mine, theirs) for mine, theirs in zip(self.levels(times), other.levels(times), strict=True)
+        )
+
     @property
     @abstractmethod
     def solvers(self) -> tuple[str, ...]:

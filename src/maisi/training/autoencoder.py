@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from maisi.config import Config
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.device import feature_layout, placed, resolve_device
+from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.discriminator import DiscriminatorConfig, PatchDiscriminator
+from maisi.training.initial import load_initial
 from maisi.training.linear_start import require_components, start_as_components
 from maisi.training.loop import LoopConfig
 from maisi.training.losses import adversarial, perceptual
@@ -25,7 +27,7 @@ from maisi.training.patches import PatchConfig, PatchSource
 from maisi.training.perceptual import FeatureName, Features, load_features
 from maisi.training.splitting import SplittingConfig, coding_for
 from maisi.training.state import Checkpoint, step_generator
-from maisi.weights.load import load_network, save_network
+from maisi.weights.load import save_network
 
 
 class AutoencoderLosses(Config):
@@ -114,10 +116,15 @@ class AutoencoderStage:
         self.device = resolve_device(run.loop.device)
         self.folder = PreparedFolder(run.data)
         self.source = PatchSource(self.folder, "train", run.patches, run.loop.seed)
+        if run.loop.validate_every and not self.folder.cases("validation"):
+            raise MaisiError(
+                f"{run.data} has no validation cases; prepare more patients, or set loop.validate_every to 0."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.loop.seed)
             model = _initial(run, self.source)
             discriminator = PatchDiscriminator(run.discriminator)
+        _require_sizes(run, model.config.compression)
         if run.decoder_only:
             freeze_encoder(model)
         shape = (run.patches.batch_size, model.config.in_channels, *run.patches.size)
@@ -243,9 +250,26 @@ def _initial(run: AutoencoderRun, source: PatchSource) -> Autoencoder:
         else:
             quieten(model)
         return model
-    loaded = load_network(run.init, network="autoencoder")
+    loaded = load_initial(run.init, "autoencoder", run)
     assert isinstance(loaded, Autoencoder)
-    return loaded.train()
+    return loaded
+
+
+def _require_sizes(run: AutoencoderRun, compression: int) -> None:
+    """Refuse patches that a step could not use.
+
+    Raises:
+        MaisiError: so.
+    """
+    halved = 2 if run.losses.equivariance else 1
+    multiple, least = compression * halved, run.discriminator.smallest_size * halved
+    if any(n % multiple for n in run.patches.size):
+        raise MaisiError(f"patches.size is {run.patches.size}; give multiples of {multiple}.")
+    if run.losses.adversarial_weight(run.loop.steps - 1) and min(run.patches.size) < least:
+        raise MaisiError(
+            f"patches.size is {run.patches.size}, and the discriminator needs {least} voxels along each axis; give "
+            "larger patches, fewer discriminator.num_layers, or losses.adversarial: 0."
+        )
 
 
 def _square(picture: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from maisi.anatomy import TUMORS
 from maisi.data.tumor_examples import inpainting_region
 from maisi.data.views import LatentFolder
 from maisi.device import placed
+from maisi.diffusion.process import Process, process_from_config
 from maisi.errors import MaisiError
 from maisi.networks.controlnet import ControlNet, ControlNetConfig, ToldAs, inpainting_mask, with_image_input
 from maisi.networks.unet import TrunkConfig, UNet
@@ -27,6 +28,7 @@ from maisi.training.latents import LatentBatch, mask_tensor
 from maisi.training.losses import region_contrastive, weighted_mean
 from maisi.training.pictures import label_planes
 from maisi.training.state import step_rng
+from maisi.weights.assemble import process_of, require_trunk
 from maisi.weights.load import CUSTOM_LABELS_KEY, load_network, read_header
 
 
@@ -69,14 +71,16 @@ class ControlNetStage(DenoisingStage):
 
     def __init__(self, run: ControlNetRun) -> None:
         self.run = run
+        header = read_header(run.unet)
+        _require_process(run, process_from_config(process_of(header), str(run.unet)))
         unet = load_network(run.unet, network="unet")
         assert isinstance(unet, UNet)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.loop.seed)
             control = _initial(run, unet)
-        told = read_header(run.unet).metadata.get("maisi.scale_factor")
-        sources = latent_sources(run, with_labels=True, scale_factor=None if told is None else float(told))
+        sources = latent_sources(run, with_labels=True, scale_factor=header.scale_factor)
         super().__init__(run, control, ControlNet(control.config), sources, run.autoencoder, run.loss)
+        self.image_channels = control.config.image_channels
         self.told = torch.from_numpy(control.config.told_table()).to(self.device)
         self.unet = placed(unet.requires_grad_(False), self.device, self.layout)
 
@@ -108,7 +112,7 @@ class ControlNetStage(DenoisingStage):
 
     def _controlled(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch, labels: Tensor) -> Tensor:
         bits = mask_tensor(self.told[labels.to(self.device).long()])
-        if self.run.inpainting:
+        if self.image_channels:
             bits = inpainting_mask(bits, batch.image, batch.region)
         bits = bits.contiguous(memory_format=self.layout)
         with self.autocast():
@@ -169,10 +173,27 @@ def _at_latent_size(labels: Tensor, ids: tuple[int, ...], size: torch.Size) -> T
     return F.adaptive_max_pool3d(chosen[:, None].float(), tuple(size))
 
 
+def _require_process(run: ControlNetRun, known: Process) -> None:
+    """Refuse a process that is not the U-Net's; how often which times are visited may differ where it is said.
+
+    Raises:
+        MaisiError: so.
+    """
+    said = "process" in run.model_fields_set
+    if not (run.process.same_path(known) if said else run.process == known):
+        raise MaisiError(
+            f"{run.unet} was trained with another process than the run names; write 'process: "
+            f"{json.dumps(known.config())}' into it."
+        )
+
+
 def _initial(run: ControlNetRun, unet: UNet) -> ControlNet:
     if run.init is not None:
         loaded = load_network(run.init, network="controlnet")
         assert isinstance(loaded, ControlNet)
+        require_trunk(loaded.config, unet.config, run.init, run.unet)
+        if run.mask_encoder_channels not in (None, loaded.config.mask_encoder_channels):
+            raise MaisiError(f"{run.init} has another mask encoder than mask_encoder_channels; leave one of them out.")
         widen = bool(run.inpainting) and not loaded.config.image_channels
         loaded = with_image_input(loaded) if widen else loaded
         if run.told_as is not None:

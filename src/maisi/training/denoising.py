@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +22,10 @@ from maisi.diffusion.ddpm import DDPM
 from maisi.diffusion.process import Process
 from maisi.diffusion.rectified_flow import RectifiedFlow
 from maisi.diffusion.sampler import sample
+from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder
+from maisi.splitting.autoencoder import decode
+from maisi.splitting.plan import budget_beside, make_plan
 from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource
 from maisi.training.loop import LoopConfig
 from maisi.training.losses import channel_weights
@@ -78,9 +82,15 @@ class BatchSource(Protocol):
 
     scale_factor: float
 
+    @property
+    def latent_shapes(self) -> Collection[Shape]:
+        """`C X/4 Y/4 Z/4` of all latents that may come."""
+
     def batch(self, step: int) -> LatentBatch:
         """The batch of one step, which depends on the step alone."""
 
+
+Shape = tuple[int, int, int, int]
 
 Sources = tuple[BatchSource, BatchSource]
 """For training, and held out from it."""
@@ -96,6 +106,15 @@ def latent_sources(run: DenoisingRun, with_labels: bool, scale_factor: float | N
         LatentSource(run.data, "train", run.batches, run.loop.seed, with_labels, scale_factor),
         LatentSource(run.data, "validation", told, run.loop.seed, with_labels, scale_factor),
     )
+
+
+def _decode(autoencoder: Autoencoder, device: torch.device, latents: Tensor) -> Tensor:
+    """Latents `B C X/4 Y/4 Z/4` to images, one by one, in as many parts as the memory that is free now asks for."""
+    x, y, z = (n * autoencoder.config.compression for n in latents.shape[2:])
+    budget = budget_beside(0, None, device)
+    plan = make_plan(autoencoder.config, "decode", (x, y, z), budget, device=device, dtype=torch.float32)
+    images = [decode(autoencoder, one, plan.execution(device), plan.axis) for one in latents[:, None]]
+    return torch.cat(images)
 
 
 class DenoisingStage(ABC):
@@ -122,9 +141,31 @@ class DenoisingStage(ABC):
         self.source, self.held_out = sources
         self.network = placed(network, self.device, self.layout)
         self.averaged = placed(averaged, self.device, self.layout)
+        self._require_fit()
         self.trainee = Trainee(self.part, self.network, run.optimizer, run.loop.steps)
         self.loss = loss
         self.channel_weights = self._channel_weights() if loss == "image" else None
+
+    def _require_fit(self) -> None:
+        """Refuse latents that the network cannot take: a step would broadcast them, or end in PyTorch's words.
+
+        Raises:
+            MaisiError: so.
+        """
+        config: Any = self.network.config
+        ends = {config.in_channels, getattr(config, "out_channels", config.in_channels)}
+        for shape in {*self.source.latent_shapes, *self.held_out.latent_shapes}:
+            channels, *size = shape
+            if ends != {channels}:
+                raise MaisiError(
+                    f"The latents have {channels} channels; give model.in_channels and out_channels that number, or "
+                    "other latents."
+                )
+            if any(n % config.size_multiple for n in size):
+                raise MaisiError(
+                    f"Latents of {' x '.join(map(str, size))} do not halve {len(config.channels) - 1} times; give "
+                    f"sizes whose latents are multiples of {config.size_multiple}, or fewer levels."
+                )
 
     @abstractmethod
     def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: LatentBatch) -> Tensor:
@@ -199,7 +240,7 @@ class DenoisingStage(ABC):
             return None
         autoencoder = load_network(self.autoencoder_file, self.device, network="autoencoder")
         assert isinstance(autoencoder, Autoencoder)
-        return autoencoder.decode
+        return partial(_decode, autoencoder, self.device)
 
     def _samples(self, decode: Decode) -> Tensor:
         """Pictures for the conditions of two held-out views."""

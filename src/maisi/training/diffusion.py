@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from maisi.networks.unet import UNet, UNetConfig
-from maisi.training.denoising import DenoisingRun, DenoisingStage, latent_sources
+from maisi.training.denoising import DenoisingRun, DenoisingStage, NoiseRun, latent_sources
+from maisi.training.initial import load_initial
 from maisi.training.latents import LatentBatch
 from maisi.training.losses import weighted_mean
-from maisi.weights.load import load_network
 
 
 class DiffusionRun(DenoisingRun):
@@ -54,20 +52,24 @@ class DiffusionStage(UNetStage):
     part = "unet"
 
     def __init__(self, run: DiffusionRun) -> None:
-        unet = initial_unet(run.model, run.init, run.loop.seed)
+        unet = initial_unet(run, run.model)
         super().__init__(
             run, unet, UNet(unet.config), latent_sources(run, with_labels=False), run.autoencoder, run.loss
         )
 
 
-def initial_unet(config: UNetConfig, init: Path | None, seed: int) -> UNet:
-    """Load the U-Net to start from, or make a new one whose weights follow from `seed`."""
-    if init is not None:
-        loaded = load_network(init, network="unet")
+def initial_unet(run: NoiseRun, config: UNetConfig) -> UNet:
+    """Load the U-Net that a run starts from, or make a new one whose weights follow from its seed.
+
+    Raises:
+        MaisiError: as `load_initial`.
+    """
+    if run.init is not None:
+        loaded = load_initial(run.init, "unet", run)
         assert isinstance(loaded, UNet)
-        return loaded.train()
+        return loaded
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(run.loop.seed)
         unet = UNet(config)
     soften_conditions(unet)
     return unet

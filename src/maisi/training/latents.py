@@ -114,6 +114,14 @@ class LatentSource:
         totals = np.array([sum(self._weight(v) for v in self.groups[size]) for size in self.sizes])
         self._size_chances = totals / totals.sum()
 
+    @property
+    def latent_shapes(self) -> frozenset[tuple[int, int, int, int]]:
+        """`C X/4 Y/4 Z/4` of all latents: the channels and the compression are those of the first."""
+        size = self.sizes[0]
+        channels, *small = self.folder.load(self.groups[size][0], with_labels=False).mean.shape
+        factor = size[0] // small[0]
+        return frozenset((channels, x // factor, y // factor, z // factor) for x, y, z in self.sizes)
+
     def _weight(self, view: LatentView) -> float:
         return self.config.weights.get(view.regions[0] if view.regions else "", 1.0)
 

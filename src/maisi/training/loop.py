@@ -7,6 +7,7 @@ and the step alone, so a resumed run repeats the uninterrupted one to the bit on
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -116,11 +117,11 @@ def run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int
             if step % config.log_every == 0 or step == config.steps:
                 report(step, metrics)
                 _log(writer, folder, step, "train", metrics)
-            if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
-                _validate(stage, writer, folder, step, report)
             out_of_time = bool(config.minutes) and time.monotonic() - started > 60 * config.minutes
             if step % config.checkpoint_every == 0 or step == config.steps or out_of_time or interrupt.wanted:
-                _save(stage, resolved, folder / "checkpoints", step)
+                _save(stage, resolved, folder / "checkpoints", step)  # first: validation, too, may run out of memory
+            if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
+                _validate(stage, writer, folder, step, report)
             if out_of_time:
                 break
     writer.close()
@@ -179,7 +180,8 @@ def _log(writer: Any, folder: Path, step: int, group: str, metrics: Mapping[str,
     for name, value in metrics.items():
         writer.add_scalar(f"{group}/{name}", value, step)
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "group": group, **metrics}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        file.write(json.dumps({"step": step, "group": group, **known}) + "\n")
 
 
 class _Interrupt:

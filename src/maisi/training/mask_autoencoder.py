@@ -19,6 +19,7 @@ from maisi.device import feature_layout, placed, resolve_device
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import MASK_AUTOENCODER, Autoencoder, AutoencoderConfig
 from maisi.training.autoencoder import quieten
+from maisi.training.initial import require_model
 from maisi.training.latents import mask_tensor
 from maisi.training.loop import LoopConfig
 from maisi.training.losses import classification
@@ -200,6 +201,7 @@ def _initial(run: MaskAutoencoderRun) -> Autoencoder:
         model, codes = load_mask_autoencoder(run.init)
         if codes != run.codes:
             raise MaisiError(f"{run.init} has another table of labels than the run; give it the same or no `init`.")
+        require_model(run.init, model, run)
         return model.requires_grad_(True).train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.loop.seed)

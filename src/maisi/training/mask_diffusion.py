@@ -87,6 +87,11 @@ class MaskLatents:
         self.latents, self.training, self.scale_factor = latents, training, scale_factor
         self.batch_size, self.seed, self.hide = run.batch_size, run.loop.seed, hide
 
+    @property
+    def latent_shapes(self) -> frozenset[tuple[int, int, int, int]]:
+        """See `maisi.training.denoising.BatchSource`."""
+        return frozenset((c, x, y, z) for c, x, y, z in (item.latent.mean.shape for item in self.latents))
+
     def batch(self, step: int) -> LatentBatch:
         """The batch of one step."""
         rng = step_rng(self.seed, step, stream=0)
@@ -126,7 +131,7 @@ class MaskDiffusionStage(UNetStage):
             MaskLatents(train, self.training, scale, run, run.drop_regions),
             MaskLatents(held_out, self.training, scale, run, 0.0),
         )
-        unet = initial_unet(run.model, run.init, run.loop.seed)
+        unet = initial_unet(run, run.model)
         super().__init__(run, unet, UNet(unet.config), sources, run.autoencoder)
 
     def picture(self, decoded: Tensor) -> Tensor:

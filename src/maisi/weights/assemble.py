@@ -6,11 +6,16 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from maisi.conditions import MASK_BITS
+from maisi.config import Config, parse_config
+from maisi.diffusion.process import process_from_config
 from maisi.errors import MaisiError
 from maisi.io.files import INDEX, new_folder, sha256, write_json
+from maisi.networks.autoencoder import AutoencoderConfig
+from maisi.networks.controlnet import ControlNetConfig
+from maisi.networks.unet import TrunkConfig, UNetConfig
 from maisi.weights.load import CUSTOM_LABELS_KEY, NetworkHeader, load_network, read_header, save_network
 from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, Part, network_of
 from maisi.weights.storage import Storage
@@ -136,7 +141,58 @@ def _checked_headers(files: Mapping[Part, Path]) -> dict[Part, NetworkHeader]:
             raise MaisiError(f"{files['mask_autoencoder']} is an autoencoder of images; name one of label maps.")
         if context.get("context_channels") is None:
             raise MaisiError(f"{files['mask_unet']} is a network of images; name a mask diffusion network.")
+        _require_latents(headers, files, "mask_autoencoder", "mask_unet")
+    _require_latents(headers, files, "autoencoder", "unet")
+    if "controlnet" in files:
+        _require_control(headers, files)
     return headers
+
+
+def _require_latents(
+    headers: Mapping[Part, NetworkHeader], files: Mapping[Part, Path], autoencoder: Part, unet: Part
+) -> None:
+    coded = _config_of(headers[autoencoder], AutoencoderConfig, files[autoencoder])
+    made = _config_of(headers[unet], UNetConfig, files[unet])
+    if not coded.latent_channels == made.in_channels == made.out_channels:
+        raise MaisiError(
+            f"{files[autoencoder]} has latents of {coded.latent_channels} channels, {files[unet]} takes "
+            f"{made.in_channels} and gives {made.out_channels}; name networks that were trained together."
+        )
+
+
+def _require_control(headers: Mapping[Part, NetworkHeader], files: Mapping[Part, Path]) -> None:
+    control = _config_of(headers["controlnet"], ControlNetConfig, files["controlnet"])
+    require_trunk(control, _config_of(headers["unet"], UNetConfig, files["unet"]), files["controlnet"], files["unet"])
+    if "maisi.process" in headers["controlnet"].metadata:
+        mine, theirs = (
+            process_from_config(process_of(headers[part]), str(files[part])) for part in ("controlnet", "unet")
+        )
+        if not mine.same_path(theirs):
+            raise MaisiError(
+                f"{files['controlnet']} was trained with another process than {files['unet']}; train it with the "
+                "U-Net's."
+            )
+
+
+def require_trunk(control: ControlNetConfig, unet: UNetConfig, control_file: Path, unet_file: Path) -> None:
+    """Refuse a ControlNet whose residuals a U-Net cannot take.
+
+    Raises:
+        MaisiError: so.
+    """
+    apart = [name for name in TrunkConfig.model_fields if getattr(control, name) != getattr(unet, name)]
+    if apart:
+        raise MaisiError(
+            f"{control_file} is not of the same make as {unet_file} (they differ in {', '.join(apart)}); name the "
+            "ControlNet of this U-Net."
+        )
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def _config_of(header: NetworkHeader, kind: type[ConfigT], path: Path) -> ConfigT:
+    return parse_config(kind, dict(header.config), str(path))
 
 
 def _scale_factor(unet: NetworkHeader, path: Path) -> float:

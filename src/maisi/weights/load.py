@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maisi.config import Config, parse_config
+from maisi.device import numbered
 from maisi.errors import MaisiError
 from maisi.io.files import sha256
 from maisi.weights.storage import Storage, packed, unpacked, without_scales
@@ -170,7 +171,7 @@ def load_network(
     module = build_network(header.network, header.config, str(path))
     require_shapes(module, {name: shape for name, (_, shape) in header.tensors.items()}, path)
     _require_floats(header, path)
-    tensors = unpacked(load_file(path, device=str(device)), dtype or torch.float32)
+    tensors = unpacked(load_file(path, device=str(numbered(torch.device(device)))), dtype or torch.float32)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
 
