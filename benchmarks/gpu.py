@@ -433,7 +433,7 @@ def exactness(bench: Bench, folder: Path) -> None:
     def ours(size: Triple, parts: int) -> Tensor:
         net = codec.load_autoencoder(folder / "autoencoder.safetensors", a.device, "fp32")
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-            return decode_ours(net, noise_for(size, a), Plan("decode", size, 0, parts, "device", False))
+            return decode_ours(net, noise_for(size, a), Plan("decode", size, 0, parts, "device", "none"))
 
     def parts() -> dict[str, Any]:
         return {"largest_difference": largest(ours(small, 3), ours(small, 1))}

@@ -9,6 +9,8 @@ import maisi
 from maisi.generation import codec
 from maisi.io.nifti import read_volume, write_volume
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 source, target, name = Path(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3:] or ["tiny"])[0]
 image = read_volume(source).to_ras()
 autoencoder = maisi.load(name).autoencoder

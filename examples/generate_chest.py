@@ -4,6 +4,8 @@ import sys
 
 import maisi
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 out, name = sys.argv[1], (sys.argv[2:] or ["tiny"])[0]
 model = maisi.load(name)
 item = model.generate(region=("chest",), fov="auto", seed=0)

@@ -9,6 +9,8 @@ from pathlib import Path
 import maisi
 from maisi.data.phantom import phantom
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 out, name = Path(sys.argv[1]), (sys.argv[2:] or ["tiny"])[0]
 _, labels = phantom((64, 48, 48), (6, 6, 6), ("chest",), seed=0)
 model = maisi.load(name)

@@ -9,6 +9,8 @@ from pathlib import Path
 import maisi
 from maisi.data.phantom import phantom
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 out, name = Path(sys.argv[1]), (sys.argv[2:] or ["tiny"])[0]
 ct, labels = phantom((96, 80, 64), (4, 4, 5), ("chest",), seed=1)
 model = maisi.load(name)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import maisi
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 out, name = Path(sys.argv[1]), (sys.argv[2:] or ["tiny"])[0]
 model = maisi.load(name)
 out.mkdir()

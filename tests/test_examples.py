@@ -24,6 +24,17 @@ def example(monkeypatch):
     return run
 
 
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_short_and_says_what_it_wants(example, name) -> None:
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= 40
+    with pytest.raises(SystemExit) as left:
+        example(name)
+    assert f"python examples/{name}" in str(left.value.code)
+
+
 def test_generate_chest(example, tmp_path, model_folder) -> None:
     example("generate_chest.py", tmp_path / "out", model_folder)
     assert read_volume(tmp_path / "out" / "image.nii.gz").shape == (48, 32, 32)

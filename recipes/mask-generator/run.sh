@@ -7,7 +7,7 @@ mkdir -p work
 maisi train mask-autoencoder recipes/mask-generator/autoencoder.yaml -o work/mask-autoencoder
 maisi train mask-diffusion recipes/mask-generator/diffusion.yaml -o work/mask-diffusion
 tiny=$(python -c "from maisi.weights.registry import find_model; print(find_model('tiny').folder)")
-maisi weights assemble --autoencoder "$tiny/autoencoder.safetensors" --unet "$tiny/unet.safetensors" \
+[ -d work/model ] || maisi weights assemble --autoencoder "$tiny/autoencoder.safetensors" --unet "$tiny/unet.safetensors" \
     --controlnet "$tiny/controlnet.safetensors" --mask-autoencoder work/mask-autoencoder/mask_autoencoder.safetensors \
     --mask-unet work/mask-diffusion/mask_unet.safetensors --name tiny-with-masks -o work/model
 maisi mask generate --region abdomen --anatomy-size liver=0.9 --model work/model -n 2 -o work/masks

@@ -21,7 +21,7 @@ maisi train controlnet recipes/tiny/controlnet.yaml -o work/controlnet
     "mandible,spinal cord,brainstem,parotid gland left,parotid gland right"
 maisi train mask-autoencoder recipes/tiny/mask_autoencoder.yaml -o work/mask-autoencoder
 maisi train mask-diffusion recipes/tiny/mask_diffusion.yaml -o work/mask-diffusion
-maisi quality learn work/prepared --split train --least 10 -o work/ranges.json
+[ -f work/ranges.json ] || maisi quality learn work/prepared --split train --least 10 -o work/ranges.json
 networks=(work/fitted.safetensors work/diffusion/unet.safetensors work/controlnet/controlnet.safetensors
     work/mask-autoencoder/mask_autoencoder.safetensors work/mask-diffusion/mask_unet.safetensors)
 # the label maps that come with the model are the first its own mask networks make

@@ -249,7 +249,7 @@ def test_bent_label_maps_are_of_the_cases_asked_for(heads, model_folder, tmp_pat
 
 
 def test_the_conditions_figure_shows_every_panel(model_folder, tmp_path, monkeypatch):
-    figure = script("examples/conditions_figure.py")
+    figure = script("recipes/tiny/conditions_figure.py")
     small = [(8, 16, 8), (16, 16, 16)]
     panels = tuple(figure.Panel(("chest",), size, (8.0, 8.0, 8.0), ("axial",)) for size in small)
     monkeypatch.setattr(figure, "REGIONS", panels)

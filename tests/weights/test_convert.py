@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,8 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maisi.cli import run
 from maisi.config import Config
+from maisi.diffusion.rectified_flow import RectifiedFlow
 from maisi.errors import MaisiError
+from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet, ControlNetConfig
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.weights.convert import convert, export_official, rename
@@ -178,6 +182,29 @@ def test_an_inpainting_controlnet_there_and_back(tmp_path: Path):
     with pytest.raises(MaisiError, match="told_as"):
         export_official(tmp_path / "told.safetensors", tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_what_the_layout_cannot_say_is_told(tmp_path: Path, capsys):
+    torch.manual_seed(0)
+    config = AutoencoderConfig(channels=(8, 16), num_res_blocks=(1, 1), norm_groups=4, upsampling="transposed")
+    save_network(tmp_path / "ours.safetensors", Autoencoder(config))
+    assert export_official(tmp_path / "ours.safetensors", tmp_path / "theirs.pt") == {
+        "norm_groups": 4,
+        "upsampling": "transposed",
+    }
+    words = ["weights", "convert", str(tmp_path / "theirs.pt"), "--norm-groups", "4", "--upsampling", "transposed"]
+    assert run([*words, "-o", str(tmp_path / "back.safetensors")]) == 0
+    z = torch.randn(1, 4, 6, 5, 4)
+    first, second = (load_network(tmp_path / f"{name}.safetensors") for name in ("ours", "back"))
+    assert torch.equal(first.decode(z), second.decode(z))
+
+    process = RectifiedFlow(base_voxels=1024).config()
+    small = UNetConfig(channels=(32, 32), num_res_blocks=(1, 1), attention_levels=(False, False))
+    save_network(tmp_path / "unet.safetensors", UNet(small), metadata={"maisi.process": json.dumps(process)})
+    assert run(["weights", "export", str(tmp_path / "unet.safetensors"), "-o", str(tmp_path / "unet.pt")]) == 0
+    said = capsys.readouterr().err
+    assert "no place for process" in said
+    assert '"base_voxels": 1024' in said
 
 
 def test_stored_half_precision_is_kept(tmp_path: Path):

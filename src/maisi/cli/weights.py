@@ -27,8 +27,15 @@ def weights() -> None:
 @click.option("--lpips-heads", "heads", type=FILE, help="alex.pth, vgg.pth or squeeze.pth, beside the network's file.")
 @click.option("--norm-groups", type=int, help="Groups of the normalisation, where not the released 32.")
 @click.option("--head-channels", type=int, help="Channels of an attention head, where not the released 32.")
+@click.option(
+    "--upsampling",
+    type=click.Choice(("nearest", "trilinear", "transposed")),
+    help="Of an autoencoder, where not the released one: trilinear, transposed for label maps.",
+)
 @output_option("File to make (.safetensors).")
-def convert(official: Path, network: str | None, heads: Path | None, output: Path, **settings: int | None) -> None:
+def convert(
+    official: Path, network: str | None, heads: Path | None, output: Path, **settings: int | str | None
+) -> None:
     """Convert OFFICIAL, a released .pt file or a published feature network, to safetensors; nothing in it is run."""
     from maisi.weights.convert import convert as convert_file
 
@@ -47,7 +54,10 @@ def export(file: Path, output: Path) -> None:
     from maisi.weights.convert import export_official
 
     require_new(output, ".pt")
-    export_official(file, output)
+    unsaid = export_official(file, output)
+    if unsaid:
+        told = "; ".join(f"{name} {value}" for name, value in unsaid.items())
+        click.echo(f"Note: the layout has no place for {told}. Tell it whatever loads the file.", err=True)
     click.echo(str(output))
 
 

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 Direction = Literal["to_ours", "to_released"]
 
 
+_HELD = ("maisi.network", "maisi.config", "maisi.scale_factor", "maisi.note")
+"""Metadata that the released layout holds, or that only says where a file comes from."""
+
+
 @dataclass(frozen=True)
 class _Row:
     """One rule of the table: a name that `pattern` matches becomes `template` filled with its groups."""
@@ -106,8 +110,12 @@ def convert(
     return read_header(out)
 
 
-def export_official(path: Path, out: Path) -> None:
+def export_official(path: Path, out: Path) -> dict[str, Any]:
     """Write one of our files in the released layout; the reverse of `convert`.
+
+    Returns:
+        What the file says that the layout has no place for, and whoever loads it must be told: values of the
+        configuration that `convert` takes as `settings`, and further metadata, by name.
 
     Raises:
         MaisiError: `path` is not a network of ours, or one that the layout cannot hold, or `out` cannot be written.
@@ -132,6 +140,16 @@ def export_official(path: Path, out: Path) -> None:
         content["scale_factor"] = torch.tensor(header.scale_factor)
     with atomic_path(out) as part:
         torch.save(content, part)
+    return _unsaid(header, module)
+
+
+def _unsaid(header: NetworkHeader, module: nn.Module) -> dict[str, Any]:
+    config: Any = module.config
+    usual = {name: field.get_default() for name, field in type(config).model_fields.items()}
+    told = usual | infer_config(header.network, _shapes(module.state_dict()))
+    apart = {name: value for name, value in dict(config).items() if value != told[name]}
+    more = {n.removeprefix("maisi."): text for n, text in header.metadata.items() if n not in _HELD}
+    return apart | more
 
 
 def rename(network: str, shapes: Shapes, direction: Direction, source: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What regions, spacings and sizes do to the output: a figure like the paper's Fig. 5, all at one scale in mm.
 
-    python examples/conditions_figure.py -o conditions.png [--model tiny] [--seed 0]
+    python recipes/tiny/conditions_figure.py -o conditions.png [--model tiny] [--seed 0]
 
 First row: regions, with the same size, spacing and seed. Second row, from left to right: one region; the spacing
 increased by half; then the number of voxels doubled.
