@@ -353,8 +353,7 @@ def compare_sets(made: Sequence[Description], real: Sequence[Description], patie
         "fid_ratio_range": found.ratio_range("fid"),
         "stray_share": {"generated": stray(made), "real": stray(real)},
         "ways_to_halve": [
-            {"count": way.count, "generated_to_real": way.made_to_real, "real_to_real": way.real_to_real}
-            for way in found.ways
+            {"generated_to_real": way.made_to_real, "real_to_real": way.real_to_real} for way in found.ways
         ],
     }
 
