@@ -6,7 +6,15 @@ import pytest
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from maisi.errors import MaisiError
-from maisi.evaluation.reconstruction import compare, compare_structures, grid_hu, mean_absolute_error, psnr, ssim
+from maisi.evaluation.reconstruction import (
+    compare,
+    compare_structures,
+    grid_hu,
+    mean_absolute_error,
+    mirror_hu,
+    psnr,
+    ssim,
+)
 
 SIZES = [(40, 23, 17), (11, 12, 13), (16, 33, 20)]
 
@@ -143,3 +151,15 @@ def test_memory_grows_by_the_windowed_copies_alone():
     shorter, longer = (64, 64, 64), (192, 64, 64)
     growth = (peak_of(longer) - peak_of(shorter)) / (128 * 64 * 64)
     assert growth < 20  # bytes a voxel; whole-volume float64 SSIM maps would take over 80
+
+
+def test_what_depends_on_the_side_is_found() -> None:
+    rng = np.random.default_rng(0)
+    hu = np.where(rng.random((41, 12, 10)) < 0.5, 40, -1000).astype(np.int16)
+    made, mirrored = hu.copy(), hu[:40].copy()
+    assert mirror_hu(hu, made, mirrored) == 0
+    made[30:] += 25  # what it makes of one side alone
+    mirrored[30:] -= 15
+    soft = hu[:40] == 40
+    assert mirror_hu(hu, made, mirrored) == pytest.approx(40 * soft[30:].sum() / soft.sum(), rel=1e-5)
+    assert mirror_hu(np.full_like(hu, -1000), made, mirrored) is None

@@ -140,6 +140,19 @@ def test_a_reconstructor_that_changes_the_grid_is_refused(data) -> None:
         study(lambda ct: Volume(ct.array[1:], ct.affine)).run(find_entries([data / "images"]))
 
 
+def test_mirror_images_come_out_mirrored_or_are_measured(data) -> None:
+    found = find_entries([data / "images"])
+    assert study(Noise(60)).run(found).summary["mirror_hu"] is None
+    assert study(Noise(0), mirror=True).run(found).summary["mirror_hu"] == 0
+
+    def one_sided(ct: Volume) -> Volume:
+        made = ct.array.copy()
+        made[: len(made) // 4 * 2] += 20
+        return ct.with_array(made)
+
+    assert study(one_sided, mirror=True).run(found).summary["mirror_hu"] == pytest.approx(20, abs=1.5)
+
+
 def test_headers_that_differ_by_a_hair_are_resampled_together(tmp_path) -> None:
     ct, labels = phantom((65, 40, 40), (1.5, 6, 6), ("chest",), seed=0)
     affine = ct.affine.copy()

@@ -42,6 +42,7 @@ from maisi.errors import MaisiError
     "with their weights.  [default: those of --lpips-weights, else efficientnet-lite0]",
 )
 @click.option("--lpips-weights", "weights", type=FILE, help="Published LPIPS, converted by `maisi weights convert`.")
+@click.option("--mirror", is_flag=True, help="Mirror images, too: mirror_hu says how much they come out otherwise.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap intervals.")
 @skip_option
 @cache_option
@@ -57,6 +58,7 @@ def reconstruction(
     spacing: str | None,
     features: str | None,
     weights: Path | None,
+    mirror: bool,
     seed: int,
     cache: Path | None,
     skip_unreadable: bool,
@@ -94,7 +96,7 @@ def reconstruction(
         draw,
     )
 
-    values = {"spacing_mm": spacing_mm, "features": name, "feature_weights": read, "seed": seed}
+    values = {"spacing_mm": spacing_mm, "features": name, "feature_weights": read, "mirror": mirror, "seed": seed}
     config = parse_config(ReconstructionConfig, values, "The evaluation")
     reconstructor = PythonReconstructor.find(hook) if hook else AutoencoderReconstructor(cast(Path, path), **where)
     with cache_for(output, cache) as kept, progress() as report:

@@ -119,6 +119,29 @@ def compare_structures(
     return found
 
 
+def mirror_hu(original_hu: Array, made_hu: Array, mirrored_hu: Array) -> float | None:
+    """Return the mean absolute difference, in soft tissue, of what is made of a CT and of its mirror image.
+
+    No anatomy says in which direction a voxel should come out otherwise, so a network that knows it has a fault.
+
+    Args:
+        original_hu: the CT, (X, Y, Z).
+        made_hu: what was made of it.
+        mirrored_hu: what was made of the CT mirrored along X, mirrored back; it may lack the last rows along X.
+
+    Returns:
+        HU; None without soft tissue.
+    """
+    total, voxels = 0.0, 0
+    for start in range(0, len(mirrored_hu), SLAB):
+        rows = slice(start, min(start + SLAB, len(mirrored_hu)))
+        soft = (original_hu[rows] >= SOFT_HU[0]) & (original_hu[rows] <= SOFT_HU[1])
+        apart = np.abs(window_ct(made_hu[rows]) - window_ct(mirrored_hu[rows]))
+        total += float(apart[soft].sum(dtype=np.float64))
+        voxels += int(np.count_nonzero(soft))
+    return (HU_MAX - HU_MIN) * total / voxels if voxels else None
+
+
 def grid_hu(original_hu: Array, made_hu: Array) -> float | None:
     """Return how strong a pattern repeats every `BLOCK` voxels in soft tissue, as a decoder's upsampling may leave one.
 

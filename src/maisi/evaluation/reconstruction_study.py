@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 import maisi
@@ -27,7 +28,7 @@ from maisi.evaluation.bootstrap import DRAWS, mean_interval
 from maisi.evaluation.cache import Cache
 from maisi.evaluation.feature_weights import FeatureWeights
 from maisi.evaluation.perceptual import SLICES, ImageDistance, PerceptualName, load_distance, perceptual_distance
-from maisi.evaluation.reconstruction import compare, compare_structures
+from maisi.evaluation.reconstruction import BLOCK, compare, compare_structures, mirror_hu
 from maisi.evaluation.result import Result
 from maisi.evaluation.volumes import Entry, Found, skipped
 from maisi.generation import codec
@@ -38,10 +39,10 @@ from maisi.volume import Volume
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-MEASURES = ("psnr", "ssim", "mae_hu", "bias_hu", "grid_hu", "perceptual")
+MEASURES = ("psnr", "ssim", "mae_hu", "bias_hu", "grid_hu", "mirror_hu", "perceptual")
 _NO_NAMES: Mapping[int, str] = MappingProxyType({})
 
-_DECISIVE = {"spacing_mm", "features", "feature_weights", "slices"}
+_DECISIVE = {"spacing_mm", "features", "feature_weights", "slices", "mirror"}
 """What of the configuration decides a row."""
 
 _DRAWN = 24
@@ -87,6 +88,7 @@ class ReconstructionConfig(Config):
         features: of the perceptual distance; 'none' leaves it out.
         feature_weights: their file, for those that others published.
         slices: of each plane, for the perceptual distance.
+        mirror: reconstruct each volume's mirror image, too, see `reconstruction.mirror_hu`.
         seed: of the bootstrap.
         draws: of the bootstrap.
     """
@@ -95,6 +97,7 @@ class ReconstructionConfig(Config):
     features: PerceptualName | Literal["none"] = "efficientnet-lite0"
     feature_weights: FeatureWeights | None = None
     slices: int = Field(default=SLICES, ge=1)
+    mirror: bool = False
     seed: int = Field(default=0, ge=0)
     draws: int = Field(default=DRAWS, ge=100)
 
@@ -177,9 +180,16 @@ class ReconstructionStudy:
             "mae_hu": whole.mae_hu,
             "bias_hu": whole.bias_hu,
             "grid_hu": whole.grid_hu,
+            "mirror_hu": mirror_hu(ct.array, made.array, self._mirrored(ct)) if self.config.mirror else None,
             "perceptual": near,
             "structures": {} if labels is None else _structures(ct, made, labels, names),
         }
+
+    def _mirrored(self, ct: Volume) -> NDArray[Any]:
+        """What is made of a CT's mirror image, mirrored back; of whole blocks, so that both are cut into the same."""
+        rows = max(BLOCK, len(ct.array) // BLOCK * BLOCK)
+        made = self.reconstruct(ct.with_array(np.ascontiguousarray(ct.array[:rows][::-1])))
+        return made.array[::-1]
 
     @cached_property
     def _distance(self) -> ImageDistance | None:
