@@ -96,7 +96,7 @@ def test_amounts_of_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "0GB", "-1GB", "6 GiB of it", "6XB"])
+@pytest.mark.parametrize("text", ["", "much", "0GB", "-1GB", "6 GiB of it", "6XB", "6"])
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(MaisiError, match="write it like 6GiB"):
         parse_memory(text)

@@ -88,6 +88,8 @@ def test_json_there_and_back():
         ({"guidance": math.nan}, "'guidance' is nan"),
         ({"modality": "pet"}, "Unknown modality 'pet'"),
         ({"fov": "auto"}, "name at least one region"),
+        ({"fov": "auto", "mask": "a.nii.gz"}, "which are the mask's here"),
+        ({"mask": "a.nii.gz", "library": "maps"}, "none is looked for in a library"),
         ({"fov": "wide"}, "should be 'given' or 'auto'"),
         ({"sedd": 1}, r"unknown key 'sedd' \(did you mean 'seed'\?\)"),
     ],

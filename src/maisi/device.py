@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 
+_LEAST_BARE = 10**6
+"""A smaller number without a unit is no number of bytes: the unit was forgotten."""
+
 NetworkT = TypeVar("NetworkT", bound="torch.nn.Module")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
@@ -115,7 +118,8 @@ def parse_memory(text: str) -> int:
         MaisiError: that is no amount of memory.
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?", text.strip().lower())
-    if found is None or float(found[1]) == 0:
+    bare = found is not None and not (found[2] or found[3])
+    if found is None or float(found[1]) == 0 or (bare and float(found[1]) < _LEAST_BARE):
         raise MaisiError(f"'{text}' is no amount of memory; write it like 6GiB or 800MB.")
     base = 1000 if found[3] == "b" and found[2] else 1024
     return int(float(found[1]) * base ** " kmgt".index(found[2] or " "))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from maisi.anatomy import BACKGROUND, BODY, label_id, label_name, named_sides, parse_modality, sort_regions
+from maisi.anatomy import BACKGROUND, BODY, label_name, named_sides, parse_modality, sort_regions
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
 from maisi.tumors import TumorWish, parse_tumors
@@ -108,7 +108,7 @@ def _names(value: object) -> tuple[str, ...]:
     items = [] if value is None else [value] if isinstance(value, str) else _sequence(value)
     names = [part.strip() for item in items for part in str(item).split(",") if part.strip()]
     try:
-        return tuple(dict.fromkeys(label_name(label_id(name)) for name in names))
+        return tuple(dict.fromkeys(label_name(id) for name in names for id in named_sides(name)))
     except MaisiError as error:
         raise ValueError(str(error).rstrip(".")) from None
 
@@ -179,6 +179,7 @@ class Request(Config):
         count: how many items.
         mask: a label map that the image is to follow; its grid is then the image's. With `image`: that image's labels.
         structure: names of structures that the volume is to show; without `mask` one is found that has them.
+            'kidney' means both sides, here and in `keep`.
         tumor: tumours to grow in the mask, see `maisi.tumors.parse_tumor`.
         anatomy_size: structure -> factor on its volume, 0.3 to 2.
         keep: names of the structures that the written labels keep; () is all.
@@ -238,6 +239,10 @@ class Request(Config):
     def _check_fov(self) -> Request:
         if self.fov == "auto" and not self.region and self.mask is None:
             raise ValueError("fov 'auto' picks size and spacing from the regions; name at least one region")
+        if self.fov == "auto" and self.mask:
+            raise ValueError("fov 'auto' picks size and spacing, which are the mask's here; leave one of them out")
+        if self.mask and self.library:
+            raise ValueError("the mask is given, so none is looked for in a library; leave one of them out")
         return self
 
     @classmethod

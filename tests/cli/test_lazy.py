@@ -6,7 +6,7 @@ import sys
 import click
 import pytest
 
-from maisi.cli import cli
+from maisi.cli import cli, run
 from maisi.cli.lazy import LazyGroup
 
 
@@ -32,3 +32,10 @@ def test_a_command_waits_for_no_other_commands_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = {name for name in done.stdout.split() if name.startswith("maisi.cli.")}
     assert ours == {"maisi.cli.group", "maisi.cli.lazy", "maisi.cli.knowledge"}
+
+
+def test_a_misspelt_command_gets_the_nearest(capsys) -> None:
+    assert run(["genrate"]) == 2
+    assert "There is no command 'genrate'; did you mean 'generate'?" in capsys.readouterr().err
+    assert run(["mask", "imprt"]) == 2
+    assert "did you mean 'import'?" in capsys.readouterr().err

@@ -80,6 +80,12 @@ def test_a_place_is_kept_to(torso) -> None:
     assert np.linalg.norm(np.array(placed[0].centre_mm) - wanted) < 20
 
 
+def test_a_place_outside_the_mask_is_refused(torso) -> None:
+    wish = TumorWish(kind="liver", diameter_mm=(20, 20), centre_mm=(500.0, 500.0, 500.0))
+    with pytest.raises(MaisiError, match=r"@500,500,500 lies outside the mask, which reaches from -?\d+ to"):
+        grow_tumors(torso, [wish], np.random.default_rng(0))
+
+
 def test_orientation_does_not_matter_to_the_world(torso) -> None:
     """A map stored the other way round gets tumours of the same size in the same host."""
     affine = torso.affine @ np.diag([-1.0, -1, 1, 1])

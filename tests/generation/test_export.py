@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from maisi.anatomy import KNOWN_IDS, TUMORS
+from maisi.cli import run
 from maisi.errors import MaisiError
 from maisi.generation.export import EXPORT_FILE, LAYOUTS, consecutive, export, find_pairs, folds_of, relabelled
 from maisi.generation.output import Item, save_item
@@ -51,6 +52,18 @@ def generated(tmp_path: Path, chest_labels: Volume) -> Path:
     (folder / "0006.part-ab12").mkdir()
     (folder / "request.json").write_text("{}")
     return folder
+
+
+def test_pairs_that_did_not_pass_are_told_of_and_may_be_left_out(generated: Path, tmp_path: Path, capsys) -> None:
+    path = generated / "0001" / "record.json"
+    record = json.loads(path.read_text()) | {"contrast_as_usual": False, "contrast_hu": {"23": 40.0}}
+    path.write_text(json.dumps(record))
+    assert export([generated], tmp_path / "all", "monai").not_passed == 1
+    words = ["export", str(generated), "--to", "MONAI"]
+    assert run([*words, "-o", str(tmp_path / "told")]) == 0
+    assert "1 pair(s) that did not pass their quality check are among them" in capsys.readouterr().err
+    assert run([*words, "--passed", "-o", str(tmp_path / "passed")]) == 0
+    assert len(list((tmp_path / "passed" / "imagesTr").iterdir())) == 4
 
 
 NAMES = [f"my-run-000{n}" for n in range(5)]

@@ -9,7 +9,8 @@ import pytest
 
 from maisi.errors import MaisiError
 from maisi.generation import output
-from maisi.generation.output import Item, destination
+from maisi.generation.output import Item, destination, faults_of
+from maisi.io.files import new_folder
 from maisi.io.nifti import read_labels, read_volume
 from maisi.request import Request
 from maisi.volume import Volume
@@ -75,13 +76,54 @@ def test_looking_at_a_destination_writes_nothing(tmp_path) -> None:
 
 def test_the_same_order_is_gone_on_with(tmp_path) -> None:
     folder = tmp_path / "out"
-    destination(folder, ORDER, range(3)).begin()
+    with destination(folder, ORDER, range(3)).begun():
+        pass
     (folder / "0001").mkdir()
     (folder / "0002.part-abcd").mkdir()
     again = destination(folder, ORDER, range(3))
     assert again.missing == (0, 2)
-    again.begin()
+    with again.begun():
+        pass
     assert sorted(path.name for path in folder.iterdir()) == ["0001", "request.json"]
+
+
+def test_two_commands_do_not_write_to_one_folder(tmp_path) -> None:
+    folder = tmp_path / "out"
+    first, second = destination(folder, ORDER, range(3)), destination(folder, ORDER, range(3))
+    with first.begun():
+        (folder / "0000.part-abcd").mkdir()
+        with pytest.raises(MaisiError, match="Another command is writing"), second.begun():
+            pass
+        assert (folder / "0000.part-abcd").is_dir()
+    with second.begun():
+        assert not (folder / "0000.part-abcd").exists()
+
+
+def test_a_folder_that_was_made_meanwhile_is_no_trace(tmp_path) -> None:
+    with pytest.raises(MaisiError, match="made by another command"), new_folder(tmp_path / "out"):  # noqa: PT012
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_differs_is_named(tmp_path) -> None:
+    with destination(tmp_path / "out", ORDER, range(1)).begun():
+        pass
+    other = {**ORDER, "first": 7, "request": {**ORDER["request"], "seed": 9}}
+    with pytest.raises(MaisiError, match=r"\(they differ in first, seed\)"):
+        destination(tmp_path / "out", other, range(1))
+
+
+def test_records_say_what_is_wrong() -> None:
+    finding = {"kind": "median", "of": "liver", "sentence": "Liver: too dark."}
+    quality = {"passed": False, "findings": [{**finding, "passed": False}, {**finding, "passed": True}]}
+    record = {"quality": quality, "contrast_as_usual": False, "contrast_hu": {"26": 40.6}}
+    assert faults_of(record) == [
+        "Liver: too dark.",
+        "A tumour's contrast to its host is not that of its kind (hepatic tumor +41 HU).",
+    ]
+    assert faults_of({"quality": {"passed": True, "findings": []}, "contrast_as_usual": True}) == []
+    assert faults_of({}) == []
 
 
 @pytest.mark.parametrize("held", ["nothing", "another order", "rubbish", "a file"])

@@ -38,9 +38,9 @@ def run(arguments: Sequence[str]) -> int:
         if speaks():
             error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         why = "Interrupted" if processes() == 1 else "Stopped, or another process of the group was lost"
-        tell(f"{why}; nothing is left half-written.", err=True)
+        tell(str(error) or f"{why}; nothing is left half-written.", err=True)
         return INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -71,4 +71,4 @@ def generate(
     place = destination(output, order, range(first, first + count))
     if place.missing:
         fill(place, lambda number, report: made.item(request, number, report))
-    say_items(output, count, place)
+    say_items(output, range(first, first + count), place)

@@ -18,6 +18,7 @@ from maisi.cli.options import (
     require_new,
     result_option,
     running_options,
+    say_result,
     skip_option,
 )
 from maisi.errors import MaisiError
@@ -103,4 +104,4 @@ def reconstruction(
         study = ReconstructionStudy(reconstructor, reconstructor.identity, config, kept)
         result = study.run(found, skip_unreadable, partial(report, "reconstruct"))
         write_result(output, result, partial(draw, result))
-    click.echo(str(output))
+    say_result(result, output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,8 +18,9 @@ from maisi.cli.options import FILE, output_option, progress, require_new
 @click.option("--to", "to", required=True, metavar="FORMAT", help="nnunet, msd, auto3dseg, monai or torchio.")
 @output_option("Folder to make.")
 @click.option("--keep", metavar="LABELS", help="Names or ids with commas between, in this order.  [default: all]")
+@click.option("--passed", is_flag=True, help="Leave out pairs that did not pass their quality check.")
 @click.option("--folds", type=int, default=5, show_default=True, help="Folds of an Auto3DSeg list.")
-def export(folders: Sequence[Path], to: str, output: Path, keep: str | None, folds: int) -> None:
+def export(folders: Sequence[Path], to: str, output: Path, keep: str | None, folds: int, passed: bool) -> None:
     """Make a data set of the pairs of image and mask in FOLDERS, which `maisi generate` made.
 
     Labels get the values 1, 2, ...; export.json says what they were. Tumours that are not kept count as the organ
@@ -29,12 +31,14 @@ def export(folders: Sequence[Path], to: str, output: Path, keep: str | None, fol
     require_new(output, "")
     wanted = None if keep is None else [_label(word) for word in next(csv.reader([keep], skipinitialspace=True), [])]
     with progress() as report:
-        made = write(
-            folders, output, to, wanted, folds, report=lambda case, done, total: report("export", case, done, total)
-        )
+        told = partial(report, "export")
+        made = write(folders, output, to.lower(), wanted, folds, told, passed)
     left_out = f"; {made.without_mask} items without a mask left out" if made.without_mask else ""
     click.echo(f"{made.folder}: {len(made.cases)} pairs, {len(made.ids)} labels{left_out}")
-    if to == "nnunet" and not re.fullmatch(r"Dataset\d{3}_\w+", output.name):
+    if made.not_passed:
+        what = "were left out" if passed else "are among them (--passed leaves them out)"
+        click.echo(f"Note: {made.not_passed} pair(s) that did not pass their quality check {what}.", err=True)
+    if to.lower() == "nnunet" and not re.fullmatch(r"Dataset\d{3}_\w+", output.name):
         click.echo("Note: nnU-Net looks for folders called DatasetNNN_Name, such as Dataset501_Synthetic.", err=True)
 
 

@@ -86,7 +86,7 @@ def generate(
             return
         plan = model.prepare(job).decode
         fill(place, lambda number, report: model.item(job, plan, number, report))
-    say_items(output, request.count, place)
+    say_items(output, range(first, first + request.count), place)
 
 
 def _order(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
@@ -157,4 +157,4 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
 
         model = Model(folder, device, precision, limit) if by_network else None
         fill(place, lambda number, report: inpaint_item(model, job, number, report))
-    say_items(output, request.count, place)
+    say_items(output, range(first, first + request.count), place)

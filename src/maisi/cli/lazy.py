@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 import click
+
+from maisi.errors import MaisiError
 
 
 class LazyGroup(click.Group):
@@ -28,8 +31,19 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command of this name; None where there is none."""
         if cmd_name not in self._homes:
+            self._refuse(cmd_name)
             return None
         module = import_module(self._homes[cmd_name])
         found = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_")
         assert isinstance(found, click.Command)
         return found
+
+    def _refuse(self, name: str) -> None:
+        """Say what command may have been meant; nothing where no name is near.
+
+        Raises:
+            MaisiError: so.
+        """
+        near = get_close_matches(name, self._homes, n=1)
+        if near:
+            raise MaisiError(f"There is no command '{name}'; did you mean '{near[0]}'?")

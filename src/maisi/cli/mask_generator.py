@@ -69,7 +69,7 @@ def generate(
         generator = MaskGenerator(folder, device, precision, limit)
         plan = generator.prepare(order)
         fill(place, lambda number, report: generator.item(order, plan, number, report))
-    say_items(output, request.count, place)
+    say_items(output, range(first, first + request.count), place)
 
 
 def _destination(output: Path, order: MaskOrder, folder: ModelFolder, first: int) -> Destination:

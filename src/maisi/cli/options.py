@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from maisi.generation.output import Destination
 
 FILE = click.Path(path_type=Path)
+MOST_FINISHED = 4
+"""Bars of finished stages that stay on the screen."""
+
+MOST_TOLD = 5
+"""Items of which a command says what is wrong with them."""
+
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -176,19 +183,31 @@ def require_first(first: int) -> None:
 
 def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None]], Savable]) -> None:
     """Make and write the items that are missing; `make` takes an item's number and what to tell its progress to."""
-    place.begin()
-    try:
-        with progress() as report:
-            for number in place.missing:
-                make(number, partial(report, f"{number:04d}")).save(place.item_folder(number))
-    except BaseException:
-        place.withdraw()
-        raise
+    with place.begun():
+        try:
+            with progress() as report:
+                for number in place.missing:
+                    make(number, partial(report, f"{number:04d}")).save(place.item_folder(number))
+        except BaseException:
+            place.withdraw()
+            raise
 
 
-def say_items(output: Path, count: int, place: Destination) -> None:
-    """Print how many items a folder has, and how many it had before this command."""
-    click.echo(f"{output}: {count} item(s), {count - len(place.missing)} of them from before")
+def say_items(output: Path, numbers: range, place: Destination) -> None:
+    """Print how many items a folder has, how many it had before, and what their records say against them."""
+    from maisi.generation.output import RECORD, faults_of
+
+    click.echo(f"{output}: {len(numbers)} item(s), {len(numbers) - len(place.missing)} of them from before")
+    faults = {}
+    for number in numbers:
+        record = json.loads((place.item_folder(number) / RECORD).read_text(encoding="utf-8"))
+        if found := faults_of(record):
+            faults[number] = found
+    for number in list(faults)[:MOST_TOLD]:
+        more = f" (and {len(faults[number]) - 1} more)" if len(faults[number]) > 1 else ""
+        click.echo(f"Note: {number:04d} does not pass its check: {faults[number][0]}{more}", err=True)
+    if len(faults) > MOST_TOLD:
+        click.echo(f"Note: {len(faults) - MOST_TOLD} more do not pass theirs; {RECORD} says why.", err=True)
 
 
 def say_result(result: Result, output: Path) -> None:
@@ -219,11 +238,17 @@ def progress() -> Iterator[Callable[[str, str, int, int], None]]:
 
     with Progress(console=Console(stderr=True)) as bars:
         tasks: dict[tuple[str, str], TaskID] = {}
+        finished: list[TaskID] = []
 
         def report(what: str, stage: str, done: int, total: int) -> None:
             if (what, stage) not in tasks:
                 tasks[what, stage] = bars.add_task(f"{what} {stage}", total=total)
-            bars.update(tasks[what, stage], completed=done)
+            task = tasks[what, stage]
+            bars.update(task, completed=done)
+            if done == total and task not in finished:  # or the bar that moves would leave the screen
+                finished.append(task)
+                for old in finished[:-MOST_FINISHED]:
+                    bars.update(old, visible=False)
 
         yield report
 

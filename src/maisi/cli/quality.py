@@ -50,7 +50,7 @@ def check(context: click.Context, image: Path, labels: Path, ranges: Path | None
     from maisi.io.nifti import read_labels, read_volume
 
     normal = carried_ranges() if ranges is None else read_ranges(ranges)
-    report = check_volumes(read_volume(image), read_labels(labels), normal)
+    report = check_volumes(read_volume(image).to_ras(), read_labels(labels).to_ras(), normal)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else _table(report))
     context.exit(0 if report.passed else NOT_PASSED)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,21 @@ def require_our_ids(labels: Volume, source: str, names: Mapping[int, str], custo
         _check_vocabulary(mask, found)
     except MaisiError as error:
         raise MaisiError(f"{str(error).rstrip('.')} of `maisi mask import`, and give the mask that it makes.") from None
+
+
+def sides_fault(labels: Volume, custom: Mapping[int, str] = MappingProxyType({})) -> str | None:
+    """What is wrong with the sides of a label map in maisi's ids, in a sentence; None where nothing is seen.
+
+    Args:
+        labels: ids of maisi's.
+        custom: names of further ids.
+    """
+    mask = Source(labels, vocabulary("maisi"), "The mask")
+    try:
+        _check_sides(mask, census(labels), custom, swap=False)
+    except MaisiError as error:
+        return f"{str(error).rstrip('.')} (`maisi mask import`)."
+    return None
 
 
 def census(labels: Volume, name: str = "The mask") -> dict[int, Found]:

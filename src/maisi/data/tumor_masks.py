@@ -185,6 +185,8 @@ def _grow(
             f"A {kind.name} tumour grows in {names}, which the mask does not hold; "
             "give a mask that does, or another kind."
         )
+    if centre_mm is not None:
+        _require_inside(grid, centre_mm)
     box, host = found
     spacing = grid.spacing_mm
     depth = _depth(host, spacing)
@@ -213,6 +215,21 @@ def _grow(
         f"No room is left for a {kind.name} tumour of {diameter:.3g} mm; "
         "ask for fewer or smaller ones, or another place."
     )
+
+
+def _require_inside(grid: Volume, centre_mm: tuple[float, float, float]) -> None:
+    """Refuse a place that the mask does not show.
+
+    Raises:
+        MaisiError: so; it says how far the mask reaches.
+    """
+    index = np.linalg.solve(grid.affine, np.array([*centre_mm, 1.0]))[:3]
+    if ((index < -0.5) | (index > np.array(grid.shape) - 0.5)).any():
+        corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(grid.shape) - 1)
+        world = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+        reach = ", ".join(f"{low:.0f} to {high:.0f}" for low, high in zip(world.min(0), world.max(0), strict=True))
+        place = ",".join(f"{v:g}" for v in centre_mm)
+        raise MaisiError(f"The place @{place} lies outside the mask, which reaches from {reach} mm; give one inside.")
 
 
 def _hosts(array: Labels, hosts: Sequence[int], anywhere: Mask | None = None) -> tuple[Slices, Mask] | None:

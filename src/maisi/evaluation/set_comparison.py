@@ -117,6 +117,8 @@ class SetStudy:
         self, generated: Found, real: Found, skip: bool, report: Report
     ) -> tuple[VolumeSet, VolumeSet, tuple[str, ...]]:
         """Describe both sets, and say which volumes could not be read."""
+        for name, found in (("generated", generated), ("real", real)):
+            _require_two(len(found.entries), name)
         entries = [*generated.entries, *real.entries]
         answers: list[Path | str] = []
         for answer in self._answers(entries):

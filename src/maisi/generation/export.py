@@ -27,7 +27,7 @@ from maisi.anatomy import BACKGROUND, CUSTOM_IDS, label_id, label_name, modality
 from maisi.data.label_maps import ids_in, translated
 from maisi.errors import MaisiError
 from maisi.generation.masks import only
-from maisi.generation.output import IMAGE, LABELS, RECORD
+from maisi.generation.output import IMAGE, LABELS, RECORD, faults_of
 from maisi.io.files import atomic_path, new_folder, sha256, write_json
 from maisi.io.nifti import read_header, read_label_names, read_labels, write_volume
 from maisi.volume import Volume
@@ -51,12 +51,14 @@ class Pair:
         folder: of the item.
         modality: 'CT' or 'MRI'.
         synthetic: whether nobody's body is shown.
+        passed: whether its record says nothing against it (`output.faults_of`).
     """
 
     name: str
     folder: Path
     modality: str
     synthetic: bool
+    passed: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,14 @@ class Exported:
         folder: the data set.
         cases: names of its cases.
         without_mask: items that were left out, since they have no mask.
+        not_passed: pairs that did not pass their check: left out or not, as was asked for.
         ids: our id -> its value in the data set.
     """
 
     folder: Path
     cases: tuple[str, ...]
     without_mask: int
+    not_passed: int
     ids: Mapping[int, int]
 
 
@@ -129,6 +133,7 @@ def export(
     keep: Sequence[int | str] | None = None,
     folds: int = 5,
     report: Report | None = None,
+    passed: bool = False,
 ) -> Exported:
     """Write the pairs in `folders` as a data set; the new folder is there whole or not at all.
 
@@ -141,6 +146,7 @@ def export(
             tumours: they count as the organ that they grow in.
         folds: for formats that have them.
         report: called with the case, how many are done, and how many there are.
+        passed: leave out pairs that did not pass their check.
 
     Raises:
         MaisiError: no pairs, masks that lack a label wanted, or a place that cannot be written to.
@@ -150,6 +156,10 @@ def export(
     if folds < 1:
         raise MaisiError(f"{folds} folds are not possible; give at least 1.")
     pairs, without_mask = find_pairs(folders)
+    not_passed = sum(not pair.passed for pair in pairs)
+    pairs = tuple(pair for pair in pairs if pair.passed or not passed)
+    if not pairs:
+        raise MaisiError("None of the pairs passed its check; export them without --passed, or make others.")
     names = _own_names(pairs)
     wanted = None if keep is None else [_id_of(label, names) for label in keep]
     ids = consecutive(_ids_held(pairs), wanted, names)
@@ -174,7 +184,7 @@ def export(
         with atomic_path(part / layout.index) as index:
             index.write_text(layout.content(dataset), encoding="utf-8")
         write_json(part / EXPORT_FILE, _note(pairs, ids, dataset, to))
-    return Exported(out, dataset.cases, without_mask, MappingProxyType(ids))
+    return Exported(out, dataset.cases, without_mask, not_passed, MappingProxyType(ids))
 
 
 def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
@@ -193,12 +203,12 @@ def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
             raise MaisiError(f"{folder} holds no item with a {RECORD}; give a folder made by `maisi generate`.")
         stem = _unused(_stem(items[0].parent), stems)
         for item in items:
-            modality, synthetic = _modality(item / RECORD)
+            modality, synthetic, passed = _said(item / RECORD)
             if not (item / LABELS).is_file():
                 without += 1
                 continue
             _require_one_grid(item)
-            pairs.append(Pair(f"{stem}-{_stem(item)}", item, modality, synthetic))
+            pairs.append(Pair(f"{stem}-{_stem(item)}", item, modality, synthetic, passed))
     if not pairs:
         raise MaisiError("None of the items has a mask; generate with --mask to get pairs.")
     return tuple(pairs), without
@@ -297,17 +307,18 @@ def _require_one_grid(item: Path) -> None:
         raise MaisiError(f"{item}: image and mask lie on different grids; remove the item and make it again.")
 
 
-def _modality(record: Path) -> tuple[str, bool]:
-    """Return 'CT' or 'MRI', and whether it is synthetic, from an item's record, which must say that maisi made it."""
+def _said(record: Path) -> tuple[str, bool, bool]:
+    """'CT' or 'MRI', whether it is synthetic, and whether it passed, of a record, which must say that maisi made it."""
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
         synthetic, painted = values["synthetic"], values.get("painted", False)
         modality = modality_name(str(values["request"]["modality"]))
+        passed = not faults_of(values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MaisiError(f"{record} is damaged ({error!r}); remove the item and make it again.") from None
     if synthetic is not True and painted is not True:
         raise MaisiError(f"{record} does not say that the item is synthetic; export generated items only.")
-    return modality, synthetic is True
+    return modality, synthetic is True, passed
 
 
 def _one_modality(pairs: Iterable[Pair]) -> str:

@@ -20,6 +20,7 @@ from maisi.anatomy import BODY, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
 from maisi.data.label_maps import ids_in
 from maisi.data.mask_deform import scale_organs
+from maisi.data.mask_import import sides_fault
 from maisi.data.mask_sources import find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.quality import QualityRanges, read_ranges
@@ -188,6 +189,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     if labels is None and wishes:
         size, spacing = _grid(request, adviser)
         labels, source = _found(request, size, spacing, 0, carried)
+    found_elsewhere = request.library is not None and bool(source) and not source.startswith("library")
     if labels is None:
         regions, notes = request.region, list[str]()
         size, spacing = _grid(request, adviser)
@@ -196,6 +198,10 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         size, spacing = _mask_grid(request, labels)
     if None in (request.size, request.spacing) or request.fov == "auto":
         notes.append(f"Size {_show(size)} at {_show(spacing)} mm.")
+    if found_elsewhere:
+        notes.append(f"No label map of the library is used: {source}.")
+    if labels is not None and given is not None and (fault := sides_fault(labels, model.custom_labels)):
+        notes.append(fault)
     notes += adviser.warnings(regions, size, spacing)
     usual = model.usual_steps(masked=labels is not None)
     steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model.process)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maisi.anatomy import label_names, modality_name
+from maisi.anatomy import label_name, label_names, modality_name
 from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
-from maisi.io.files import new_folder, write_json
+from maisi.io.files import locked, new_folder, write_json
 from maisi.io.nifti import write_volume
 from maisi.io.record import write_record
 from maisi.request import Request
@@ -113,13 +114,26 @@ class Destination:
         """Folder of one item."""
         return self.folder / f"{number:04d}"
 
-    def begin(self) -> None:
-        """Make the folder with its `request.json`, or clear what a killed process left half-written in it."""
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Make the folder with its `request.json`, or clear what a killed process left half-written in it.
+
+        Inside the block no other process may begin in this folder.
+
+        Raises:
+            MaisiError: another one has, or the folder cannot be made.
+        """
         if not self.folder.exists():
-            with new_folder(self.folder) as part:
-                write_json(part / REQUEST_FILE, dict(self.order))
-        for leftover in self.folder.glob("*.part-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                with new_folder(self.folder) as part:
+                    write_json(part / REQUEST_FILE, dict(self.order))
+            except MaisiError:
+                if _read_order(self.folder) != dict(self.order):  # else another process was quicker
+                    raise
+        with locked(self.folder / REQUEST_FILE, f"Another command is writing to {self.folder}; wait for its end."):
+            for leftover in self.folder.glob("*.part-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
 
     def withdraw(self) -> None:
         """After a failure: remove the folder if it holds no item yet."""
@@ -139,8 +153,12 @@ def destination(folder: Path, order: Mapping[str, Any], numbers: range) -> Desti
         MaisiError: the folder holds something else, or cannot be made.
     """
     if os.path.lexists(folder):
-        if _read_order(folder) != dict(order):
-            raise MaisiError(f"{folder} exists and was not made by this request; choose another folder or remove it.")
+        before = _read_order(folder)
+        if before != dict(order):
+            raise MaisiError(
+                f"{folder} exists and was not made by this request{_difference(before, order)}; choose another folder "
+                "or remove it."
+            )
     elif not folder.parent.is_dir():
         raise MaisiError(f"The folder {folder.parent} does not exist; make it first or choose another place.")
     place = folder if folder.is_dir() else folder.parent
@@ -150,11 +168,33 @@ def destination(folder: Path, order: Mapping[str, Any], numbers: range) -> Desti
     return Destination(folder, order, tuple(n for n in numbers if not whole.item_folder(n).exists()))
 
 
+def faults_of(record: Mapping[str, Any]) -> list[str]:
+    """What an item's record says against it: sentences of its quality check, and tumours unlike those of their kind."""
+    quality = record.get("quality") or {}
+    faults = [finding["sentence"] for finding in quality.get("findings", ()) if not finding["passed"]]
+    if record.get("contrast_as_usual") is False:
+        hu = ", ".join(f"{label_name(int(id))} {value:+.0f} HU" for id, value in record["contrast_hu"].items())
+        faults.append(f"A tumour's contrast to its host is not that of its kind ({hu}).")
+    return faults
+
+
 def _read_order(folder: Path) -> Any:
     try:
         return json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _difference(before: Any, order: Mapping[str, Any]) -> str:
+    """The settings in which a folder's order differs, for a sentence; "" where the folder has none."""
+    if not isinstance(before, dict):
+        return ""
+    flat = [
+        {**{name: value for name, value in one.items() if name != "request"}, **dict(one.get("request") or {})}
+        for one in (before, order)
+    ]
+    apart = sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
+    return f" (they differ in {', '.join(apart)})" if apart else ""
 
 
 def _title(item: Item) -> str:

@@ -51,7 +51,10 @@ Progress = Callable[[str, int, int], None]
 
 
 def load(
-    name_or_folder: str | Path = "tiny", device: str = "auto", precision: str = "auto", memory: str | None = None
+    name_or_folder: str | Path = "tiny",
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    memory: str | int | None = None,
 ) -> Model:
     """Open a model: a carried one by name, or a folder with a `model.json`.
 
@@ -59,14 +62,14 @@ def load(
         name_or_folder: which.
         device: "auto", "cpu", "cuda" or "mps".
         precision: "auto", "fp32" or "bf16"; auto is bf16 where the hardware multiplies it natively.
-        memory: what the process may use on the device, such as "6GiB"; None: all that is free there. Volumes are
+        memory: what the process may use on the device, such as "6GiB", or bytes; None: all that is free. Volumes are
             decoded in as many parts as that takes, with the same result up to rounding.
 
     Raises:
         MaisiError: no such model or device, or files that are not what `model.json` says.
     """
-    limit = None if memory is None else parse_memory(memory)
-    return Model(find_model(name_or_folder), device, precision, limit)
+    limit = None if memory is None else parse_memory(str(memory))
+    return Model(find_model(name_or_folder), str(device), precision, limit)
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,11 @@ class Model:
 
     def job(self, mask: Volume | Path | str | None = None, **wishes: Any) -> Job:
         """Turn the arguments of `generate` into a checked job."""
+        if not (mask is None or isinstance(mask, (Volume, Path, str))):
+            raise MaisiError(
+                f"A mask is a maisi.Volume or the path of a file, not {type(mask).__name__}; wrap an array as "
+                "maisi.Volume(array, affine)."
+            )
         volume = mask if isinstance(mask, Volume) else None
         path = None if mask is None or isinstance(mask, Volume) else Path(mask)
         request = Request.parse(model=str(self.name), mask=path, **wishes)

@@ -8,12 +8,16 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from maisi.errors import MaisiError
+
+if sys.platform != "win32":
+    import fcntl
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".ome.zarr", ".zarr")
 """How volumes are called; all are files, but for those that end as a Zarr, which is a folder."""
@@ -123,8 +127,30 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.exists():
+            raise MaisiError(f"{path} was made by another command meanwhile; choose another folder.") from error
         _raise_as_maisi(error, path)
         raise
+
+
+@contextmanager
+def locked(path: Path, held: str) -> Iterator[None]:
+    """Keep other processes from a lock on the file at `path` while the block runs, where the system has such locks.
+
+    Raises:
+        MaisiError: `held`, if another process has it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MaisiError(held) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 @contextmanager

@@ -36,6 +36,7 @@ SYNTHETIC = "synthetic CT made by maisi"
 """What stands in the header's description of everything generated."""
 
 _COMMENT = 6
+_DICOM = (".dcm", ".ima", ".dicom")
 _OFFSET_LIMIT = 1 << 24
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 _HEADERS = {348: Nifti1Header, 540: Nifti2Header}
@@ -233,7 +234,8 @@ def _kind(path: Path) -> str:
             return ending
     if is_zarr(path):  # a label image within another, say
         return "zarr"
-    raise MaisiError(f"{path}: files of this kind are not read or written; use .nii.gz, .nii, .nrrd or .zarr.")
+    series = " DICOM series become such files by dcm2niix." if path.is_dir() or name.endswith(_DICOM) else ""
+    raise MaisiError(f"{path}: files of this kind are not read or written; use .nii.gz, .nii, .nrrd or .zarr.{series}")
 
 
 @contextmanager

@@ -180,10 +180,10 @@ def _draw(ct: Volume, mask: Picture | None, title: str) -> Image.Image:
     cuts = _choose_cuts(ct.array, mask)
     slices = [plane.cut(ct.array, i) for plane, i in zip(PLANES, cuts, strict=True)]
     names = [] if mask is None else [plane.cut(mask, i) for plane, i in zip(PLANES, cuts, strict=True)]
-    legend = _legend_ids(names)
+    legend, untold = _legend_ids(names)
     windows = [SOFT_TISSUE, choose_window(ct.array)]
     rows = len(windows) + bool(names)
-    legend_px = -(-len(legend) // _LEGEND_COLUMNS) * _LEGEND_LINE_PX
+    legend_px = -(-(len(legend) + bool(untold)) // _LEGEND_COLUMNS) * _LEGEND_LINE_PX
     other_px = _TITLE_PX + rows * (_CAPTION_PX + _GAP_PX) + legend_px
     extents_mm = tuple(n * s for n, s in zip(ct.shape, ct.spacing_mm, strict=True))
     layout = _Layout.fit(extents_mm, rows, other_px)
@@ -193,7 +193,7 @@ def _draw(ct: Volume, mask: Picture | None, title: str) -> Image.Image:
         canvas.row(str(window), [window.grey(flat) for flat in slices])
     if names:
         canvas.row("labels", [SOFT_TISSUE.grey(flat) for flat in slices], names)
-        canvas.legend(legend)
+        canvas.legend(legend, untold)
     return canvas.picture
 
 
@@ -232,13 +232,19 @@ class _Canvas:
             left += size[0] + _GAP_PX
         self.top += self.layout.row_px + _CAPTION_PX + _GAP_PX
 
-    def legend(self, ids: Sequence[int]) -> None:
-        """Write the names of the labels beside their colours, in columns."""
+    def legend(self, ids: Sequence[int], untold: int = 0) -> None:
+        """Write the names of the labels beside their colours, in columns; then how many are not told."""
         column_px = (self.picture.width - _GAP_PX) / _LEGEND_COLUMNS
-        for number, label in enumerate(ids):
+
+        def place(number: int) -> tuple[int, int]:
             line, column = divmod(number, _LEGEND_COLUMNS)
+            return round(_GAP_PX + column * column_px), self.top + line * _LEGEND_LINE_PX
+
+        if untold:
+            self.text(*place(len(ids)), f"and {untold} more", _SMALL_TEXT_PX, _LIGHT)
+        for number, label in enumerate(ids):
             name = label_name(label) if label in KNOWN_IDS else "unnamed"
-            left, top = round(_GAP_PX + column * column_px), self.top + line * _LEGEND_LINE_PX
+            left, top = place(number)
             color = label_color(label)
             self.pen.rectangle((left, top + 2, left + _SWATCH_PX, top + 2 + _SWATCH_PX), fill=rgb(color))
             self.text(left + _SWATCH_PX + 5, top, f"{label} {name}", _SMALL_TEXT_PX, color)
@@ -295,10 +301,13 @@ def _median_index(profile: Picture) -> int:
     return int(np.searchsorted(np.cumsum(profile), total / 2))
 
 
-def _legend_ids(names: Sequence[Picture]) -> list[int]:
-    """Return the ids that the cuts show: tumours first, the body last; at most `_LEGEND_LIMIT`."""
+def _legend_ids(names: Sequence[Picture]) -> tuple[list[int], int]:
+    """Return the ids that the cuts show, tumours first, the body last, at most `_LEGEND_LIMIT`; and how many others."""
     shown = {int(i) for flat in names for i in np.unique(flat)} - {BACKGROUND}
-    return sorted(shown, key=lambda i: (i not in TUMORS, i == BODY, i))[:_LEGEND_LIMIT]
+    ids = sorted(shown - {BODY}, key=lambda i: (i not in TUMORS, i))
+    body = [BODY] if BODY in shown else []
+    told = ids[: _LEGEND_LIMIT - len(body)]
+    return told + body, len(ids) - len(told)
 
 
 def _overlay(labels: Picture, size: tuple[int, int]) -> Picture:

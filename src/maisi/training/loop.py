@@ -96,6 +96,9 @@ def run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int
         config: when what happens.
         resolved: the complete configuration of the run; written to `folder/run.json` and into checkpoints.
         folder: the run's folder; a checkpoint found there is resumed if its configuration is the same.
+
+    Raises:
+        KeyboardInterrupt: so it ended, with a checkpoint.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -126,6 +129,8 @@ def run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int
                 break
     writer.close()
     stage.export(folder)
+    if interrupt.wanted and step < config.steps:
+        raise KeyboardInterrupt(f"Stopped at step {step} of {config.steps}; the same command goes on from there.")
     return step
 
 
