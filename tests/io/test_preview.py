@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maisi.anatomy import BODY, EXTENSION, LABELS
+from maisi.anatomy import BODY, EXTENSION, LABELS, TUMORS
 from maisi.errors import MaisiError
 from maisi.io.preview import BONE, LUNG, PLANES, SOFT_TISSUE, choose_window, label_color, preview
 from maisi.volume import Volume
@@ -52,6 +52,21 @@ def test_neighbouring_labels_differ_in_colour():
     assert all(((c >= 0) & (c <= 1)).all() and c.max() > 0.5 for c in colors.values())
     for one in range(1, 132):
         assert np.abs(colors[one] - colors[one + 1]).max() > 0.2
+    for tumor in TUMORS:
+        apart = [np.abs(colors[tumor] - other).max() for id, other in colors.items() if id not in TUMORS]
+        assert min(apart) > 0.15
+
+
+def test_the_legend_says_how_many_it_leaves_out(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("maisi.io.preview._Canvas.text", lambda self, left, top, text, *more: written.append(text))
+    ct = body((0, 0, 0), (60, 60, 60), (3.0, 3.0, 3.0))
+    labels = ct.with_array(np.full(ct.shape, BODY, np.uint8))
+    for id in range(1, 51):
+        labels.array[:, :, id] = id
+    preview(tmp_path / "a.png", ct, labels)
+    assert "200 body" in written
+    assert "and 11 more" in written
 
 
 def read(path):

@@ -54,6 +54,7 @@ _CAPTION_PX = 26
 _LEGEND_LINE_PX = 20
 _LEGEND_COLUMNS = 5
 _LEGEND_LIMIT = 40
+_HUES = (0.07, 0.87)
 _SWATCH_PX = 8
 _TEXT_PX = 12
 _SMALL_TEXT_PX = 11
@@ -134,10 +135,14 @@ def choose_window(hu: Picture) -> Window:
 
 
 def label_color(label: int) -> Color:
-    """Return the colour of a label id: always the same, bright, unlike its neighbours'."""
+    """Return the colour of a label id: always the same, bright, unlike its neighbours'; red is for tumours alone."""
     if label == BODY:
         return (0.75, 0.75, 0.75)
-    hue = label * 0.6180339887498949 % 1.0  # the golden section spreads successive ids over the circle
+    if label in TUMORS:
+        return (1.0, 0.32 if label % 2 else 0.1, 0.05 + 0.08 * sorted(TUMORS).index(label))
+    low, high = _HUES
+    # the golden section spreads successive ids over the circle
+    hue = low + (high - low) * (label * 0.6180339887498949 % 1.0)
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.9, 0.6, 0.75)[label % 3], 1.0)
     lift = max(0.0, 0.5 - (0.3 * red + 0.6 * green + 0.1 * blue))  # blue alone is too dark to see on black
     return (red + (1 - red) * lift, green + (1 - green) * lift, blue + (1 - blue) * lift)
@@ -210,8 +215,11 @@ class _Canvas:
         self.pen = ImageDraw.Draw(self.picture)
 
     def text(self, left: float, top: float, text: str, size: int, color: Color, anchor: str = "la") -> None:
-        """Write a line; `anchor` as Pillow has it, by default the place is the upper left corner."""
-        self.pen.text((left, top), text, fill=rgb(color), font=_font(size), anchor=anchor)
+        """Write a line, with a dark edge; `anchor` as Pillow has it, by default the place is the upper left corner."""
+        font = _font(size)
+        self.pen.text(
+            (left, top), text, fill=rgb(color), font=font, anchor=anchor, stroke_width=1, stroke_fill=(0, 0, 0)
+        )
 
     def title(self, title: str) -> None:
         """Write the title and the convention."""
