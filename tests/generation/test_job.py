@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from maisi.anatomy import BODY, label_id
+from maisi.data.mask_library import build
+from maisi.data.phantom import phantom_labels
 from maisi.errors import MaisiError
 from maisi.generation.job import make_job, padded_size
 from maisi.generation.masks import without_tumors
+from maisi.io.nifti import write_volume
 from maisi.request import Request
 from maisi.volume import Volume
 from maisi.weights.registry import find_model
@@ -152,3 +155,21 @@ def test_odd_masks_are_pointed_out(config) -> None:
     assert "no body (200)" in notes
     assert "name the region" in notes
     assert "Guidance" in notes
+
+
+def test_a_mirrored_mask_is_noted(config) -> None:
+    labels = phantom_labels((48, 40, 40), (8, 8, 8), ("chest",), seed=1)
+    assert not any("side" in note for note in make_job(Request.parse(), config, labels).notes)
+    mirrored = labels.with_array(np.ascontiguousarray(labels.array[::-1]))
+    notes = make_job(Request.parse(), config, mirrored).notes
+    assert any("lie on the wrong side" in note and "maisi mask import" in note for note in notes)
+
+
+def test_a_library_that_fits_nothing_is_noted(config, tmp_path) -> None:
+    labels = phantom_labels((48, 40, 40), (8, 8, 8), ("head-neck",), seed=1)
+    write_volume(tmp_path / "head.nii.gz", labels)
+    build([tmp_path / "head.nii.gz"], tmp_path / "maps")
+    wish = {"library": tmp_path / "maps", "size": (32, 32, 32), "spacing": (8, 8, 8)}
+    job = make_job(Request.parse(region="abdomen", structure=["liver"], **wish), config)
+    assert any(note.startswith("No label map of the library is used: phantom") for note in job.notes)
+    assert not any("library" in note for note in make_job(Request.parse(region="head-neck", **wish), config).notes)

@@ -109,9 +109,20 @@ def test_a_folder_that_was_made_meanwhile_is_no_trace(tmp_path) -> None:
 def test_what_differs_is_named(tmp_path) -> None:
     with destination(tmp_path / "out", ORDER, range(1)).begun():
         pass
-    other = {**ORDER, "first": 7, "request": {**ORDER["request"], "seed": 9}}
-    with pytest.raises(MaisiError, match=r"\(they differ in first, seed\)"):
+    other = {**ORDER, "mask_sha256": "a", "first": 7, "request": {**ORDER["request"], "seed": 9}}
+    with pytest.raises(MaisiError, match=r"\(they differ in mask_sha256, seed\)"):
         destination(tmp_path / "out", other, range(1))
+
+
+def test_more_items_and_other_names_of_files_are_gone_on_with(tmp_path) -> None:
+    order = {"request": {"seed": 1, "count": 2, "mask": "a.nii.gz"}, "mask_sha256": "same", "first": 0}
+    with destination(tmp_path / "out", order, range(2)).begun():
+        (tmp_path / "out" / "0000").mkdir()
+    more = {"request": {"seed": 1, "count": 5, "mask": "../a.nii.gz"}, "mask_sha256": "same", "first": 0}
+    place = destination(tmp_path / "out", more, range(5))
+    assert place.missing == (1, 2, 3, 4)
+    with place.begun():
+        assert json.loads((tmp_path / "out" / "request.json").read_text()) == more
 
 
 def test_records_say_what_is_wrong() -> None:

@@ -126,8 +126,9 @@ def apply_map(labels: Array, table: Mapping[int, int]) -> Mask:
     unknown = [id for id in present if id not in table]
     if unknown:
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        some = ", ".join(map(str, unknown[:_SHOWN])) + more
-        raise MaisiError(f"The mask holds ids that its vocabulary lacks ({some}); name the right vocabulary.")
+        raise MaisiError(
+            f"The mask holds ids {unknown[:_SHOWN]}{more} that its vocabulary lacks; name the right vocabulary."
+        )
     return translated(labels, {id: table[id] for id in present})
 
 

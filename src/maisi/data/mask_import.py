@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -255,16 +254,12 @@ def require_our_ids(labels: Volume, source: str, names: Mapping[int, str], custo
         raise MaisiError(f"{str(error).rstrip('.')} of `maisi mask import`, and give the mask that it makes.") from None
 
 
-def sides_fault(labels: Volume, custom: Mapping[int, str] = MappingProxyType({})) -> str | None:
-    """What is wrong with the sides of a label map in maisi's ids, in a sentence; None where nothing is seen.
-
-    Args:
-        labels: ids of maisi's.
-        custom: names of further ids.
-    """
+def sides_fault(labels: Volume) -> str | None:
+    """What is wrong with the sides of a label map in maisi's ids, in a sentence; None where nothing is seen."""
     mask = Source(labels, vocabulary("maisi"), "The mask")
+    known = {id: one for id, one in census(labels).items() if id in mask.vocabulary.to}
     try:
-        _check_sides(mask, census(labels), custom, swap=False)
+        _check_sides(mask, known, {}, swap=False)
     except MaisiError as error:
         return f"{str(error).rstrip('.')} (`maisi mask import`)."
     return None

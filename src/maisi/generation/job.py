@@ -200,7 +200,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         notes.append(f"Size {_show(size)} at {_show(spacing)} mm.")
     if found_elsewhere:
         notes.append(f"No label map of the library is used: {source}.")
-    if labels is not None and given is not None and (fault := sides_fault(labels, model.custom_labels)):
+    if labels is not None and given is not None and (fault := sides_fault(labels)):
         notes.append(fault)
     notes += adviser.warnings(regions, size, spacing)
     usual = model.usual_steps(masked=labels is not None)

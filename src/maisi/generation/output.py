@@ -1,6 +1,7 @@
 """The folder of a generation: `request.json`, and a folder for each item, whole or not there. Imports no torch.
 
-A folder that was made for the same request is gone on with: items that are there are kept, the others are made.
+A folder that was made for the same request is gone on with: items that are there are kept, the others are made. How
+many items, and from which on, may differ, and where files are called from: their hashes are compared.
 """
 
 from __future__ import annotations
@@ -128,9 +129,11 @@ class Destination:
                 with new_folder(self.folder) as part:
                     write_json(part / REQUEST_FILE, dict(self.order))
             except MaisiError:
-                if _read_order(self.folder) != dict(self.order):  # else another process was quicker
+                if not _alike(_read_order(self.folder), self.order):  # else another process was quicker
                     raise
-        with locked(self.folder / REQUEST_FILE, f"Another command is writing to {self.folder}; wait for its end."):
+        with locked(self.folder, f"Another command is writing to {self.folder}; wait for its end."):
+            if _read_order(self.folder) != dict(self.order):
+                write_json(self.folder / REQUEST_FILE, dict(self.order))
             for leftover in self.folder.glob("*.part-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
@@ -154,7 +157,7 @@ def destination(folder: Path, order: Mapping[str, Any], numbers: range) -> Desti
     """
     if os.path.lexists(folder):
         before = _read_order(folder)
-        if before != dict(order):
+        if not _alike(before, order):
             raise MaisiError(
                 f"{folder} exists and was not made by this request{_difference(before, order)}; choose another folder "
                 "or remove it."
@@ -185,15 +188,30 @@ def _read_order(folder: Path) -> Any:
         return None
 
 
+FREE = ("first", "count", "mask", "image", "library", "ranges")
+"""Settings that decide no item's bytes: which items are made, and what files are called, whose hashes stand beside."""
+
+
+def _alike(before: Any, order: Mapping[str, Any]) -> bool:
+    """Whether a folder's order makes the same items."""
+    return isinstance(before, dict) and isinstance(before.get("request"), dict) and not _apart(before, order)
+
+
+def _apart(before: Mapping[str, Any], order: Mapping[str, Any]) -> list[str]:
+    """The settings in which two orders differ so that items do, sorted."""
+    around = [{**one, "request": None} for one in (before, order)]
+    asked = [dict(one.get("request") or {}) for one in (before, order)]
+    return sorted(
+        name
+        for first, second in (around, asked)
+        for name in (first.keys() | second.keys()) - set(FREE)
+        if first.get(name) != second.get(name)
+    )
+
+
 def _difference(before: Any, order: Mapping[str, Any]) -> str:
     """The settings in which a folder's order differs, for a sentence; "" where the folder has none."""
-    if not isinstance(before, dict):
-        return ""
-    flat = [
-        {**{name: value for name, value in one.items() if name != "request"}, **dict(one.get("request") or {})}
-        for one in (before, order)
-    ]
-    apart = sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
+    apart = _apart(before, order) if isinstance(before, dict) else []
     return f" (they differ in {', '.join(apart)})" if apart else ""
 
 

@@ -135,7 +135,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, held: str) -> Iterator[None]:
-    """Keep other processes from a lock on the file at `path` while the block runs, where the system has such locks.
+    """Keep other processes from a lock on a file or folder while the block runs, where the system has such locks.
 
     Raises:
         MaisiError: `held`, if another process has it.
@@ -143,14 +143,17 @@ def locked(path: Path, held: str) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    with path.open("rb") as file:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MaisiError(held) from None
         except OSError:  # a file system without locks
             pass
         yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
