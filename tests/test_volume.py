@@ -110,3 +110,8 @@ def test_with_array_keeps_the_shape():
     assert volume.with_array(np.ones((2, 3, 4))).array.max() == 1
     with pytest.raises(ValueError, match="differs"):
         volume.with_array(np.ones((2, 3, 5)))
+
+
+def test_it_is_shown_without_its_voxels() -> None:
+    shown = repr(Volume.from_spacing(np.zeros((5, 6, 7), np.int16), (1.0, 2.0, 2.5)))
+    assert shown == "Volume(5 x 6 x 7 int16, 1 x 2 x 2.5 mm)"

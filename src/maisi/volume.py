@@ -38,6 +38,11 @@ class Volume:
             raise MaisiError(f"The volume is empty (shape {self.array.shape}); give one with voxels in it.")
         object.__setattr__(self, "affine", checked_affine(self.affine))
 
+    def __repr__(self) -> str:
+        """In a line, without voxels."""
+        spacing = " x ".join(f"{s:.3g}" for s in self.spacing_mm)
+        return f"Volume({' x '.join(map(str, self.shape))} {self.array.dtype}, {spacing} mm)"
+
     @classmethod
     def from_spacing(
         cls,

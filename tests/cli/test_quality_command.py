@@ -11,7 +11,8 @@ import pytest
 from maisi import cli
 from maisi.data.phantom import phantom
 from maisi.data.quality import read_ranges
-from maisi.io.nifti import write_volume
+from maisi.io.nifti import read_volume, write_volume
+from maisi.volume import Volume
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,24 @@ def test_learned_ranges_are_used(files, tmp_path, capsys) -> None:
     assert quality(*pair, "--ranges", strict) == 1
     assert quality("learn", files / "cases.json", "-o", made) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_models_ranges_are_used(files, capsys) -> None:
+    pair = [files / "image.nii.gz", files / "labels.nii.gz"]
+    quality(*pair, "--json")
+    carried = json.loads(capsys.readouterr().out)
+    quality(*pair, "--model", "tiny", "--json")
+    assert json.loads(capsys.readouterr().out) != carried
+    assert quality(*pair, "--model", "tiny", "--ranges", files / "cases.json") == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_orientation_does_not_matter(files, tmp_path) -> None:
+    image = read_volume(files / "image.nii.gz")
+    affine = image.affine @ np.diag([-1.0, 1, 1, 1])
+    affine[:3, 3] += image.affine[:3, 0] * (image.shape[0] - 1)
+    write_volume(tmp_path / "turned.nii.gz", Volume(np.ascontiguousarray(image.array[::-1]), affine))
+    assert quality(tmp_path / "turned.nii.gz", files / "labels.nii.gz") == 0
 
 
 def test_bad_input_gets_a_sentence_and_code_2(files, tmp_path, capsys) -> None:

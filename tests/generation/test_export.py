@@ -66,6 +66,11 @@ def test_pairs_that_did_not_pass_are_told_of_and_may_be_left_out(generated: Path
     assert len(list((tmp_path / "passed" / "imagesTr").iterdir())) == 4
 
 
+def test_a_folder_given_twice_is_refused(generated: Path, tmp_path: Path) -> None:
+    with pytest.raises(MaisiError, match="given twice"):
+        export([generated, generated / ".." / "my run"], tmp_path / "out", "monai")
+
+
 NAMES = [f"my-run-000{n}" for n in range(5)]
 ALL = {23: 1, 28: 2, 32: 3, 200: 4}
 

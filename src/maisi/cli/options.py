@@ -200,7 +200,11 @@ def say_items(output: Path, numbers: range, place: Destination) -> None:
     click.echo(f"{output}: {len(numbers)} item(s), {len(numbers) - len(place.missing)} of them from before")
     faults = {}
     for number in numbers:
-        record = json.loads((place.item_folder(number) / RECORD).read_text(encoding="utf-8"))
+        try:
+            record = json.loads((place.item_folder(number) / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            faults[number] = [f"{RECORD} is missing or damaged; remove the item, and the same command makes it again."]
+            continue
         if found := faults_of(record):
             faults[number] = found
     for number in list(faults)[:MOST_TOLD]:

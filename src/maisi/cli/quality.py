@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from maisi.cli.options import FILE, output_option, progress, require_new
+from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
     from maisi.data.quality import QualityRanges, QualityReport
@@ -41,14 +42,23 @@ def quality() -> None:
 @click.argument("image", type=FILE)
 @click.argument("labels", type=FILE)
 @click.option("--ranges", type=FILE, help="What passes, made by `maisi quality learn`.  [default: carried ranges]")
+@click.option("--model", help="In place of --ranges: a model, by whose ranges its items are judged.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
-def check(context: click.Context, image: Path, labels: Path, ranges: Path | None, as_json: bool) -> None:
+def check(
+    context: click.Context, image: Path, labels: Path, ranges: Path | None, model: str | None, as_json: bool
+) -> None:
     """Judge IMAGE (CT in HU) by LABELS; exit code 0 if all passes, 1 if not, 2 if they cannot be compared."""
     from maisi.data.quality import carried_ranges, read_ranges
     from maisi.data.quality import check as check_volumes
     from maisi.io.nifti import read_labels, read_volume
 
+    if model is not None:
+        if ranges is not None:
+            raise MaisiError("Both --ranges and --model say what passes; leave one of them out.")
+        from maisi.weights.registry import find_model
+
+        ranges = find_model(model).ranges()
     normal = carried_ranges() if ranges is None else read_ranges(ranges)
     report = check_volumes(read_volume(image).to_ras(), read_labels(labels).to_ras(), normal)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else _table(report))

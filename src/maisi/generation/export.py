@@ -13,6 +13,7 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,7 @@ def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
     pairs: list[Pair] = []
     without = 0
     stems: set[str] = set()
-    for folder in map(Path, folders):
+    for folder in _different(folders):
         items = [folder] if (folder / RECORD).is_file() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
         items = [item for item in items if ".part-" not in item.name]
         if not items:
@@ -212,6 +213,19 @@ def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
     if not pairs:
         raise MaisiError("None of the items has a mask; generate with --mask to get pairs.")
     return tuple(pairs), without
+
+
+def _different(folders: Iterable[Path]) -> list[Path]:
+    """The folders as paths.
+
+    Raises:
+        MaisiError: one is given twice.
+    """
+    paths = list(map(Path, folders))
+    twice = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
+    if twice:
+        raise MaisiError(f"{twice[0]} is given twice; name each folder once.")
+    return paths
 
 
 def consecutive(
