@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from maisi.cli import run
+from maisi.config import read_yaml
+from maisi.data.views import TumorViews, ViewConfig
 from maisi.errors import MaisiError
+from maisi.generation.latent_views import ViewsFile
 from maisi.training.autoencoder import AutoencoderRun
 from maisi.training.runs import STAGES, example_yaml, run_stage
 
@@ -40,3 +44,14 @@ def test_unknown_key_gets_the_nearest_name(tmp_path: Path) -> None:
 def test_unknown_stage_lists_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(MaisiError, match="autoencoder, diffusion, controlnet, mask-autoencoder, mask-diffusion"):
         run_stage("vae", tmp_path / "run.yaml", tmp_path / "out")
+
+
+def test_the_example_of_views_is_whole_and_valid(tmp_path: Path, capsys) -> None:
+    assert run(["prepare", "--example"]) == 0
+    path = tmp_path / "views.yaml"
+    path.write_text(capsys.readouterr().out)
+    (kind,) = read_yaml(ViewsFile, path).views
+    named = yaml.safe_load(path.read_text())["views"][0]
+    assert set(named) == set(ViewConfig.model_fields)
+    assert set(named["tumors"]) == set(TumorViews.model_fields)
+    assert kind.tumors == TumorViews()

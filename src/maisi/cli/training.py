@@ -20,12 +20,28 @@ from maisi.cli.options import (
 from maisi.errors import MaisiError
 
 
+def _show_views(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from maisi.training.runs import example_views
+
+        click.echo(example_views(), nl=False)
+        context.exit()
+
+
 @click.command()
 @click.argument("source", type=FILE)
 @output_option("Folder to make; one that was begun is gone on with.")
 @click.option("--validation-share", type=float, default=0.15, show_default=True, help="Patients kept out of training.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides who is kept out.")
 @click.option("--views", type=FILE, help="YAML with the views to cache as latents; SOURCE is then a prepared folder.")
+@click.option(
+    "--example",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_views,
+    help="Print such a file and stop.",
+)
 @autoencoder_options
 @running_options
 def prepare(source: Path, output: Path, validation_share: float, seed: int, views: Path | None, **network: Any) -> None:
