@@ -69,12 +69,10 @@ def example_views() -> str:
     from maisi.data.views import TumorViews, ViewConfig
 
     kind = ViewConfig(size=(96, 80, 80), spacing_mm=(3.6, 4.8), views=2, rotate_degrees=8, tumors=TumorViews())
-    first, *rest = _example_lines(ViewConfig, "    ", kind)
+    lines = "\n".join(_example_lines(ViewConfig, "    ", kind))
     head = "# maisi prepare PREPARED --views VIEWS.yaml --autoencoder FILE -o LATENTS\n"
-    head += (
-        "# Kinds of views; each is drawn of every case that it suits. Settings that are left out take their defaults.\n"
-    )
-    return f"{head}\nviews:\n  -\n" + "\n".join([first, *rest]) + "\n# of sizes, places and turns\nseed: 0\n"
+    head += "# Kinds of views: each is drawn of every case that it suits. Most settings may be left out.\n"
+    return f"{head}\nviews:\n  -\n{lines}\n# of sizes, places and turns\nseed: 0\n"
 
 
 def _run_class(stage: str) -> type[Config]:
