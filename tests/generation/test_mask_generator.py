@@ -197,6 +197,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert labels.spacing_mm == pytest.approx(SPACING)
         record = json.loads((item / "record.json").read_text())
         assert record["anatomy_sizes"]["liver"] == 0.6
+        assert record["missing"] == ([] if (labels.array == 1).any() else ["liver"])
         assert record["weights_sha256"].keys() == {"mask_autoencoder.safetensors", "mask_unet.safetensors"}
         assert record["synthetic"]
     capsys.readouterr()

@@ -134,6 +134,7 @@ def test_records_say_what_is_wrong() -> None:
         "A tumour's contrast to its host is not that of its kind (hepatic tumor +41 HU).",
     ]
     assert faults_of({"quality": {"passed": True, "findings": []}, "contrast_as_usual": True}) == []
+    assert faults_of({"missing": ["liver"]}) == ["There is no liver, which was asked for."]
     assert faults_of({}) == []
 
 

@@ -186,6 +186,20 @@ def test_pictures_are_decoded_as_memory_allows(monkeypatch: pytest.MonkeyPatch) 
     assert asked
 
 
+def test_too_little_memory_for_pictures_does_not_stop_a_training(
+    diffusion_run: DiffusionRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoencoderConfig(channels=(16, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4)
+    save_network(tmp_path / "autoencoder.safetensors", Autoencoder(config))
+    shown = diffusion_run.model_copy(update={"autoencoder": tmp_path / "autoencoder.safetensors", "sample_steps": 1})
+    assert set(DiffusionStage(shown).validate(0)[1]) == {"sample"}
+    monkeypatch.setattr("maisi.training.denoising.budget_beside", lambda *arguments: 1000)
+    with pytest.warns(UserWarning, match="No validation pictures: To decode"):
+        metrics, pictures = DiffusionStage(shown).validate(0)
+    assert metrics
+    assert not pictures
+
+
 def test_views_of_all_sizes_are_looked_at(diffusion_run: DiffusionRun, prepared: Path, tmp_path: Path) -> None:
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = torch.nn.functional.avg_pool3d(image, 4)[0].expand(4, -1, -1, -1).contiguous()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, LUNGS, label_names
+from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, LUNGS, label_name, label_names
 from maisi.conditions import Conditions, stack
 from maisi.data.anatomy_sizes import (
     ABSENT,
@@ -256,6 +256,7 @@ class MaskGenerator:
         spacing = order.request.spacing
         finished = made if spacing is None else _resampled(made, spacing)
         largest = order.training.largest_ml
+        missing = {id for id, wish in order.wanted.items() if wish > 0} - {*ids_in(finished.array)}
         ended = time.perf_counter()
         return MaskItem(
             labels=finished,
@@ -274,6 +275,7 @@ class MaskGenerator:
                 "device": str(self.device),
                 "precision": str(self.dtype).removeprefix("torch."),
                 "notes": list(order.notes),
+                "missing": [label_name(id) for id in sorted(missing)],
             },
         )
 

@@ -172,12 +172,13 @@ def destination(folder: Path, order: Mapping[str, Any], numbers: range) -> Desti
 
 
 def faults_of(record: Mapping[str, Any]) -> list[str]:
-    """What an item's record says against it: sentences of its quality check, and tumours unlike those of their kind."""
+    """What an item's record says against it, in sentences: its quality check, tumours, structures that are missing."""
     quality = record.get("quality") or {}
     faults = [finding["sentence"] for finding in quality.get("findings", ()) if not finding["passed"]]
     if record.get("contrast_as_usual") is False:
         hu = ", ".join(f"{label_name(int(id))} {value:+.0f} HU" for id, value in record["contrast_hu"].items())
         faults.append(f"A tumour's contrast to its host is not that of its kind ({hu}).")
+    faults += [f"There is no {name}, which was asked for." for name in record.get("missing") or ()]
     return faults
 
 

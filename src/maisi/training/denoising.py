@@ -6,6 +6,7 @@ Knows the process and the data, not what the network is nor what else it is told
 from __future__ import annotations
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -227,7 +228,13 @@ class DenoisingStage(ABC):
             for name, value in self.validation_terms(self.held_out.batch(index), index).items():
                 sums[name] = sums.get(name, 0.0) + value / self.settings.validation_batches
         decode = self.decoder()
-        return sums, {} if decode is None else {"sample": self._samples(decode)}
+        if decode is None:
+            return sums, {}
+        try:
+            return sums, {"sample": self._samples(decode)}
+        except MaisiError as error:  # too little memory for pictures is no reason to stop
+            warnings.warn(f"No validation pictures: {error}", stacklevel=1)
+            return sums, {}
 
     def validation_terms(self, batch: LatentBatch, index: int) -> dict[str, float]:
         """What validation averages over batches."""
