@@ -131,6 +131,9 @@ STAGES = ("autoencoder", "decoder", "unet", "controlnet")
 SHARES = {"autoencoder": 0.25, "decoder": 0.05, "unet": 0.42, "controlnet": 0.28}
 """Of the time that the stages to train have."""
 
+LARGEST, OUTSIZED = 12.0, 0.01
+"""Standard deviations beyond which a latent costs something, and the weight of that."""
+
 BLUR = 0.1
 """Noise on latents, up to this part of their spread, that the decoder learns to overlook: made ones are not exact."""
 
@@ -241,8 +244,12 @@ def read_view(path: Path) -> DrawnView:
 # --- patches for the autoencoder, cut on the GPU
 
 
+WHOLE = (((112, 80, 80), 3.8, 5.0), ((80, 64, 64), 5.2, 6.6), ((144, 112, 112), 3.1, 3.6))
+"""Sizes and voxels (mm) of whole bodies."""
+
+
 class Patches:
-    """Random cubes of the training images: turned, mirrored, at any spacing; mostly around voxels of the body."""
+    """Random boxes of the training images: turned, mirrored, at any spacing; mostly around voxels of the body."""
 
     def __init__(self, source: PreparedFolder, device: torch.device, size: int) -> None:
         self.cases = source.cases("train")
@@ -264,33 +271,55 @@ class Patches:
         """`B 1 n n n` in [0, 1]."""
         return torch.cat([self._patch(rng) for _ in range(count)])
 
+    def whole(self, voxels: int, rng: np.random.Generator) -> Tensor:
+        """Bodies with the air around them, `B 1 X Y Z` in [0, 1], of some `voxels` together."""
+        size, least, most = WHOLE[int(rng.integers(len(WHOLE)))]
+        bodies = []
+        for _ in range(max(1, voxels // math.prod(size))):
+            index = int(rng.choice(len(self.cases), p=self.chances))
+            shape, places = self.images[index].shape[2:], self.inside[index]
+            middle = np.mean(np.unravel_index(places, shape), axis=1) if len(places) else np.array(shape) / 2
+            bodies.append(self._box(index, size, math.exp(rng.uniform(math.log(least), math.log(most))), middle, rng))
+        return torch.cat(bodies)
+
     def _patch(self, rng: np.random.Generator) -> Tensor:
         index = int(rng.choice(len(self.cases), p=self.chances))
-        case, image, places = self.cases[index], self.images[index], self.inside[index]
-        native = np.array(case.spacing_mm)
-        least = max(1.4, 0.75 * float(native.max()))
+        places, shape = self.inside[index], np.array(self.images[index].shape[2:])
+        least = max(1.4, 0.75 * float(max(self.cases[index].spacing_mm)))
         spacing = math.exp(rng.uniform(math.log(least), math.log(6.4)))
-        shape = np.array(image.shape[2:])
         if rng.random() < 0.9 and len(places):
             centre = np.array(np.unravel_index(int(rng.choice(places)), shape), float)
         else:
             centre = rng.uniform(0, shape)
+        return self._box(index, (self.size,) * 3, spacing, centre, rng)
+
+    def _box(
+        self,
+        index: int,
+        size: tuple[int, int, int],
+        spacing: float,
+        centre: np.ndarray[Any, Any],
+        rng: np.random.Generator,
+    ) -> Tensor:
+        """A box around a voxel of an image, turned about Z and mirrored."""
+        image, native = self.images[index], np.array(self.cases[index].spacing_mm)
+        shape = np.array(image.shape[2:])
         angle = math.radians(rng.uniform(-12, 12))
         turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
         turn = turn @ np.diag(rng.choice([-1.0, 1.0], 3))
         # finer than asked for, then averaged, where that would alias
         factor = 2 if spacing > 1.5 * float(native.min()) else 1
-        n = self.size * factor
+        n = np.array(size) * factor
         to_voxels = np.diag(1 / native) @ turn * (spacing / factor)
         theta = np.concatenate(
             [
-                (np.diag(2 / (shape - 1)) @ to_voxels * (n - 1) / 2)[::-1, ::-1],
+                (np.diag(2 / (shape - 1)) @ to_voxels @ np.diag((n - 1) / 2))[::-1, ::-1],
                 (2 * centre / (shape - 1) - 1)[::-1, None],
             ],
             1,
         )
         placed = torch.from_numpy(np.ascontiguousarray(theta)).float()[None].to(self.device, non_blocking=True)
-        grid = F.affine_grid(placed, [1, 1, n, n, n], align_corners=True)
+        grid = F.affine_grid(placed, [1, 1, *map(int, n)], align_corners=True)
         patch = F.grid_sample(image, grid, align_corners=True)
         return F.avg_pool3d(patch, 2) if factor == 2 else patch
 
@@ -397,14 +426,23 @@ def train_autoencoder(
     seconds: float,
     batch: int,
     size: int,
+    share: float,
     out: Path,
     ready: Callable[[], None],
 ) -> Autoencoder:
-    """From block PCA; L1 for the first part, then the decoder alone, with perceptual and adversarial losses."""
+    """From block PCA; L1 for the first part, then the decoder alone, with perceptual and adversarial losses.
+
+    A share of the batches are whole bodies: one that knew patches around tissue alone made latents of twenty times the
+    usual size beside bone, on one side, in whole heads, where group norms see another mixture of tissue and air.
+    """
     patches = Patches(source, device, size)
     say(f"{len(patches.cases)} cases on the device")
     torch.manual_seed(0)
     rng, losses = np.random.default_rng(0), Losses()
+
+    def drawn() -> Tensor:
+        return last(patches.whole(batch * size**3, rng) if rng.random() < share else patches.batch(batch, rng))
+
     model = placed(Autoencoder(AUTOENCODER), device)
     assert isinstance(model, Autoencoder)
     start_as_components(model, torch.cat([patches.batch(batch, rng) for _ in range(20)]))
@@ -413,12 +451,12 @@ def train_autoencoder(
     muon = {"kind": "muon", "schedule": "cosine", "final_fraction": 0.02, "ema_decay": 0.998}
     student = Student("autoencoder", model, OptimizerConfig(learning_rate=3e-4, warmup_steps=300, **muon), NOMINAL)
     for step, over in Clock(0.72 * seconds, "autoencoder"):
-        x = last(patches.batch(batch, rng))
+        x = drawn()
         with autocast(device):
             found = model.encode(x)
             made = model.decode(found.mean + torch.exp(0.5 * found.log_variance) * torch.randn_like(found.mean))
-        terms = {"l1": F.l1_loss(made.float(), x)}
-        student.learn(terms["l1"])
+        terms = {"l1": F.l1_loss(made.float(), x), "outsized": outsized(found.mean.float())}
+        student.learn(torch.stack(list(terms.values())).sum())
         student.apply_at(over)
         student.ema.update(student.module, step)
         losses.add(terms)
@@ -435,7 +473,7 @@ def train_autoencoder(
     student = Student("autoencoder", model, OptimizerConfig(learning_rate=1e-4, warmup_steps=300, **sharper), NOMINAL)
     critic = Student("judge", judge, OptimizerConfig(learning_rate=2e-4, betas=(0.5, 0.9), ema_decay=0.0), NOMINAL)
     for step, over in Clock(0.28 * seconds, "decoder"):
-        x = last(patches.batch(batch, rng))
+        x = drawn()
         weight = 0.1 * min(1.0, max(0.0, (over - 0.08) / 0.15))
         with torch.no_grad(), autocast(device):
             z = blurred(model.encode(x).mean)
@@ -508,6 +546,13 @@ def train_decoder(
     model.load_state_dict(student.ema.values)
     save_network(a.out / "autoencoder.safetensors", model, storage="float16")
     return model.eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def outsized(z: Tensor) -> Tensor:
+    """What latents beyond `LARGEST` standard deviations of their channel cost."""
+    flat = z.transpose(0, 1).flatten(1)
+    far = (flat - flat.mean(1, keepdim=True)).abs() / (flat.std(1, keepdim=True).detach() + 1e-6)
+    return OUTSIZED * F.relu(far - LARGEST).square().mean()
 
 
 def blurred(z: Tensor) -> Tensor:
@@ -853,6 +898,7 @@ def main() -> None:
         "--batch", type=int, default=16, help="patches of the autoencoder; of as many voxels are its decoder's views"
     )
     parser.add_argument("--patch", type=int, default=64)
+    parser.add_argument("--whole", type=float, default=0.5, help="share of the autoencoder's batches that are bodies")
     parser.add_argument("--voxels", type=int, default=400_000, help="latent voxels of a batch of the U-Net")
     parser.add_argument("--autoencoder", type=Path, help="one trained already")
     parser.add_argument("--unet", type=Path, help="one trained already")
@@ -914,7 +960,7 @@ def main() -> None:
     try:
         if "autoencoder" in stages:
             seconds = seconds_for("autoencoder", 40)
-            model = train_autoencoder(source, device, seconds, a.batch, a.patch, a.out, warming.join)
+            model = train_autoencoder(source, device, seconds, a.batch, a.patch, a.whole, a.out, warming.join)
         else:
             model = trained(a.autoencoder, device, Autoencoder)
         if stages == ["autoencoder"]:
