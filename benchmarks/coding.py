@@ -14,7 +14,7 @@ import torch
 from maisi.device import keep_freed_memory
 from maisi.generation import codec
 from maisi.splitting import autoencoder as split
-from maisi.splitting.plan import Task
+from maisi.splitting.plan import Task, coding_plan
 
 
 def prepare(folder: Path, settings: beside.Settings) -> None:
@@ -47,7 +47,7 @@ def one_run(kind: str, folder: Path, settings: beside.Settings) -> tuple[np.ndar
     limit = None if memory is None else int(memory * 2**30)
     if device.type == "cpu":
         keep_freed_memory(sparing=limit is not None)  # as the command does
-    plan = codec.coding_plan(ours.config, task, tuple(settings["size"]), place, dtype, limit)
+    plan = coding_plan(ours.config, task, tuple(settings["size"]), place, dtype, limit)
     print(plan, file=sys.stderr)
     execution = plan.execution(place)
 

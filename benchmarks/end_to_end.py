@@ -20,6 +20,7 @@ from maisi.diffusion.rectified_flow import RectifiedFlow
 from maisi.diffusion.sampler import sample
 from maisi.generation import codec
 from maisi.splitting import autoencoder as split
+from maisi.splitting.plan import coding_plan
 from maisi.weights.load import load_network
 
 SPACING, MODALITY = [[80.0, 80.0, 250.0]], [1]
@@ -83,7 +84,7 @@ def _ours(
     layout = feature_layout(device, dtype)
     unet = codec.fast_layout(load_network(folder / "unet.safetensors", device, dtype, network="unet"))
     decoder = codec.load_autoencoder(folder / "autoencoder.safetensors", settings["device"], kind)
-    plan = codec.coding_plan(decoder.config, "decode", tuple(settings["size"]), device, dtype)
+    plan = coding_plan(decoder.config, "decode", tuple(settings["size"]), device, dtype)
 
     def denoise(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         x = x.to(dtype).contiguous(memory_format=layout)

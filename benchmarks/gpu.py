@@ -50,7 +50,7 @@ from maisi.diffusion.rectified_flow import RectifiedFlow
 from maisi.diffusion.sampler import sample
 from maisi.generation import codec
 from maisi.splitting.autoencoder import brought, decoded
-from maisi.splitting.plan import Plan, Triple
+from maisi.splitting.plan import Plan, Triple, coding_plan
 from maisi.weights.load import load_network
 
 KINDS = ("bf16", "reference")
@@ -371,7 +371,7 @@ def plan_for(bench: Bench, size: Triple, share: float = 1.0) -> Plan:
     limit = None if given is None else int(share * given) + others
     if limit is None and share < 1:
         limit = place.held() + int(share * torch.cuda.mem_get_info()[0])
-    return codec.coding_plan(side.autoencoder.config, "decode", size, device, dtype, limit)
+    return coding_plan(side.autoencoder.config, "decode", size, device, dtype, limit)
 
 
 def steps_of(bench: Bench, kind: str, size: Triple, latents: dict[str, Tensor]) -> dict[str, Any]:

@@ -99,10 +99,10 @@ def test_too_little_memory_is_told_before_it_is_taken(autoencoder, monkeypatch) 
 
 def test_a_full_disk_is_told_before_anything_waits_there(autoencoder, monkeypatch) -> None:
     tight = plan.foreseen(autoencoder.config, plan.Plan("encode", (96, 32, 32), 0, 12, "disk", "none"), CPU, FP32)
-    monkeypatch.setattr(codec, "budget_beside", lambda *given: tight.peak_bytes)
+    monkeypatch.setattr(plan, "budget_beside", lambda *given: tight.peak_bytes)
     volume = ct((96, 32, 32))
     assert codec.encode(autoencoder, volume).mean.shape == (4, 24, 8, 8)
-    monkeypatch.setattr(codec, "waiting_room", lambda processes: {"disk": 1000})
+    monkeypatch.setattr(plan, "waiting_room", lambda processes: {"disk": 1000})
     with pytest.raises(MaisiError, match=r"feature maps must wait on disk, and 0.00 GiB are free in .*; set TMPDIR"):
         codec.encode(autoencoder, volume)
 

@@ -16,12 +16,13 @@ from maisi.data.anatomy_sizes import SIZED, TRAINING_KEY, MaskCase, MaskTraining
 from maisi.data.mask_codes import METADATA_KEY
 from maisi.data.mask_postprocess import clean
 from maisi.errors import MaisiError
-from maisi.generation.codec import coding_plan, fast_layout
+from maisi.generation.codec import fast_layout
 from maisi.generation.mask_generator import MaskGenerator, decode_classes, make_order, painted, score_parts
 from maisi.io.nifti import read_label_names, read_labels
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.request import Request
+from maisi.splitting.plan import coding_plan
 from maisi.weights.assemble import assemble
 from maisi.weights.load import load_network, save_network
 from maisi.weights.registry import find_model

@@ -181,7 +181,7 @@ def test_pictures_are_decoded_as_memory_allows(monkeypatch: pytest.MonkeyPatch) 
         return 62 * 2**20  # 14 MiB beside what is always counted
 
     whole = autoencoder.decode(z)
-    monkeypatch.setattr("maisi.training.denoising.budget_beside", budget)
+    monkeypatch.setattr("maisi.splitting.plan.budget_beside", budget)
     assert torch.allclose(_decode(autoencoder, torch.device("cpu"), z), whole, atol=1e-5)
     assert asked
 
@@ -193,7 +193,7 @@ def test_too_little_memory_for_pictures_does_not_stop_a_training(
     save_network(tmp_path / "autoencoder.safetensors", Autoencoder(config))
     shown = diffusion_run.model_copy(update={"autoencoder": tmp_path / "autoencoder.safetensors", "sample_steps": 1})
     assert set(DiffusionStage(shown).validate(0)[1]) == {"sample"}
-    monkeypatch.setattr("maisi.training.denoising.budget_beside", lambda *arguments: 1000)
+    monkeypatch.setattr("maisi.splitting.plan.budget_beside", lambda *arguments: 1000)
     with pytest.warns(UserWarning, match="No validation pictures: To decode"):
         metrics, pictures = DiffusionStage(shown).validate(0)
     assert metrics

@@ -29,16 +29,17 @@ def export(folders: Sequence[Path], to: str, output: Path, keep: str | None, fol
     from maisi.generation.export import export as write
 
     require_new(output, "")
+    to = to.lower()
     wanted = None if keep is None else [_label(word) for word in next(csv.reader([keep], skipinitialspace=True), [])]
     with progress() as report:
         told = partial(report, "export")
-        made = write(folders, output, to.lower(), wanted, folds, told, passed)
+        made = write(folders, output, to, wanted, folds, told, passed)
     left_out = f"; {made.without_mask} items without a mask left out" if made.without_mask else ""
     click.echo(f"{made.folder}: {len(made.cases)} pairs, {len(made.ids)} labels{left_out}")
     if made.not_passed:
         what = "were left out" if passed else "are among them (--passed leaves them out)"
         click.echo(f"Note: {made.not_passed} pair(s) that did not pass their quality check {what}.", err=True)
-    if to.lower() == "nnunet" and not re.fullmatch(r"Dataset\d{3}_\w+", output.name):
+    if to == "nnunet" and not re.fullmatch(r"Dataset\d{3}_\w+", output.name):
         click.echo("Note: nnU-Net looks for folders called DatasetNNN_Name, such as Dataset501_Synthetic.", err=True)
 
 

@@ -117,7 +117,7 @@ def deform(
     result = scale_organs(moved, sizes)
     if tumors:
         result = deform_tumors(result, np.random.default_rng([seed, 1]))
-    names = label_names(set(ids_in(result.array)))
+    names = label_names(ids_in(result.array))
     write_volume(output, result, description="label map deformed by maisi", synthetic=False, names=names)
     click.echo(str(output))
 

@@ -53,14 +53,16 @@ def check(
     from maisi.data.quality import check as check_volumes
     from maisi.io.nifti import read_labels, read_volume
 
-    if model is not None:
-        if ranges is not None:
-            raise MaisiError("Both --ranges and --model say what passes; leave one of them out.")
+    if model is not None and ranges is not None:
+        raise MaisiError("Both --ranges and --model say what passes; leave one of them out.")
+    if model is None:
+        normal = carried_ranges() if ranges is None else read_ranges(ranges)
+    else:
+        from maisi.generation.retry import ranges_of
         from maisi.weights.registry import find_model
 
-        ranges = find_model(model).ranges()
-    normal = carried_ranges() if ranges is None else read_ranges(ranges)
-    report = check_volumes(read_volume(image).to_ras(), read_labels(labels).to_ras(), normal)
+        normal = ranges_of(find_model(model))
+    report = check_volumes(read_volume(image), read_labels(labels), normal)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else _table(report))
     context.exit(0 if report.passed else NOT_PASSED)
 

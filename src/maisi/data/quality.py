@@ -287,12 +287,13 @@ def check(image: Volume, labels: Volume, ranges: QualityRanges | None = None) ->
 
     Args:
         image: HU, any orientation.
-        labels: maisi's ids, on the same grid.
+        labels: maisi's ids, on the same grid, in any orientation of its own.
         ranges: what passes; None: the carried ones.
 
     Raises:
         MaisiError: the grids differ, the label map is empty, or the values of the image are no HU.
     """
+    image, labels = image.to_ras(), labels.to_ras()
     _require_comparable(image, labels)
     return judge(image, labels, ranges)
 

@@ -143,15 +143,20 @@ class Entry:
         return hashlib.sha256(json.dumps([*map(volume_sha256, self.files), how]).encode()).hexdigest()
 
     @property
+    def tells_patient(self) -> bool:
+        """Whether an index or a list says whose it is; else each is taken for another patient's."""
+        return self.affine is not None or self.case is not None
+
+    @property
     def patient_hash(self) -> str | None:
         """SHA-256 of the patient's name, for what must not hold names; None, where nothing tells whose it is."""
-        if self.affine is None and self.case is None:
+        if not self.tells_patient:
             return None
         return hashlib.sha256(json.dumps(["patient", self.patient]).encode()).hexdigest()
 
     def may_share_patient(self, other: Entry) -> bool:
         """Whether both may be of one patient: the same file, or the same name, if it is no number of an item."""
-        numbered = any(e.affine is None and e.case is None and e.image.name == IMAGE for e in (self, other))
+        numbered = any(not entry.tells_patient and entry.image.name == IMAGE for entry in (self, other))
         return self.image == other.image or (self.patient == other.patient and not numbered)
 
     def _stored_labels(self) -> Volume | None:
@@ -323,8 +328,7 @@ def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
     double = [name for name, count in names.items() if count > 1]
     if double:
         raise MaisiError(f"Two CTs are called '{double[0]}'; give each once, or rename one.")
-    # where neither index nor list says whose a CT is, each is taken for another patient's
-    return [replace(e, patient=e.name) if e.affine is None and e.case is None else e for e in longer]
+    return [e if e.tells_patient else replace(e, patient=e.name) for e in longer]
 
 
 def _home(entry: Entry) -> Path:

@@ -24,7 +24,7 @@ from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting.autoencoder import brought, decoded, encoded
 from maisi.splitting.execution import Execution
 from maisi.splitting.maps import Pulled
-from maisi.splitting.plan import Plan, Task, Triple, budget_beside, make_plan, waiting_room
+from maisi.splitting.plan import Plan, Task, Triple, coding_plan
 from maisi.volume import Volume
 from maisi.weights.load import load_network, read_header
 
@@ -65,40 +65,6 @@ def place_of(network: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and precision of a network."""
     parameter = next(network.parameters())
     return parameter.device, parameter.dtype
-
-
-def coding_plan(
-    config: AutoencoderConfig,
-    task: Task,
-    size: Triple,
-    device: torch.device,
-    dtype: torch.dtype,
-    memory: int | None = None,
-    weights: int = 0,
-    *,
-    streamed: bool = False,
-    processes: int = 1,
-) -> Plan:
-    """How a volume will be encoded or decoded; this loads and computes nothing.
-
-    Args:
-        size: of the volume, before padding.
-        memory: bytes that the process may use on the device; None: all that is free there.
-        weights: bytes of networks still to be loaded.
-        streamed: whether the image is taken from, or given to, a place outside the memory part by part.
-        processes: how many share the work.
-
-    Raises:
-        MaisiError: the memory does not suffice.
-    """
-    multiple = config.compression
-    x, y, z = (-(-n // multiple) * multiple for n in size)
-    # encoding: the values in [0, 1]; decoding: the stored image
-    beside = 0 if streamed or device.type != "cpu" else x * y * z * (4 if task == "encode" else 2)
-    budget = budget_beside(weights + beside, memory, device, processes)
-    room = waiting_room(processes)
-    more: dict[str, Any] = {"streamed": streamed, "processes": processes, "room": room}
-    return make_plan(config, task, (x, y, z), budget, device=device, dtype=dtype, **more)
 
 
 def file_plan(

@@ -40,7 +40,7 @@ from maisi.generation.output import Item
 from maisi.generation.pipeline import Known, Model, Progress, load, silent
 from maisi.generation.tumor_contrast import Contrasts, Setting
 from maisi.request import Request, item_seed
-from maisi.splitting.plan import Plan, Task
+from maisi.splitting.plan import Plan, Task, coding_plan
 from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
 
@@ -278,7 +278,7 @@ def _paint_crop(model: Model, crop: Crop, seed: int, guidance: float, progress: 
     config = model.autoencoder.config
 
     def plan(task: Task) -> Plan:
-        return codec.coding_plan(config, task, crop.job.size, model.device, model.dtype, model.memory)
+        return coding_plan(config, task, crop.job.size, model.device, model.dtype, model.memory)
 
     mean, _ = codec.encode_tensor(model.autoencoder, image, plan("encode"))
     scale = model.folder.config.scale_factor

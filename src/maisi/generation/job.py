@@ -189,7 +189,6 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     if labels is None and wishes:
         size, spacing = _grid(request, adviser)
         labels, source = _found(request, size, spacing, 0, carried)
-    found_elsewhere = request.library is not None and bool(source) and not source.startswith("library")
     if labels is None:
         regions, notes = request.region, list[str]()
         size, spacing = _grid(request, adviser)
@@ -198,7 +197,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         size, spacing = _mask_grid(request, labels)
     if None in (request.size, request.spacing) or request.fov == "auto":
         notes.append(f"Size {_show(size)} at {_show(spacing)} mm.")
-    if found_elsewhere:
+    if request.library is not None and source and not source.startswith("library"):
         notes.append(f"No label map of the library is used: {source}.")
     if labels is not None and given is not None and (fault := sides_fault(labels)):
         notes.append(fault)

@@ -228,7 +228,7 @@ class MaskGenerator:
         """
         from maisi.diffusion.process import process_from_config
         from maisi.diffusion.sampler import require_sampling
-        from maisi.generation.codec import coding_plan
+        from maisi.splitting.plan import coding_plan
 
         process = process_from_config(order.masks.process, f"{self.folder.folder / 'model.json'}: masks.process")
         require_sampling(process, order.solver, order.steps)

@@ -39,7 +39,7 @@ from maisi.networks.controlnet import ControlNet, inpainting_mask
 from maisi.networks.unet import UNet, UNetConfig
 from maisi.request import Request, item_seed
 from maisi.splitting.forecast import forecast, scratch_of
-from maisi.splitting.plan import FIXED_BYTES, Plan, budget_beside, gib
+from maisi.splitting.plan import FIXED_BYTES, Plan, budget_beside, coding_plan, gib
 from maisi.volume import Volume
 from maisi.weights.load import NetworkHeader, build_network, read_header
 from maisi.weights.registry import ModelFolder, Part, find_model
@@ -289,7 +289,7 @@ class Model:
                 f"A denoising step for {size} voxels takes about {gib(denoise)} and {gib(max(budget, 0))} are given "
                 "beside the weights; give more memory (--memory) or a smaller size."
             )
-        decode = codec.coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
+        decode = coding_plan(config, "decode", job.padded, self.device, self.dtype, self.memory, to_load)
         return Footprint(sum(weights.values()), denoise, decode)
 
     def noise(self, padded: Triple, seed: int) -> tuple[Tensor, torch.Generator]:

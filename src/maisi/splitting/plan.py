@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -220,6 +220,40 @@ def waiting_room(processes: int = 1) -> dict[Storage, int]:
     """Bytes that each process may let wait: in memory that is free, and in the system's folder for temporary files."""
     free = {"host": free_memory(torch.device("cpu")), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
     return {"host": free["host"] // processes, "disk": free["disk"] // processes}
+
+
+def coding_plan(
+    config: AutoencoderConfig,
+    task: Task,
+    size: Triple,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: int | None = None,
+    weights: int = 0,
+    *,
+    streamed: bool = False,
+    processes: int = 1,
+) -> Plan:
+    """How a volume will be encoded or decoded; this loads and computes nothing.
+
+    Args:
+        size: of the volume, before padding.
+        memory: bytes that the process may use on the device; None: all that is free there.
+        weights: bytes of networks still to be loaded.
+        streamed: whether the image is taken from, or given to, a place outside the memory part by part.
+        processes: how many share the work.
+
+    Raises:
+        MaisiError: the memory does not suffice.
+    """
+    multiple = config.compression
+    x, y, z = (-(-n // multiple) * multiple for n in size)
+    # encoding: the values in [0, 1]; decoding: the stored image
+    beside = 0 if streamed or device.type != "cpu" else x * y * z * (4 if task == "encode" else 2)
+    budget = budget_beside(weights + beside, memory, device, processes)
+    room = waiting_room(processes)
+    more: dict[str, Any] = {"streamed": streamed, "processes": processes, "room": room}
+    return make_plan(config, task, (x, y, z), budget, device=device, dtype=dtype, **more)
 
 
 def foreseen(config: AutoencoderConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> Plan:

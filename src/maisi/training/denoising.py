@@ -26,7 +26,7 @@ from maisi.diffusion.sampler import sample
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder
 from maisi.splitting.autoencoder import decode
-from maisi.splitting.plan import budget_beside, make_plan
+from maisi.splitting.plan import coding_plan
 from maisi.training.latents import LatentBatch, LatentBatchConfig, LatentSource
 from maisi.training.loop import LoopConfig
 from maisi.training.losses import channel_weights
@@ -112,8 +112,7 @@ def latent_sources(run: DenoisingRun, with_labels: bool, scale_factor: float | N
 def _decode(autoencoder: Autoencoder, device: torch.device, latents: Tensor) -> Tensor:
     """Latents `B C X/4 Y/4 Z/4` to images, one by one, in as many parts as the memory that is free now asks for."""
     x, y, z = (n * autoencoder.config.compression for n in latents.shape[2:])
-    budget = budget_beside(0, None, device)
-    plan = make_plan(autoencoder.config, "decode", (x, y, z), budget, device=device, dtype=torch.float32)
+    plan = coding_plan(autoencoder.config, "decode", (x, y, z), device, torch.float32)
     images = [decode(autoencoder, one, plan.execution(device), plan.axis) for one in latents[:, None]]
     return torch.cat(images)
 
