@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from maisi.anatomy import label_name
-from maisi.conditions import Conditions, mask_bits, stack
+from maisi.conditions import MASK_BITS, Conditions, mask_bits, stack
 from maisi.config import Config, parse_config
 from maisi.cuda_graph import CudaGraphs
 from maisi.device import feature_layout, parse_memory, peak_memory, resolve_device, resolve_precision
@@ -424,7 +424,7 @@ class Model:
         """Forecast of one step; with a mask its bits and features count too, and further masks to go away from."""
         nowhere = torch.device("meta")
         nets = {part: build_network(part, h.config, part) for part, h in headers.items() if part != "autoencoder"}
-        told_channels = 8 + int(headers["controlnet"].config.get("image_channels", 0)) if "controlnet" in nets else 0
+        image_channels = int(headers["controlnet"].config.get("image_channels", 0)) if "controlnet" in nets else 0
         latent = (1, config.latent_channels, *(n // config.compression for n in job.padded))
 
         def filled(*shape: int) -> Tensor:
@@ -436,7 +436,7 @@ class Model:
             told = {name: torch.from_numpy(value).to(nowhere) for name, value in vars(arrays).items()}
             x, times, residuals = filled(*latent), torch.empty(1, device=nowhere), None
             if "controlnet" in nets:
-                masks = [filled(1, told_channels, *job.padded) for _ in range(job.masks_told)]
+                masks = [filled(1, MASK_BITS + image_channels, *job.padded) for _ in range(job.masks_told)]
                 residuals = nets["controlnet"](x, times, masks[0], modality=told["modality"])
             nets["unet"](x, times, **told, residuals=residuals)
 

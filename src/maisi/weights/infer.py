@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from maisi.conditions import MASK_BITS
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-MASK_CHANNELS, INPAINTING_CHANNELS = 8, 2
-"""What a ControlNet is told: bits of label ids, and, if it inpaints, the known image with where it is known."""
+INPAINTING_CHANNELS = 2
+"""What a ControlNet that inpaints is told beside the bits of label ids: the known image with where it is known."""
 
 
 def infer_config(network: str, shapes: Shapes) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _controlnet(shapes: Shapes) -> dict[str, Any]:
     first = shapes["mask_encoder.conv_in.weight"]
     count = _count(shapes, "mask_encoder.blocks.{}.weight")
     wider = [shapes[f"mask_encoder.blocks.{i}.weight"][0] for i in range(1, count, 2)]
-    image = INPAINTING_CHANNELS if first[1] == MASK_CHANNELS + INPAINTING_CHANNELS else 0
+    image = INPAINTING_CHANNELS if first[1] == MASK_BITS + INPAINTING_CHANNELS else 0
     return {
         "mask_channels": first[1] - image,
         "image_channels": image,
