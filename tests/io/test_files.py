@@ -9,7 +9,7 @@ import pytest
 
 from maisi.errors import MaisiError
 from maisi.io import files
-from maisi.io.files import atomic_path, is_volume, make_folder, new_folder, volume_sha256, write_json
+from maisi.io.files import atomic_path, is_volume, make_folder, new_folder, tree_sha256, write_json
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -188,15 +188,15 @@ def test_the_hash_of_a_folder_is_that_of_names_and_contents(tmp_path):
         (tmp_path / name / "0").mkdir(parents=True)
         (tmp_path / name / "0" / "x").write_bytes(b"1")
         (tmp_path / name / "y").write_bytes(b"2")
-    one = volume_sha256(tmp_path / "a.zarr")
-    assert one == volume_sha256(tmp_path / "b.zarr")
+    one = tree_sha256(tmp_path / "a.zarr")
+    assert one == tree_sha256(tmp_path / "b.zarr")
     (tmp_path / "b.zarr" / "y").rename(tmp_path / "b.zarr" / "z")
-    assert one != volume_sha256(tmp_path / "b.zarr")
+    assert one != tree_sha256(tmp_path / "b.zarr")
     (tmp_path / "a.zarr" / "0" / "x").write_bytes(b"3")
-    assert one != volume_sha256(tmp_path / "a.zarr")
-    assert volume_sha256(tmp_path / "b.zarr" / "z") == hashlib.sha256(b"2").hexdigest()
+    assert one != tree_sha256(tmp_path / "a.zarr")
+    assert tree_sha256(tmp_path / "b.zarr" / "z") == hashlib.sha256(b"2").hexdigest()
     with pytest.raises(MaisiError, match=r"Cannot read .*absent: No such file"):
-        volume_sha256(tmp_path / "absent")
+        tree_sha256(tmp_path / "absent")
 
 
 def test_all_that_is_in_a_new_folder_is_synced_before_it_appears(tmp_path, monkeypatch):

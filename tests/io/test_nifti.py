@@ -318,8 +318,8 @@ def test_no_file(tmp_path):
     (tmp_path / "folder.nii").mkdir()
     with pytest.raises(MaisiError, match="Is a directory"):
         read_volume(tmp_path / "folder.nii")
-    with pytest.raises(MaisiError, match=r"use .nii.gz, .nii, .nrrd or .zarr"):
-        read_volume(tmp_path / "a.dcm")
+    with pytest.raises(MaisiError, match=r"use .nii.gz, .nii, .nrrd, .zarr, or a DICOM series"):
+        read_volume(tmp_path / "a.mha")
 
 
 def test_foreign_file(tmp_path):

@@ -92,7 +92,8 @@ def generate(
 def _order(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
     """What decides every byte of a folder's items; `folder` is the model's, where one is asked."""
     from maisi.generation.job import weights_used
-    from maisi.io.files import INDEX, volume_sha256
+    from maisi.io.files import INDEX
+    from maisi.io.nifti import volume_sha256
 
     ranges = request.ranges or (None if folder is None else folder.ranges())
     given = {"mask_sha256": request.mask, "image_sha256": request.image, "ranges_sha256": ranges}

@@ -16,6 +16,7 @@ from maisi.io.files import VOLUME_ENDINGS
 if TYPE_CHECKING:
     from maisi.data.label_maps import Vocabulary
     from maisi.data.mask_import import Source
+    from maisi.volume import Volume
 
 
 @click.command("import")
@@ -46,9 +47,11 @@ def import_(
 ) -> None:
     """Make one checked mask of SEGMENTATIONS from other programs, the most trusted first.
 
-    Where they overlap, tumour goes over organ, then earlier over later. The body about them (200) is what the CT
-    shows, or without one a guess from the labels. A table is a JSON file {"their id or name": our id or name, ...,
-    "dropped": {"their id or name": "reason"}}; a class that `maisi labels` lacks is written {"id": 150, "name": "..."}.
+    They are label maps, or DICOM: SEG, or RTSTRUCT with its CT; there structures are known by their names, and small
+    ones lie over large ones. Where masks overlap, tumour goes over organ, then earlier over later. The body about them
+    (200) is what the CT shows, or without one a guess from the labels. A table is a JSON file {"their id or name": our
+    id or name, ..., "dropped": {"their id or name": "reason"}}; a class that `maisi labels` lacks is written
+    {"id": 150, "name": "..."}.
     """
     from maisi.data.mask_import import import_masks
     from maisi.io.files import write_json
@@ -66,8 +69,8 @@ def import_(
         )
     words = vocabularies if len(vocabularies) > 1 else [*vocabularies] * len(segmentations)
     tables = [_table(name) for name in words]
-    sources = [_source(path, *table) for path, table in zip(segmentations, tables, strict=True)]
     image = None if ct is None else read_volume(ct)
+    sources = [_source(path, *table, image) for path, table in zip(segmentations, tables, strict=True)]
     result, report = import_masks(sources, image, to_grid=to_grid, swap_sides=swap_sides, spacing_mm=spacing_mm)
     write_volume(output, result, description="labels imported by maisi", synthetic=False, names=report.names)
     if with_report:
@@ -95,11 +98,20 @@ def _table(name: str) -> tuple[str, object]:
         raise MaisiError(f"{name} is no JSON ({error}); mend it.") from None
 
 
-def _source(path: Path, name: str, table: object) -> Source:
-    from maisi.data.label_maps import custom_vocabulary, vocabulary
+def _source(path: Path, name: str, table: object, ct: Volume | None) -> Source:
+    from maisi.data.label_maps import custom_vocabulary, named_vocabulary, vocabulary
     from maisi.data.mask_import import Source
+    from maisi.io.dicom_structures import holds_structures, read_structures
     from maisi.io.nifti import read_label_names, read_labels
 
+    if holds_structures(path):
+        held = read_structures(path, ct)
+        if table is None:
+            words: Vocabulary = named_vocabulary(name, held.names, str(path))
+        else:
+            words = custom_vocabulary(table, name, held.names)
+        dropped = [number for number in held.names if not words.to.get(number)]
+        return Source(labels=held.painted(below=dropped), vocabulary=words, name=str(path), names=held.names)
     names = read_label_names(path)
-    words: Vocabulary = vocabulary(name) if table is None else custom_vocabulary(table, name, names)
+    words = vocabulary(name) if table is None else custom_vocabulary(table, name, names)
     return Source(labels=read_labels(path), vocabulary=words, name=str(path), names=names)

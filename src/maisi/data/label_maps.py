@@ -116,6 +116,35 @@ def custom_vocabulary(table: Any, name: str, names: Mapping[int, str] | None = N
     return Vocabulary(name, _frozen(to), _frozen(known), _frozen(reasons), _frozen(custom))
 
 
+def named_vocabulary(name: str, names: Mapping[int, str], holder: str) -> Vocabulary:
+    """As `vocabulary`, for a mask whose ids mean nothing by themselves, but are named: what DICOM holds.
+
+    Args:
+        name: one of `VOCABULARIES`.
+        names: their id -> their name.
+        holder: what holds them, for messages.
+
+    Raises:
+        MaisiError: no such vocabulary, or one that lacks some of the names.
+    """
+    known = vocabulary(name)
+    by_name = {name_key(called): id for id, called in known.names.items()}
+    lacking = [called for called in names.values() if name_key(called) not in by_name]
+    if lacking:
+        some = ", ".join(f"'{called}'" for called in lacking[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
+        raise MaisiError(
+            f"{holder} holds structures that {name} does not know ({some}); use --from TABLE.json that maps or drops "
+            "each by its name."
+        )
+    theirs = {id: by_name[name_key(called)] for id, called in names.items()}
+    return Vocabulary(
+        name,
+        _frozen({0: 0} | {id: known.to[there] for id, there in theirs.items()}),
+        _frozen(dict(names)),
+        _frozen({id: known.dropped[there] for id, there in theirs.items() if there in known.dropped}),
+    )
+
+
 def apply_map(labels: Array, table: Mapping[int, int]) -> Mask:
     """Translate a label array by a table (see `label_table`) into uint8 of the same shape.
 

@@ -21,7 +21,7 @@ from maisi.anatomy import custom_labels, parse_modality, sort_regions
 from maisi.config import Config, parse_config
 from maisi.data.label_maps import VOCABULARIES
 from maisi.errors import MaisiError
-from maisi.io.files import is_volume, write_json
+from maisi.io.files import write_json
 
 Split = Literal["train", "validation"]
 
@@ -154,7 +154,7 @@ def read_cases(path: Path) -> CaseList:
         raise MaisiError(f"{path} is not JSON ({error}); correct it there.") from None
     listed = parse_config(CaseList, values, str(path))
     cases = listed.model_copy(update={"cases": tuple(_anchored(case, path.parent) for case in listed.cases)})
-    missing = [str(file) for case in cases.cases for file in case.files() if not (file.is_file() or is_volume(file))]
+    missing = [str(file) for case in cases.cases for file in case.files() if not file.exists()]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise MaisiError(

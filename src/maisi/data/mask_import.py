@@ -397,7 +397,8 @@ def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:
     if unknown:
         fits = sorted(others, key=lambda v: (_name_share(source.names, v), _order_share(found, v)[0]))
         mend = f"use --from {fits[-1].name}, which has them all" if fits else "use --from TABLE.json that maps them"
-        some = ", ".join(str(id) for id in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+        called = [f"{id} '{source.names[id]}'" if id in source.names else str(id) for id in unknown[:10]]
+        some = ", ".join(called) + (", ..." if len(unknown) > 10 else "")
         raise MaisiError(f"{source.name} holds ids that {words.name} lacks ({some}); {mend}.")
     named = _named(source, found)
     if words.names and named and _name_share(named, words) < 0.5:

@@ -22,8 +22,8 @@ from maisi.data.preprocess import HU_MIN, STORED_HU, hu_fault, window_mr
 from maisi.data.regions import regions_of
 from maisi.data.segmentation import segment, with_organs
 from maisi.errors import MaisiError
-from maisi.io.files import INDEX, atomic_path, make_folder, volume_sha256, write_json
-from maisi.io.nifti import read_labels, read_volume
+from maisi.io.files import INDEX, atomic_path, make_folder, write_json
+from maisi.io.nifti import read_labels, read_volume, volume_sha256
 from maisi.volume import Array, Volume
 
 MARGIN_VOXELS = 6

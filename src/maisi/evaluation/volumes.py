@@ -1,7 +1,8 @@
 """The CTs that an evaluation looks at, found in files and folders of several kinds. Knows no measure, no torch.
 
 A folder is a prepared folder (it has `index.json`), one generated item or a folder of such (`image.nii.gz` with or
-without `labels.nii.gz`), or a folder of volumes; a file or a Zarr is a volume, or a case list (JSON).
+without `labels.nii.gz`), or a folder of volumes, of which a folder of DICOM files is one; a file, a Zarr or a folder of
+DICOM files is a volume; or it is a case list (JSON).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
 from maisi.generation.output import IMAGE, LABELS, RECORD
-from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume, volume_sha256
-from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume
+from maisi.io.dicom import holds_slices
+from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume
+from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume, volume_sha256
 from maisi.volume import Volume
 
 SPLITS = ("train", "validation", "all")
@@ -43,7 +45,7 @@ class Entry:
     Attributes:
         name: of the volume, unique in its set.
         patient: whose it is; the name, where nothing tells.
-        image: a volume (of a Zarr the folder), or an array (.npy) of a prepared folder.
+        image: a volume (of a Zarr or a DICOM series the folder), or an array (.npy) of a prepared folder.
         labels: its label map, of the same kind, or None.
         affine: of a prepared folder's arrays, 4 rows of 4; None: the files say it themselves.
         custom_labels: names of the own classes of a prepared folder or a case list, id -> name.
@@ -203,7 +205,8 @@ def find_entries(paths: Iterable[Path], split: str = "all", labels: Path | None 
         found = _in(path, split)
         if not found.entries:
             side = "" if split == "all" else f" for {split}"
-            raise MaisiError(f"{path} holds no CT{side} ({', '.join(VOLUME_ENDINGS)}) to evaluate; give one that does.")
+            kinds = f"{', '.join(VOLUME_ENDINGS)}, DICOM"
+            raise MaisiError(f"{path} holds no CT{side} ({kinds}) to evaluate; give one that does.")
         entries += found.entries
         notes += found.notes
     named = _with_unique_names(entries)
@@ -259,7 +262,7 @@ def _in(path: Path, split: str) -> Found:
         return _in_prepared(path, split)
     if path.is_file() and path.suffix == ".json":
         return _in_list(path, split)
-    if path.is_file() or is_volume(path):
+    if path.is_file() or is_volume(path) or holds_slices(path):
         return Found((Entry(_stem(path), _stem(path), path),))
     if not path.is_dir():
         raise MaisiError(f"{path} does not exist; give a file or folder that does.")
@@ -293,7 +296,7 @@ def _in_list(path: Path, split: str) -> Found:
 def _in_folder(path: Path) -> Found:
     inner = [folder for folder in sorted(path.iterdir()) if ".part-" not in folder.name]
     items = [folder for folder in (path, *inner) if (folder / IMAGE).is_file()]
-    files = sorted(filter(is_volume, path.iterdir()))
+    files = sorted(file for file in inner if is_volume(file) or holds_slices(file))
     if items:
         entries = tuple(_item(folder) for folder in items if _is_ct(folder))
         loose = [] if path in items else files

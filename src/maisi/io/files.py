@@ -57,7 +57,7 @@ def sha256(path: Path) -> str:
         raise MaisiError(f"Cannot read {path}: {error.strerror}; give the path of a file.") from None
 
 
-def volume_sha256(path: Path) -> str:
+def tree_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, or of the names and contents of all files below a folder, as 64 digits.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Volumes in files: NIfTI here, NRRD and Zarr through modules of their own. Headers are checked before a voxel is read.
+"""Volumes in files: NIfTI here, NRRD, Zarr and DICOM (read only) through modules of their own, headers before voxels.
 
 Specification: https://nifti.nimh.nih.gov/nifti-1 (and nifti-2 for reading).
 """
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.io.files import atomic_path, writing
+from maisi.io.dicom import is_dicom, open_series
+from maisi.io.files import atomic_path, tree_sha256, writing
 from maisi.io.label_names import EXTENSION_CODE, label_table_xml, names_in_xml
 from maisi.io.nrrd import nrrd_voxels, read_nrrd_header, write_nrrd
 from maisi.io.slabs import RasRows, Slabs, StoredRows
@@ -36,7 +37,6 @@ SYNTHETIC = "synthetic CT made by maisi"
 """What stands in the header's description of everything generated."""
 
 _COMMENT = 6
-_DICOM = (".dcm", ".ima", ".dicom")
 _OFFSET_LIMIT = 1 << 24
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 _HEADERS = {348: Nifti1Header, 540: Nifti2Header}
@@ -44,7 +44,7 @@ _MAGIC = {348: b"n+1\0", 540: b"n+2\0"}
 
 
 def read_header(path: Path) -> StoredHeader:
-    """Read and check the header of a NIfTI or NRRD file, or a Zarr: shape, affine, dtype. Cheap; no voxel is touched.
+    """Read and check the header of a NIfTI or NRRD file, a Zarr or a DICOM series: shape, affine, dtype; no voxel.
 
     Raises:
         MaisiError: no such file, another format, not one 3D volume of numbers, no finite affine; of a Zarr also: the
@@ -55,14 +55,16 @@ def read_header(path: Path) -> StoredHeader:
     with _reading(path):
         if kind == "zarr":
             return open_zarr(path).header
+        if kind == "dicom":
+            return open_series(path).header
         return read_nrrd_header(path) if kind == "nrrd" else _read_nifti_header(path)
 
 
 def read_volume(path: Path, budget_bytes: int | None = None) -> Volume:
-    """Read a volume from .nii, .nii.gz, .nrrd or .zarr, in the orientation it is stored in.
+    """Read a volume from .nii, .nii.gz, .nrrd, .zarr or DICOM, in the orientation it is stored in.
 
     Args:
-        path: the file; of a Zarr the folder.
+        path: the file; of a Zarr the folder; of a DICOM series its folder or one of its files.
         budget_bytes: memory that the voxels may take; None allows half of what is free.
 
     Returns:
@@ -78,6 +80,11 @@ def read_volume(path: Path, budget_bytes: int | None = None) -> Volume:
             image = open_zarr(path)
             image.check(budget_bytes)
             return Volume(image.read(), image.header.affine)
+    if _kind(path) == "dicom":
+        with _reading(path):
+            series = open_series(path)
+            series.header.check_memory(budget_bytes)
+            return Volume(read_voxels(series.stream(), series.header), series.header.affine)
     header = read_header(path)
     with _reading(path):
         header.check_size(budget_bytes)
@@ -89,8 +96,8 @@ def read_volume(path: Path, budget_bytes: int | None = None) -> Volume:
 def opened_rows(path: Path) -> Iterator[RasRows]:
     """Open a volume that is read a few rows at a time and never whole; all of it is checked first.
 
-    The voxels of a compressed file are decompressed once, into an unnamed file in the folder for temporary files; those
-    of a Zarr stay where they are, since its chunks are decompressed one by one.
+    The voxels of a compressed file, and those of a DICOM series, are decompressed once, into an unnamed file in the
+    folder for temporary files; those of a Zarr stay where they are, since its chunks are decompressed one by one.
 
     Raises:
         MaisiError: as `read_volume`, but for the budget; or no place for what is decompressed.
@@ -103,26 +110,33 @@ def opened_rows(path: Path) -> Iterator[RasRows]:
             image.require_whole()
         yield ZarrRows(image)
         return
-    header = read_header(path)
-    header.check_size(sys.maxsize)
     with ExitStack() as opened:
-        file, offset = _seekable(header, opened)
+        header, file, offset = _seekable(path, opened)
         rows = StoredRows(header, file, offset)
         rows.require_finite()
         yield rows
 
 
-def _seekable(header: StoredHeader, opened: ExitStack) -> tuple[IO[bytes], int]:
-    """Return a file with the voxels as they are, and where in it they begin."""
-    with _reading(header.path):
+def _seekable(path: Path, opened: ExitStack) -> tuple[StoredHeader, IO[bytes], int]:
+    """Return the header, a file with the voxels as they are, and where in it they begin."""
+    with _reading(path):
+        if _kind(path) == "dicom":
+            series = open_series(path)
+            return series.header, _spooled(series.stream(), series.header, opened), 0
+        header = read_header(path)
+        header.check_size(sys.maxsize)
         if not header.compressed:
-            return opened.enter_context(header.path.open("rb")), header.offset
-        stream = opened.enter_context(_voxels(header))
+            return header, opened.enter_context(path.open("rb")), header.offset
+        return header, _spooled(opened.enter_context(_voxels(header)), header, opened), 0
+
+
+def _spooled(stream: ByteStream, header: StoredHeader, opened: ExitStack) -> IO[bytes]:
+    """Copy voxels into an unnamed file, which goes when `opened` does."""
     folder = Path(tempfile.gettempdir())
     with writing(folder):
         file = opened.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
         copy_voxels(stream, header, file)
-    return file, 0
+    return file
 
 
 def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
@@ -144,10 +158,20 @@ def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
     return volume.with_array(array.astype(np.uint8 if low >= 0 and high <= 255 else np.int32))
 
 
+def volume_sha256(path: Path) -> str:
+    """Return the SHA-256, 64 digits, of all files that a volume may be read from: of one slice's file those beside it.
+
+    Raises:
+        MaisiError: they cannot be read.
+    """
+    path = Path(path)
+    return tree_sha256(path.parent if path.is_file() and is_dicom(path) else path)
+
+
 def read_label_names(path: Path) -> dict[int, str]:
     """Return the label names in a header (id -> name), as TotalSegmentator, OME-Zarr and `write_volume` leave them.
 
-    {} for a file without them, and for NRRD.
+    {} for a file without them, for NRRD and for DICOM.
 
     Raises:
         MaisiError: as `read_header`.
@@ -157,7 +181,7 @@ def read_label_names(path: Path) -> dict[int, str]:
         with _reading(path):
             return dict(open_zarr(path).names)
     header = read_header(path)
-    if _kind(path) == "nrrd":
+    if _kind(path) in ("nrrd", "dicom"):
         return {}
     with _reading(path), _open(path) as stream:
         data = _read_exactly(stream, header.offset, path)
@@ -211,6 +235,8 @@ def write_slabs(
     kind = _kind(path)
     text = description if description is not None else SYNTHETIC if synthetic else "made by maisi"
     note = {"synthetic": synthetic, "description": text, "made_by": f"maisi {maisi.__version__}"}
+    if kind == "dicom":
+        raise MaisiError(f"{path}: volumes are written as .nii.gz, .nii, .nrrd or .zarr; name one of these.")
     if kind == "zarr":
         write_zarr(path, volume, note, names)
         return
@@ -234,8 +260,11 @@ def _kind(path: Path) -> str:
             return ending
     if is_zarr(path):  # a label image within another, say
         return "zarr"
-    series = " DICOM series become such files by dcm2niix." if path.is_dir() or name.endswith(_DICOM) else ""
-    raise MaisiError(f"{path}: files of this kind are not read or written; use .nii.gz, .nii, .nrrd or .zarr.{series}")
+    if is_dicom(path):
+        return "dicom"
+    raise MaisiError(
+        f"{path}: files of this kind are not read or written; use .nii.gz, .nii, .nrrd, .zarr, or a DICOM series."
+    )
 
 
 @contextmanager
