@@ -53,6 +53,7 @@ class Pair:
         modality: 'CT' or 'MRI'.
         synthetic: whether nobody's body is shown.
         passed: whether its record says nothing against it (`output.faults_of`).
+        masked: whether it has a mask; an image alone is no pair.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Pair:
     modality: str
     synthetic: bool
     passed: bool = True
+    masked: bool = True
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def export(
     pairs = tuple(pair for pair in pairs if pair.passed or not passed)
     if not pairs:
         raise MaisiError("None of the pairs passed its check; export them without --passed, or make others.")
-    names = _own_names(pairs)
-    wanted = None if keep is None else [_id_of(label, names) for label in keep]
+    names = own_names(pairs)
+    wanted = None if keep is None else [id_in(label, names) for label in keep]
     ids = consecutive(_ids_held(pairs), wanted, names)
     layout = LAYOUTS[to]
     dataset = Dataset(
@@ -170,7 +172,7 @@ def export(
         modality=_one_modality(pairs),
         cases=tuple(pair.name for pair in pairs),
         folds=folds_of([sha256(pair.folder / LABELS) for pair in pairs], folds),
-        labels=tuple(_name_of(id, names) for id in ids),
+        labels=tuple(name_in(id, names) for id in ids),
         suffix=layout.suffix,
         description=DESCRIPTION if all(pair.synthetic for pair in pairs) else PAINTED_DESCRIPTION,
     )
@@ -192,10 +194,22 @@ def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
     """Find the items that have a mask, and count those that have none.
 
     Raises:
-        MaisiError: a folder that `maisi generate` did not make, a damaged record, or no pair at all.
+        MaisiError: as `find_items`, or no item has a mask.
     """
-    pairs: list[Pair] = []
-    without = 0
+    items = find_items(folders)
+    pairs = tuple(item for item in items if item.masked)
+    if not pairs:
+        raise MaisiError("None of the items has a mask; generate with --mask to get pairs.")
+    return pairs, len(items) - len(pairs)
+
+
+def find_items(folders: Iterable[Path]) -> tuple[Pair, ...]:
+    """Find the items in folders, with a mask or without.
+
+    Raises:
+        MaisiError: a folder that `maisi generate` did not make, or a damaged record.
+    """
+    found: list[Pair] = []
     stems: set[str] = set()
     for folder in _different(folders):
         items = [folder] if (folder / RECORD).is_file() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
@@ -205,14 +219,11 @@ def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
         stem = _unused(_stem(items[0].parent), stems)
         for item in items:
             modality, synthetic, passed = _said(item / RECORD)
-            if not (item / LABELS).is_file():
-                without += 1
-                continue
-            _require_one_grid(item)
-            pairs.append(Pair(f"{stem}-{_stem(item)}", item, modality, synthetic, passed))
-    if not pairs:
-        raise MaisiError("None of the items has a mask; generate with --mask to get pairs.")
-    return tuple(pairs), without
+            masked = (item / LABELS).is_file()
+            if masked:
+                _require_one_grid(item)
+            found.append(Pair(f"{stem}-{_stem(item)}", item, modality, synthetic, passed, masked))
+    return tuple(found)
 
 
 def _different(folders: Iterable[Path]) -> list[Path]:
@@ -245,9 +256,9 @@ def consecutive(
     wanted = present if keep is None else list(keep)
     for id in wanted:
         if id == BACKGROUND or wanted.count(id) > 1:
-            raise MaisiError(f"'{_name_of(id, names)}' is named twice, or is the background; name each label once.")
+            raise MaisiError(f"'{name_in(id, names)}' is named twice, or is the background; name each label once.")
         if id not in present:
-            raise MaisiError(f"No mask holds '{_name_of(id, names)}'; leave it out of --keep.")
+            raise MaisiError(f"No mask holds '{name_in(id, names)}'; leave it out of --keep.")
     if not wanted:
         raise MaisiError("The masks hold no labels, so there is nothing to export.")
     return {id: value for value, id in enumerate(wanted, 1)}
@@ -287,7 +298,7 @@ def _write_labels(path: Path, pair: Pair, ids: Mapping[int, int], names: Sequenc
     )
 
 
-def _own_names(pairs: Iterable[Pair]) -> dict[int, str]:
+def own_names(pairs: Iterable[Pair]) -> dict[int, str]:
     """Names of the users' own classes, as the masks' headers give them; one id with two names is refused."""
     names: dict[int, str] = {}
     for pair in pairs:
@@ -297,11 +308,13 @@ def _own_names(pairs: Iterable[Pair]) -> dict[int, str]:
     return names
 
 
-def _name_of(id: int, names: Mapping[int, str]) -> str:
+def name_in(id: int, names: Mapping[int, str]) -> str:
+    """The name of a label, which may be one of `own_names`."""
     return names[id] if id in names else label_name(id)
 
 
-def _id_of(label: int | str, names: Mapping[int, str]) -> int:
+def id_in(label: int | str, names: Mapping[int, str]) -> int:
+    """The id of a label that is given by id or name, which may be one of `own_names`."""
     if isinstance(label, int):
         return label
     own = {name_key(name): id for id, name in names.items()}
