@@ -67,6 +67,7 @@ def _refuse(sentence: str) -> int:
 
 HOMES = {
     "baseline": "maisi.cli.baseline",
+    "cohort": "maisi.cli.cohort",
     "decode": "maisi.cli.images",
     "encode": "maisi.cli.images",
     "evaluate": "maisi.cli.evaluate",

@@ -73,7 +73,7 @@ def generate(
     limit = set_up_memory(memory)
     folder = find_model(request.model)
     job = make_job(request, folder.config, carried=folder.library())
-    order = _order(request, first, folder, masked=job.labels is not None)
+    order = order_of(request, first, folder, masked=job.labels is not None)
     place = destination(output, order, range(first, first + request.count))
     for note in job.notes:
         click.echo(f"Note: {note}", err=True)
@@ -89,8 +89,8 @@ def generate(
     say_items(output, range(first, first + request.count), place)
 
 
-def _order(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
-    """What decides every byte of a folder's items; `folder` is the model's, where one is asked."""
+def order_of(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
+    """What decides every byte of a folder's items, as JSON values; `folder` is the model's, where one is asked."""
     from maisi.generation.job import weights_used
     from maisi.io.files import INDEX
     from maisi.io.nifti import volume_sha256
@@ -148,7 +148,7 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
     limit, folder = set_up_memory(memory), find_model(request.model)
     job = make_inpaint_job(request, folder.config)
     by_network = request.by == "network"
-    order = _order(request, first, folder if by_network else None, masked=True)
+    order = order_of(request, first, folder if by_network else None, masked=True)
     place = destination(output, order, range(first, first + request.count))
     for note in job.notes:
         click.echo(f"Note: {note}", err=True)

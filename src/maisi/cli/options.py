@@ -181,13 +181,16 @@ def require_first(first: int) -> None:
         raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
 
 
-def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None]], Savable]) -> None:
-    """Make and write the items that are missing; `make` takes an item's number and what to tell its progress to."""
+def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None]], Savable], what: str = "") -> None:
+    """Make and write the items that are missing; `make` takes an item's number and what to tell its progress to.
+
+    Progress calls an item by `what` and its number.
+    """
     with place.begun():
         try:
             with progress() as report:
                 for number in place.missing:
-                    make(number, partial(report, f"{number:04d}")).save(place.item_folder(number))
+                    make(number, partial(report, f"{what}{number:04d}")).save(place.item_folder(number))
         except BaseException:
             place.withdraw()
             raise

@@ -1,0 +1,111 @@
+"""What a cohort's folder says of itself: a table of all items, and one picture of them. Imports no torch.
+
+The folder has one for each row, which is what `maisi generate` (or `inpaint`) makes of that row's request.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maisi.errors import MaisiError
+from maisi.generation.cohort_table import CohortRow, table_text
+from maisi.generation.output import RECORD, faults_of
+from maisi.io.files import atomic_path
+
+TABLE, ITEMS, OVERVIEW = "cohort.csv", "items.csv", "overview.png"
+PREVIEW = "preview.png"
+
+_COLUMNS, _WIDTH, _MOST_SHOWN = 6, 300, 60
+
+
+def begin_cohort(out: Path, table: Path) -> None:
+    """Make the folder, or look whether it is a cohort's, and keep a copy of the table in it.
+
+    Raises:
+        MaisiError: it is something else, or cannot be made.
+    """
+    if out.exists() and not (out / TABLE).is_file():
+        raise MaisiError(f"{out} exists and is no cohort's folder; choose another folder or remove it.")
+    if not out.parent.is_dir():
+        raise MaisiError(f"The folder {out.parent} does not exist; make it first or choose another place.")
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MaisiError(f"Cannot make {out}: {error.strerror}; choose a place you may write to.") from None
+    content = table.read_bytes()
+    if not (out / TABLE).is_file() or (out / TABLE).read_bytes() != content:
+        with atomic_path(out / TABLE) as part:
+            part.write_bytes(content)
+
+
+def finish_cohort(out: Path, rows: Sequence[CohortRow]) -> list[dict[str, Any]]:
+    """Write the table of the items that are there, and their picture; return the table's rows.
+
+    Raises:
+        MaisiError: they cannot be written.
+    """
+    told = [
+        _told(row, record.parent, out)
+        for row in rows
+        for record in sorted((out / row.case).glob(f"[0-9][0-9][0-9][0-9]*/{RECORD}"))
+        if ".part-" not in record.parent.name
+    ]
+    if told:
+        with atomic_path(out / ITEMS) as part:
+            part.write_text(table_text(told), encoding="utf-8")
+        _draw(out / OVERVIEW, [(str(row["folder"]), out / str(row["folder"]) / PREVIEW) for row in told])
+    return told
+
+
+def _told(row: CohortRow, item: Path, out: Path) -> dict[str, Any]:
+    try:
+        record: Mapping[str, Any] = json.loads((item / RECORD).read_text(encoding="utf-8"))
+        faults = faults_of(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        record, faults = {}, [f"{RECORD} is damaged ({type(error).__name__})"]
+    return {
+        "case": row.case,
+        "folder": item.relative_to(out).as_posix(),
+        "passed": "no" if faults else "yes",
+        "faults": " ".join(faults),
+        "regions": ";".join(record.get("regions") or ()),
+        "size": ",".join(map(str, record.get("size") or ())),
+        "spacing_mm": ",".join(f"{value:g}" for value in record.get("spacing_mm") or ()),
+        "tumors": ";".join(map(str, row.request.tumor)),
+        "seed": record.get("seed", ""),
+        "model": row.request.model,
+    }
+
+
+def _draw(path: Path, pictures: Sequence[tuple[str, Path]]) -> None:
+    """The previews, small, in rows; of many evenly chosen ones."""
+    from PIL import Image, ImageDraw
+
+    step = max(1.0, len(pictures) / _MOST_SHOWN)
+    chosen = [pictures[int(n * step)] for n in range(min(len(pictures), _MOST_SHOWN))]
+    small: list[tuple[str, Image.Image]] = []
+    for name, file in chosen:
+        try:
+            with Image.open(file) as opened:
+                height = max(1, round(opened.height * _WIDTH / opened.width))
+                small.append((name, opened.convert("RGB").resize((_WIDTH, height), Image.Resampling.LANCZOS)))
+        except OSError:
+            continue
+    if not small:
+        return
+    height = max(picture.height for _, picture in small) + 16
+    columns = min(_COLUMNS, len(small))
+    sheet = Image.new("RGB", (columns * _WIDTH, -(-len(small) // columns) * height), "black")
+    draw = ImageDraw.Draw(sheet)
+    for n, (name, picture) in enumerate(small):
+        x, y = n % columns * _WIDTH, n // columns * height
+        draw.text((x + 4, y + 2), name, fill="white")
+        sheet.paste(picture, (x, y + 16))
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    with atomic_path(path) as part:
+        part.write_bytes(data.getvalue())
