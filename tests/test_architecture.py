@@ -19,7 +19,7 @@ LEVELS = (
     ("networks", "diffusion"),
     ("data", "weights", "splitting"),
     ("training", "generation"),
-    ("evaluation", "presets", "baselines"),
+    ("evaluation", "presets", "baselines", "service"),
     ("cli",),
     ("__main__",),
 )

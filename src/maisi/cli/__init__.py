@@ -82,6 +82,7 @@ HOMES = {
     "quality": "maisi.cli.quality",
     "report": "maisi.cli.report",
     "segment": "maisi.cli.images",
+    "serve": "maisi.cli.serve",
     "train": "maisi.cli.training",
     "weights": "maisi.cli.weights",
 }

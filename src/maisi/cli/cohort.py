@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from maisi.cli.generation import order_of
-from maisi.cli.options import FILE, Savable, fill, output_option, require_new, running_options, set_up_memory
+from maisi.cli.options import FILE, fill, output_option, require_new, running_options, set_up_memory
 from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
     from maisi.generation.cohort_table import CohortRow
-    from maisi.generation.pipeline import Model
-    from maisi.request import Request
-    from maisi.weights.registry import ModelFolder
+    from maisi.generation.maker import Maker
 
 MOST_TOLD = 5
-
-Make = Callable[[int, Callable[[str, int, int], None]], Savable]
-Prepared = tuple[dict[str, Any], Sequence[str], Callable[[], Make]]
-"""What decides a row's items, notes, and what loads the model and then makes an item."""
 
 
 @click.group()
@@ -74,18 +65,19 @@ def make(table: Path, part: str, device: str, precision: str, memory: str | None
     """
     from maisi.generation.cohort import ITEMS, begin_cohort, finish_cohort
     from maisi.generation.cohort_table import read_cohort
+    from maisi.generation.maker import Maker
+    from maisi.weights.registry import find_model
 
     first, step = _part(part)
     rows = read_cohort(table)
     for name in dict.fromkeys(row.request.model for row in rows):
-        _find(name)
-    limit = set_up_memory(memory)
+        find_model(name)
+    maker = Maker(device, precision, set_up_memory(memory))
     begin_cohort(output, table)
-    maker = _Maker(output, device, precision, limit)
     faults: list[str] = []
     for row in rows[first::step]:
         try:
-            maker.make(row)
+            _make_row(maker, row, output)
         except MaisiError as error:
             faults.append(f"{row.case}: {error}")
             click.echo(f"Note: {faults[-1]}", err=True)
@@ -107,64 +99,12 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]) - 1, int(match[2])
 
 
-def _find(name: str) -> ModelFolder:
-    from maisi.weights.registry import find_model
+def _make_row(maker: Maker, row: CohortRow, output: Path) -> None:
+    from maisi.generation.output import destination
 
-    return find_model(name)
-
-
-class _Maker:
-    """Makes rows one after the other; keeps the last model, as long as rows name it."""
-
-    def __init__(self, output: Path, device: str, precision: str, limit: int | None) -> None:
-        self.output = output
-        self._running = (device, precision, limit)
-        self._model: tuple[str, Model] | None = None
-
-    def make(self, row: CohortRow) -> None:
-        """Make the items of a row that are missing.
-
-        Raises:
-            MaisiError: it cannot be made.
-        """
-        from maisi.generation.output import destination
-
-        request, folder = row.request, _find(row.request.model)
-        prepared = self._inpainting if request.image is not None else self._generation
-        order, notes, maker = prepared(request, folder)
-        place = destination(self.output / row.case, order, range(request.count))
-        for note in notes:
-            click.echo(f"Note: {row.case}: {note}", err=True)
-        if place.missing:
-            fill(place, maker(), f"{row.case} ")
-
-    def _generation(self, request: Request, folder: ModelFolder) -> Prepared:
-        from maisi.generation.job import make_job
-
-        job = make_job(request, folder.config, carried=folder.library())
-
-        def maker() -> Make:
-            model = self._loaded(request.model, folder)
-            plan = model.prepare(job).decode
-            return lambda number, report: model.item(job, plan, number, report)
-
-        return order_of(request, 0, folder, masked=job.labels is not None), job.notes, maker
-
-    def _inpainting(self, request: Request, folder: ModelFolder) -> Prepared:
-        from maisi.generation.inpaint import inpaint_item
-        from maisi.generation.inpaint_job import make_inpaint_job
-
-        job, by_network = make_inpaint_job(request, folder.config), request.by == "network"
-
-        def maker() -> Make:
-            return partial(inpaint_item, self._loaded(request.model, folder) if by_network else None, job)
-
-        return order_of(request, 0, folder if by_network else None, masked=True), job.notes, maker
-
-    def _loaded(self, name: str, folder: ModelFolder) -> Model:
-        from maisi.generation.pipeline import Model
-
-        if self._model is None or self._model[0] != name:
-            self._model = None  # gone before the next is loaded
-            self._model = (name, Model(folder, *self._running))
-        return self._model[1]
+    prepared = maker.prepare(row.request)
+    place = destination(output / row.case, prepared.order, range(row.request.count))
+    for note in prepared.notes:
+        click.echo(f"Note: {row.case}: {note}", err=True)
+    if place.missing:
+        fill(place, prepared.load(), f"{row.case} ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,10 +21,6 @@ from maisi.cli.options import (
     say_items,
     set_up_memory,
 )
-
-if TYPE_CHECKING:
-    from maisi.request import Request
-    from maisi.weights.registry import ModelFolder
 
 
 @click.command()
@@ -67,6 +63,7 @@ def generate(
     request = Request.parse(**wishes)
     require_first(first)
     from maisi.generation.job import make_job
+    from maisi.generation.maker import order_of
     from maisi.generation.output import destination
     from maisi.weights.registry import find_model
 
@@ -87,28 +84,6 @@ def generate(
         plan = model.prepare(job).decode
         fill(place, lambda number, report: model.item(job, plan, number, report))
     say_items(output, range(first, first + request.count), place)
-
-
-def order_of(request: Request, first: int, folder: ModelFolder | None, masked: bool) -> dict[str, Any]:
-    """What decides every byte of a folder's items, as JSON values; `folder` is the model's, where one is asked."""
-    from maisi.generation.job import weights_used
-    from maisi.io.files import INDEX
-    from maisi.io.nifti import volume_sha256
-
-    ranges = request.ranges or (None if folder is None else folder.ranges())
-    given = {"mask_sha256": request.mask, "image_sha256": request.image, "ranges_sha256": ranges}
-    libraries = {
-        "library_sha256": request.library,
-        "model_library_sha256": None if folder is None else folder.library(),
-    }
-    given |= {name: None if path is None else path / INDEX for name, path in libraries.items()}
-    return {
-        "request": request.model_dump(mode="json"),
-        "first": first,
-        **{name: None if path is None else volume_sha256(path) for name, path in given.items()},
-        "model": {} if folder is None else folder.config.model_dump(mode="json", exclude={"name", "card", "sha256"}),
-        "weights_sha256": {} if folder is None else weights_used(folder, masked),
-    }
 
 
 @click.command()
@@ -142,6 +117,7 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
         refuse_given(["steps", "solver", "guidance", "device", "precision"], "is for networks, and rules paint here")
     require_first(first)
     from maisi.generation.inpaint_job import make_inpaint_job
+    from maisi.generation.maker import order_of
     from maisi.generation.output import destination
     from maisi.weights.registry import find_model
 

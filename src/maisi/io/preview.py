@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -65,6 +66,7 @@ _LIGHT: Color = (0.9, 0.9, 0.9)
 _FAINT: Color = (0.6, 0.6, 0.6)
 _FRAME: Color = (0.2, 0.2, 0.2)
 _LUNG_SHARE = 0.05
+_SLICE_PX = 512
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,30 @@ def preview(path: Path, image: Volume, labels: Volume | None = None, title: str 
     picture = _draw(ct, mask, title)
     with atomic_path(path) as part:
         picture.save(part, format="PNG")
+
+
+def slice_png(image: Volume, plane: Plane, index: int, window: Window, labels: Volume | None = None) -> bytes:
+    """One slice as a PNG with square pixels, as `preview` shows it, for viewers.
+
+    Args:
+        image: HU, RAS+.
+        plane: one of `PLANES`.
+        index: of the slice, from 0 to its axis' length - 1.
+        window: what is black and what is white.
+        labels: laid over it, on the same grid.
+    """
+    cut = plane.cut(image.array, index)
+    height_mm, width_mm = cut.shape[0] * image.spacing_mm[plane.down], cut.shape[1] * image.spacing_mm[plane.across]
+    per_mm = _SLICE_PX / max(height_mm, width_mm)
+    size = (max(1, round(width_mm * per_mm)), max(1, round(height_mm * per_mm)))
+    grey = Image.fromarray(_bytes(window.grey(cut))).resize(size, Image.Resampling.BILINEAR)
+    picture = grey.convert("RGB")
+    if labels is not None:
+        over = Image.fromarray(_bytes(_overlay(plane.cut(labels.array, index), size)), "RGBA")
+        picture.paste(over.convert("RGB"), mask=over.getchannel("A"))
+    data = io.BytesIO()
+    picture.save(data, "PNG", compress_level=1)
+    return data.getvalue()
 
 
 def choose_window(hu: Picture) -> Window:

@@ -1,0 +1,207 @@
+// The page of the service: orders, jobs, and three planes of an item. Talks to /api and to nothing else.
+"use strict";
+
+const byId = (id) => document.getElementById(id);
+const shown = { job: null, item: null };
+let jobs = [];
+
+async function call(path, options = {}) {
+  const answer = await fetch(path, options);
+  const told = answer.status === 204 ? null : await answer.json();
+  if (!answer.ok) throw new Error(told.error || `${answer.status} ${answer.statusText}`);
+  return told;
+}
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+// --- orders
+
+function words(text) {
+  return text.split(",").map((word) => word.trim()).filter(Boolean);
+}
+
+async function send(file) {
+  const name = file.name.replace(/[^A-Za-z0-9._-]/g, "_").replace(/^[^A-Za-z0-9]+/, "");
+  return (await call(`api/files/${encodeURIComponent(name || "volume.nii.gz")}`, { method: "PUT", body: file })).file;
+}
+
+async function wishes(form) {
+  const mode = form.mode.value;
+  const asked = { seed: Number(form.seed.value), count: Number(form.count.value), model: form.model.value };
+  if (form.tumor.value.trim()) asked.tumor = words(form.tumor.value);
+  if (mode === "region") {
+    asked.region = [...form.querySelectorAll("[name=region]:checked")].map((box) => box.value);
+    if (form.size.value.trim()) asked.size = form.size.value;
+    if (form.spacing.value.trim()) asked.spacing = form.spacing.value;
+    if (!asked.size && !asked.spacing) asked.fov = "auto";
+    if (form.structure.value.trim()) asked.structure = words(form.structure.value);
+    return asked;
+  }
+  if (mode === "image") {
+    if (!form.image.files.length) throw new Error("Choose the CT to paint into.");
+    asked.image = await send(form.image.files[0]);
+  }
+  if (form.mask.files.length) asked.mask = await send(form.mask.files[0]);
+  else if (mode === "mask") throw new Error("Choose the label map to follow.");
+  return asked;
+}
+
+async function order(event) {
+  event.preventDefault();
+  const form = event.target, button = form.querySelector("button");
+  byId("fault").textContent = "";
+  button.disabled = true;
+  try {
+    const body = JSON.stringify(await wishes(form));
+    const job = await call("api/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    shown.job = job.id;
+    shown.item = null;
+    await refresh();
+  } catch (error) {
+    byId("fault").textContent = error.message;
+  }
+  button.disabled = false;
+}
+
+function choose() {
+  const mode = byId("order").mode.value;
+  for (const part of document.querySelectorAll("[data-modes]")) {
+    part.hidden = !part.dataset.modes.split(" ").includes(mode);
+  }
+}
+
+// --- jobs
+
+function summary(job) {
+  const asked = job.request;
+  const parts = [(asked.region || []).join(" + "), asked.mask, asked.image, (asked.size || []).join(" x ")];
+  const tumors = (asked.tumor || []).map((wish) => wish.kind);
+  return [...parts, tumors.length ? `tumours: ${tumors.join(", ")}` : "", `seed ${asked.seed || 0}`].filter(Boolean).join(", ");
+}
+
+function entry(job) {
+  const told = element("div", { className: "told", textContent: summary(job) });
+  const row = element("li", {}, element("strong", { textContent: job.state }), " ");
+  if (job.state === "waiting" || job.state === "running") {
+    row.append(element("button", { className: "small", textContent: "cancel", onclick: () => act(job, "cancel") }));
+  } else {
+    row.append(element("button", { className: "small", textContent: "delete", onclick: () => act(job, "delete") }));
+  }
+  row.append(told);
+  for (const note of job.notes) row.append(element("div", { className: "told", textContent: note }));
+  if (job.error) row.append(element("div", { textContent: job.error }));
+  if (job.running) {
+    const { item, stage, done, total } = job.running;
+    row.append(`item ${item}: ${stage}`, element("progress", { max: total, value: done }));
+  }
+  const items = element("div", { className: "items" });
+  for (const item of job.items) {
+    const button = element("button", { textContent: item.number, title: item.faults.join(" "), onclick: () => show(job.id, item.number) });
+    button.classList.toggle("failed", !item.passed);
+    button.classList.toggle("shown", shown.job === job.id && shown.item === item.number);
+    items.append(button);
+  }
+  row.append(items);
+  return row;
+}
+
+async function act(job, what) {
+  try {
+    if (what === "cancel") await call(`api/jobs/${job.id}/cancel`, { method: "POST" });
+    else await call(`api/jobs/${job.id}`, { method: "DELETE" });
+  } catch (error) {
+    byId("fault").textContent = error.message;
+  }
+  await refresh();
+}
+
+async function refresh() {
+  jobs = await call("api/jobs");
+  byId("jobs").replaceChildren(...jobs.map(entry));
+  const wanted = jobs.find((job) => job.id === shown.job);
+  if (wanted && shown.item === null && wanted.items.length) await show(wanted.id, wanted.items[0].number);
+}
+
+async function watch() {
+  try {
+    await refresh();
+  } catch (error) {
+    byId("fault").textContent = `The service does not answer (${error.message}).`;
+  }
+  const busy = jobs.some((job) => job.state === "running" || job.state === "waiting");
+  setTimeout(watch, busy ? 1000 : 5000);
+}
+
+// --- one item
+
+async function show(id, number) {
+  const item = await call(`api/jobs/${id}/items/${number}`);
+  Object.assign(shown, { job: id, item: number });
+  const size = item.size.join(" x "), spacing = item.spacing_mm.join(" x ");
+  byId("title").textContent = `Job ${id}, item ${number}: ${size} voxels of ${spacing} mm`;
+  byId("tools").hidden = false;
+  const labelled = Object.keys(item.labels).length > 0;
+  byId("overlay").disabled = !labelled;
+  byId("get-labels").hidden = !labelled;
+  for (const part of ["image", "labels", "record"]) byId(`get-${part}`).href = `api/jobs/${id}/items/${number}/${part}`;
+  const job = jobs.find((one) => one.id === id);
+  const told = job && job.items.find((one) => one.number === number);
+  byId("faults").textContent = told ? told.faults.join(" ") : "";
+  byId("legend").replaceChildren(...Object.entries(item.labels).map(([name, colour]) => {
+    const row = element("li", { textContent: name });
+    row.style.setProperty("--colour", colour);
+    return row;
+  }));
+  byId("planes").replaceChildren(...["axial", "coronal", "sagittal"].map((plane) => figure(plane, item)));
+  byId("jobs").replaceChildren(...jobs.map(entry));
+}
+
+function figure(plane, item) {
+  const axis = { axial: 2, coronal: 1, sagittal: 0 }[plane];
+  const count = item.size[axis];
+  const image = element("img", { alt: `${plane} slice` });
+  const slider = element("input", { type: "range", min: 0, max: count - 1, value: item.centre[axis], ariaLabel: `${plane} slice` });
+  const number = element("span");
+  const draw = () => {
+    number.textContent = `${Number(slider.value) + 1} / ${count}`;
+    const how = new URLSearchParams({ window: byId("window").value, labels: byId("overlay").checked });
+    image.src = `api/jobs/${shown.job}/items/${shown.item}/slices/${plane}/${slider.value}?${how}`;
+  };
+  slider.addEventListener("input", draw);
+  image.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    slider.value = Number(slider.value) - Math.sign(event.deltaY);
+    draw();
+  }, { passive: false });
+  const made = element("figure", {}, image, element("figcaption", {}, plane, slider, number));
+  made.draw = draw;
+  draw();
+  return made;
+}
+
+function redraw() {
+  for (const plane of byId("planes").children) plane.draw();
+}
+
+async function begin() {
+  const about = await call("api");
+  byId("version").textContent = about.maisi;
+  byId("regions").replaceChildren(...about.regions.map((region) => element(
+    "label", {}, element("input", { type: "checkbox", name: "region", value: region, checked: region === "chest" }), ` ${region}`,
+  )));
+  byId("models").replaceChildren(...about.models.map((name) => element("option", { textContent: name })));
+  byId("window").replaceChildren(...about.windows.map((name) => element("option", { textContent: name })));
+  byId("order").addEventListener("submit", order);
+  for (const radio of byId("order").mode) radio.addEventListener("change", choose);
+  byId("window").addEventListener("change", redraw);
+  byId("overlay").addEventListener("change", redraw);
+  choose();
+  await watch();
+  if (shown.job === null && jobs.length && jobs[0].items.length) await show(jobs[0].id, jobs[0].items[0].number);
+}
+
+begin().catch((error) => { byId("fault").textContent = error.message; });

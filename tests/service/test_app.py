@@ -1,0 +1,239 @@
+"""The service as a client sees it."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maisi.anatomy import label_id
+from maisi.data.phantom import phantom
+from maisi.generation.maker import Maker
+from maisi.io.nifti import read_volume, write_volume
+from maisi.io.preview import PLANES, SOFT_TISSUE, slice_png
+from maisi.request import Request
+from maisi.service.app import Settings, make_app
+from maisi.service.jobs import Jobs
+from maisi.volume import Volume
+
+pytest.importorskip("httpx")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WISH = {"region": ["chest"], "size": [32, 32, 16], "spacing": [10, 10, 10], "steps": 2}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model_folder: Path) -> Settings:
+    return Settings(tmp_path / "service", {"small": str(model_folder), "tiny": "tiny"}, most_upload_bytes=200_000)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator:
+    from fastapi.testclient import TestClient
+
+    jobs = Jobs(settings.folder / "jobs", Maker("cpu"))
+    with TestClient(make_app(settings, jobs)) as client:
+        yield client
+
+
+def ended(client, id: str) -> dict:
+    until = time.monotonic() + 60
+    while (job := client.get(f"/api/jobs/{id}").json())["state"] in ("waiting", "running"):
+        assert time.monotonic() < until, job
+        time.sleep(0.02)
+    return job
+
+
+def made(client, **wishes) -> dict:
+    answer = client.post("/api/jobs", json=wishes)
+    assert answer.status_code == 202, answer.text
+    return ended(client, answer.json()["id"])
+
+
+def test_an_order_and_its_item(client, settings: Settings) -> None:
+    job = made(client, **WISH, count=2)
+    assert (job["state"], job["error"], [item["number"] for item in job["items"]]) == ("done", "", [0, 1])
+    assert client.get("/api/jobs").json() == [job]
+    place = f"/api/jobs/{job['id']}/items/1"
+    folder = settings.folder / "jobs" / job["id"] / "items" / "0001"
+    assert client.get(place).json() == {
+        "size": [32, 32, 16],
+        "spacing_mm": [10, 10, 10],
+        "labels": {},
+        "centre": [16, 16, 8],
+    }
+    for part, name in (("image", "image.nii.gz"), ("preview", "preview.png"), ("record", "record.json")):
+        assert client.get(f"{place}/{part}").content == (folder / name).read_bytes()
+    assert client.get(f"{place}/labels").status_code == 404
+    image = read_volume(folder / "image.nii.gz").to_ras()
+    answer = client.get(f"{place}/slices/coronal/5?window=soft")
+    assert answer.content == slice_png(image, PLANES[1], 5, SOFT_TISSUE)
+    with Image.open(io.BytesIO(answer.content)) as picture:
+        assert picture.size == (512, 256)
+    assert str(settings.folder) not in client.get("/api/jobs").text
+
+
+def test_a_label_map_that_was_sent(client, settings: Settings, tmp_path: Path) -> None:
+    image, labels = phantom((32, 32, 16), (10.0, 10.0, 10.0), ("chest",), seed=1)
+    for name, volume in (("ct", image), ("labels", labels)):
+        write_volume(tmp_path / f"{name}.nii.gz", volume)
+    sent = {
+        name: client.put(f"/api/files/{name}.nii.gz", content=(tmp_path / f"{name}.nii.gz").read_bytes())
+        for name in ("ct", "labels")
+    }
+    assert [answer.status_code for answer in sent.values()] == [201, 201]
+    assert sent["ct"].json()["size"] == [32, 32, 16]
+    file = {name: answer.json()["file"] for name, answer in sent.items()}
+    job = made(client, mask=file["labels"], steps=2, retries=0)
+    assert job["state"] == "done"
+    assert job["request"]["mask"] == file["labels"]
+    told = client.get(f"/api/jobs/{job['id']}/items/0").json()
+    assert "heart" in told["labels"]
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in told["labels"].values())
+    plain, covered = (
+        client.get(f"/api/jobs/{job['id']}/items/0/slices/axial/8?labels={on}").content for on in ("false", "true")
+    )
+    assert plain != covered
+    painted = made(client, image=file["ct"], mask=file["labels"], tumor=["lung:60mm"], by="rules", model="tiny")
+    assert painted["state"] == "done"
+    told = client.get(f"/api/jobs/{painted['id']}/items/0").json()
+    assert next(iter(told["labels"])) == "lung tumor"
+    item = settings.folder / "jobs" / painted["id"] / "items" / "0000"
+    assert read_volume(item / "labels.nii.gz").to_ras().array[tuple(told["centre"])] == label_id("lung tumor")
+    bad = client.post("/api/jobs", json={"image": file["labels"], "tumor": ["lung:60mm"], "model": "tiny"})
+    assert bad.status_code == 422
+    assert "does not hold HU" in bad.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"region": ["chst"]}, "did you mean 'chest'?"),
+        ({"regoin": ["chest"]}, "did you mean 'region'?"),
+        ({**WISH, "model": "other"}, "has no model 'other'; it has small, tiny"),
+        ({**WISH, "model": "/etc"}, "has no model '/etc'"),
+        ({**WISH, "library": "/etc"}, "is a path on the machine of the service"),
+        ({**WISH, "ranges": "/etc/passwd"}, "is a path on the machine of the service"),
+        ({"mask": "/etc/passwd"}, "was not sent to the service"),
+        ({"mask": "../jobs/x/job.json"}, "was not sent to the service"),
+        ({"image": "0123456789ab/../../../a.nii", "tumor": ["lung"]}, "was not sent to the service"),
+        ({**WISH, "size": [1000, 1000, 1000]}, "memory|takes about|million voxels"),
+    ],
+)
+def test_bad_orders(client, wishes: dict, message: str) -> None:
+    answer = client.post("/api/jobs", json=wishes)
+    assert answer.status_code == 422
+    assert re.search(message if "|" in message else re.escape(message), answer.json()["error"])
+    assert client.get("/api/jobs").json() == []
+
+
+def test_bodies_that_are_no_order(client) -> None:
+    assert client.post("/api/jobs", content=b"{").status_code == 422
+    assert client.post("/api/jobs", json=[1]).status_code == 422
+    # what a page elsewhere can send without asking first is not taken
+    text = client.post("/api/jobs", content=b'{"region": ["chest"]}', headers={"Content-Type": "text/plain"})
+    assert text.status_code == 422
+    assert "bodies are application/json" in text.json()["error"]
+    assert client.get("/api/jobs").json() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"x", "is no name of a volume"),
+        ("..nii", b"x", "is no name of a volume"),
+        ("a.nii.gz", b"no volume", "is not a NIfTI file"),
+        ("a.nii", b"x" * 300_000, "has more than 0.0 GB"),
+    ],
+)
+def test_bad_files(client, settings: Settings, name: str, content: bytes, message: str) -> None:
+    answer = client.put(f"/api/files/{name}", content=content)
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]
+    assert str(settings.folder) not in answer.text
+    assert not list((settings.folder / "files").glob("*/*"))
+
+
+def test_what_is_not_there(client) -> None:
+    job = made(client, **WISH)
+    place = f"/api/jobs/{job['id']}/items"
+    for path in (
+        "/api/jobs/none",
+        f"{place}/7",
+        f"{place}/0/passwd",
+        f"{place}/0/slices/axial/16",
+        f"{place}/0/slices/axial/-1",
+        f"{place}/0/slices/round/0",
+        f"{place}/0/slices/axial/0?window=blue",
+        "/etc",
+        "/..%2f..%2fapp.py",
+    ):
+        answer = client.get(path)
+        assert answer.status_code == 404, path
+    assert client.delete(f"/api/jobs/{job['id']}").status_code == 204
+    assert client.get("/api/jobs").json() == []
+
+
+def test_a_job_that_runs_is_cancelled(client) -> None:
+    id = client.post("/api/jobs", json={**WISH, "count": 500}).json()["id"]
+    assert client.delete(f"/api/jobs/{id}").status_code == 422
+    client.post(f"/api/jobs/{id}/cancel")
+    assert ended(client, id)["state"] == "cancelled"
+
+
+def test_tokens_and_hosts(settings: Settings) -> None:
+    from fastapi.testclient import TestClient
+
+    guarded = Settings(settings.folder, settings.models, "secret")
+    client = TestClient(make_app(guarded, Jobs(settings.folder / "jobs", Maker("cpu"))))
+    assert client.get("/api").status_code == 401
+    assert client.get("/").status_code == 401
+    assert client.get("/api", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert client.get("/api", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert client.get("/?token=secret").status_code == 200
+    assert client.get("/api").status_code == 200  # by the cookie
+    client.cookies.clear()
+    assert client.get("/api").status_code == 401
+    open_ = TestClient(make_app(settings, Jobs(settings.folder / "jobs", Maker("cpu"))))
+    assert open_.get("/api", headers={"Host": "elsewhere.example"}).status_code == 400
+
+
+def test_the_viewer(client) -> None:
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for name in re.findall(r'(?:href|src)="([^"#]+)"', page.text):
+        assert client.get(f"/{name}").status_code == 200, name
+    script = resources.files("maisi.service").joinpath("viewer", "viewer.js").read_text()
+    assert "://" not in script + page.text  # nothing from elsewhere
+    for id in re.findall(r'byId\("([a-z-]+)"\)', script):
+        assert f'id="{id}"' in page.text, id
+    about = client.get("/api").json()
+    assert about["models"] == ["small", "tiny"]
+    assert about["windows"] == ["soft", "lung", "bone"]
+
+
+def test_the_interface_describes_itself(client) -> None:
+    told = client.get("/api/openapi.json").json()
+    body = told["paths"]["/api/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(Request.model_fields)
+    assert all(operation["description"] for path in told["paths"].values() for operation in path.values())
+
+
+def test_slices_have_square_pixels_and_the_right_side_on_the_left() -> None:
+    array = np.full((20, 10, 4), -1000, np.int16)
+    array[15:, :, :] = 1000  # the patient's right is low x... shown on the left, so high x is on the right
+
+    with Image.open(
+        io.BytesIO(slice_png(Volume(array, np.diag([1.0, 2, 5, 1])), PLANES[0], 0, SOFT_TISSUE))
+    ) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape == (512, 512)
+    assert (pixels[:, 10].mean(), pixels[:, -10].mean()) == (255, 0)
