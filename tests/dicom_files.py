@@ -113,7 +113,8 @@ def seg(path: Path, slices: list[Dataset], masks: dict[str, np.ndarray], kind: s
         )
         for n, name in enumerate(masks, 1)
     ]
-    array = np.stack([mask.T for mask in masks.values()], -1).astype(np.uint8)
+    array = np.stack([mask.T for mask in masks.values()], -1)
+    array = array.astype(np.float32 if kind == "FRACTIONAL" else np.uint8)
     if kind == "LABELMAP":
         array = (array * np.arange(1, len(masks) + 1, dtype=np.uint8)).max(-1)
     highdicom.seg.Segmentation(

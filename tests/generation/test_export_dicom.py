@@ -85,6 +85,8 @@ def test_what_is_refused(generated: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     with pytest.raises(MaisiError, match="No mask holds 'spleen'; leave it out of --keep"):
         export_dicom([generated], out, keep=["spleen"])
+    with pytest.raises(MaisiError, match="No label is named to be kept"):
+        export_dicom([generated], out, keep=[])
     with pytest.raises(MaisiError, match="No mask holds 'body'"):
         export_dicom([generated / "0001"], out, keep=["body"])
     record = generated / "0000" / "record.json"

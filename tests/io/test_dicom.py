@@ -169,6 +169,10 @@ def tilted(slices, degrees):
         (lambda s: [setattr(d, "PixelSpacing", [0, 0]) for d in s], "spacing of its pixels is 0 mm"),
         (lambda s: delattr(s[1], "PixelSpacing"), "damaged DICOM header"),
         (lambda s: setattr(s[1], "SamplesPerPixel", 3), "holds colours"),
+        (lambda s: setattr(s[1], "PhotometricInterpretation", "PALETTE COLOR"), "holds colours"),
+        (lambda s: setattr(s[1], "HighBit", 11), "in a way that is not read"),
+        (lambda s: setattr(s[1], "RescaleSlope", 0), "damaged DICOM header .a rescale slope of 0"),
+        (lambda s: setattr(s[1], "SOPInstanceUID", s[0].SOPInstanceUID) or moved(s, 1, 0.6), "not evenly spaced"),
         (lambda s: setattr(s[1], "PixelData", s[1].PixelData[:20]), "cut short or damaged"),
     ],
 )
@@ -192,7 +196,11 @@ def test_rounded_places_and_a_little_tilt_are_no_fault(tmp_path, hu):
 def test_the_hash_of_a_slice_is_that_of_all(series):
     before = volume_sha256(series)
     assert volume_sha256(series / "IM00001") == before
-    (series / "IM00003").write_bytes((series / "IM00002").read_bytes())
+    (series / "notes.txt").write_text("no part of it")
+    assert volume_sha256(series) == before
+    content = bytearray((series / "IM00003").read_bytes())
+    content[-1] ^= 1
+    (series / "IM00003").write_bytes(content)
     assert volume_sha256(series / "IM00001") != before
 
 
@@ -218,11 +226,46 @@ def test_lossless_jpeg_wants_a_package(tmp_path, hu, monkeypatch):
         open_series(save(tmp_path / "s", slices))
 
 
-def test_a_deflated_file_is_not_inflated(tmp_path, hu):
+def test_a_deflated_file_is_not_inflated(tmp_path, series, hu):
     slices = datasets(hu + 1024, AFFINE)
     slices[0].file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     with pytest.raises(MaisiError, match="is a deflated DICOM file"):
         read_volume(save(tmp_path / "s", slices))
+    slices[0].save_as(series / "other", enforce_file_format=True)
+    np.testing.assert_array_equal(read_volume(series / "IM00001").array, hu)
+
+
+def test_doses_and_frames_without_a_place_are_no_slices(series, hu):
+    (dose,) = datasets(hu[:, :, :1], AFFINE, series="1.7")
+    dose.Modality = "RTDOSE"
+    dose.save_as(series / "dose", enforce_file_format=True)
+    (cine,) = datasets(hu[:, :, :1], AFFINE, series="1.8")
+    cine.NumberOfFrames, cine.PixelData = 2, cine.PixelData * 2
+    cine.save_as(series / "cine", enforce_file_format=True)
+    np.testing.assert_array_equal(read_volume(series).array, hu)
+
+
+def test_all_slices_in_one_file_with_one_that_has_no_place(tmp_path, hu):
+    image = enhanced(hu + 1024, AFFINE, -1024)
+    del image.PerFrameFunctionalGroupsSequence[-1]
+    with pytest.raises(MaisiError, match="5 frames, of which 4 have a place"):
+        read_volume(save(tmp_path / "enhanced", [image]))
+
+
+def test_rescaled_as_a_whole(tmp_path, hu):
+    image = enhanced(hu + 1024, AFFINE, -1024)
+    del image.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    image.RescaleSlope, image.RescaleIntercept = 1, -1024
+    np.testing.assert_array_equal(read_volume(save(tmp_path / "enhanced", [image])).array, hu)
+
+
+def test_thin_slices_at_rounded_places(tmp_path):
+    affine = np.diag([0.7, 0.8, 0.625, 1])
+    slices = datasets(np.zeros((2, 2, 40), int), affine)
+    for slice_ in slices:
+        x, y, height = slice_.ImagePositionPatient
+        slice_.ImagePositionPatient = [x, y, f"{float(height):.1f}"]
+    assert read_volume(save(tmp_path / "s", slices)).spacing_mm[2] == pytest.approx(0.625, rel=0.01)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,15 +1,14 @@
-import sys
-
 import numpy as np
 import pytest
 from dicom_files import circle, contour, datasets, rtstruct, save, seg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom import dcmread
 from scipy.spatial.transform import Rotation
 
 from maisi.errors import MaisiError
 from maisi.io.dicom import read_dicom
-from maisi.io.dicom_structures import holds_structures, read_structures
+from maisi.io.dicom_structures import holds_structures, inside_of, read_structures
 from maisi.io.nifti import read_volume
 from maisi.volume import Volume
 
@@ -32,14 +31,15 @@ def test_contours_are_filled(tmp_path, grid):
     path = rtstruct(tmp_path / "a.dcm", {"Ring": ring, "Nothing": [], "Node": small})
     assert holds_structures(path)
     found = read_structures(path, grid)
-    assert dict(found.names) == {1: "Ring", 2: "Node"}
+    assert dict(found.names) == {1: "Ring", 2: "Nothing", 3: "Node"}
+    assert found.empty == (2,)
     labels = found.painted()
     assert labels.same_grid(grid)
     expected = np.zeros(grid.shape, np.uint8)
     expected[:, :, 3:6] = (inside((14, 12), 9.3) & ~inside((14, 12), 4.2))[:, :, None]
-    expected[:, :, 4][inside((14, 18), 2.4)] = 2
+    expected[:, :, 4][inside((14, 18), 2.4)] = 3
     np.testing.assert_array_equal(labels.array, expected)
-    covered = found.painted(below=[2]).array
+    covered = found.painted(lambda number: -number).array
     ring_alone = (inside((14, 12), 9.3) & ~inside((14, 12), 4.2))[:, :, None]
     np.testing.assert_array_equal(covered[:, :, 4:5], np.where(ring_alone, 1, expected[:, :, 4:5]))
 
@@ -89,16 +89,78 @@ def test_contours_beyond_the_grid(tmp_path, grid):
 @pytest.mark.parametrize(
     ("structures", "message"),
     [
-        ({"A": [circle((9, 9), 4, 3.5, AFFINE)]}, "'A' was not drawn on the slices of this CT"),
-        ({"A": [contour([[1, 1, 1], [9, 1, 4], [9, 9, 8]], AFFINE)]}, "'A' was not drawn on the slices of this CT"),
         ({"A": []}, "holds no structure with voxels"),
         ({"A": [contour([[5, 5, 5]], AFFINE, "POINT")]}, "holds no structure with voxels"),
-        ({"A": [circle((9, 9), 4, 3, AFFINE)], "A ": [circle((9, 9), 3, 3, AFFINE)]}, "calls two structures 'A'"),
+        ({"A": [contour([[5, 5, 5], [9, 5, 5]], AFFINE)]}, "holds no structure with voxels"),
     ],
 )
 def test_contours_that_are_refused(tmp_path, grid, structures, message):
     with pytest.raises(MaisiError, match=message):
         read_structures(rtstruct(tmp_path / "a.dcm", structures), grid)
+
+
+@pytest.mark.parametrize(
+    "odd", [circle((9, 9), 4, 3.5, AFFINE), contour([[1, 1, 1], [9, 1, 4], [9, 9, 8], [1, 9, 2]], AFFINE)]
+)
+def test_one_odd_structure_is_told_and_the_others_are_read(tmp_path, grid, odd):
+    found = read_structures(rtstruct(tmp_path / "a.dcm", {"A": [odd], "B": [circle((9, 9), 4, 3, AFFINE)]}), grid)
+    assert list(found.pieces) == [2]
+    assert "'A' was not drawn on the slices of this CT" in found.faults[1]
+
+
+def test_names_that_several_structures_have_are_numbered(tmp_path, grid):
+    same = {name: [circle((9, 9), 4, z, AFFINE)] for z, name in enumerate(("Lesion", "lesion ", "", " "))}
+    found = read_structures(rtstruct(tmp_path / "a.dcm", same), grid)
+    assert list(found.names.values()) == ["Lesion", "lesion 2", "unnamed", "unnamed 2"]
+
+
+def test_contours_of_finer_slices_and_those_drawn_twice(tmp_path, grid):
+    finer = [circle((14, 12), 6.3, z / 3, AFFINE) for z in range(6, 22)]
+    twice = [circle((14, 12), 6.3, z, AFFINE) for z in (3, 3, 4)]
+    found = read_structures(rtstruct(tmp_path / "a.dcm", {"A": finer, "B": twice}), grid)
+    disc = int(inside((14, 12), 6.3).sum())
+    assert [int(n) for n in found.pieces[1].inside.sum((0, 1))] == [disc] * 6
+    assert [int(n) for n in found.pieces[2].inside.sum((0, 1))] == [disc] * 2
+
+
+def test_areas_with_a_common_edge_are_one_and_islands_in_holes_stay(tmp_path, grid):
+    left = contour([[2, 2, 3], [8, 2, 3], [8, 9, 3], [2, 9, 3]], AFFINE)
+    right = contour([[8, 2, 3], [14, 2, 3], [14, 9, 3], [8, 9, 3]], AFFINE)
+    nested = [circle((14, 12), radius, 3, AFFINE) for radius in (9.3, 6.2, 3.1)]
+    found = read_structures(rtstruct(tmp_path / "a.dcm", {"A": [left, right], "B": nested}), grid)
+    assert found.pieces[1].inside.sum() == 12 * 7
+    areas = [int(inside((14, 12), radius).sum()) for radius in (9.3, 6.2, 3.1)]
+    assert found.pieces[2].inside.sum() == areas[0] - areas[1] + areas[2]
+
+
+def test_two_islands_stay_two(tmp_path, grid):
+    drawn = {"A": [(1,), (10,)], "B": [(1,), (5,), (10,)], "C": [(1,), (3,)]}
+    path = rtstruct(
+        tmp_path / "a.dcm", {name: [circle((9, 9), 5, z, AFFINE) for (z,) in slices] for name, slices in drawn.items()}
+    )
+    found = read_structures(path, grid)
+    for piece, slices in zip(found.pieces.values(), drawn.values(), strict=True):
+        shown = np.flatnonzero(piece.inside.any((0, 1))) + piece.start[2]
+        assert shown.tolist() == [z for (z,) in slices]
+
+
+def test_a_contour_too_long_for_its_kind_of_value(tmp_path, grid):
+    path = rtstruct(tmp_path / "a.dcm", {"A": [circle((14, 12), 6.3, 3, AFFINE, 4000)]})
+    assert path.stat().st_size > 1 << 16
+    assert read_structures(path, grid).pieces[1].inside.sum() == inside((14, 12), 6.3).sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**20), count=st.integers(3, 12))
+def test_polygons_pixel_by_pixel(seed, count):
+    outline = np.random.default_rng(seed).uniform(-3, 14, (count, 2))
+    pixels = np.stack(np.meshgrid(np.arange(12), np.arange(9), indexing="ij"), -1).reshape(-1, 2)
+    around = np.zeros(len(pixels), bool)
+    for (x, y), (next_x, next_y) in zip(outline, np.roll(outline, -1, 0), strict=True):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = y + (pixels[:, 0] - x) / (next_x - x) * (next_y - y)
+        around ^= ((x <= pixels[:, 0]) != (next_x <= pixels[:, 0])) & (pixels[:, 1] > at)
+    np.testing.assert_array_equal(inside_of(outline, (12, 9)).ravel(), around)
 
 
 def test_contours_want_a_ct(tmp_path):
@@ -158,11 +220,38 @@ def test_overlapping_segments(tmp_path, slices, masks):
     assert (found.painted().array == 2).sum() == masks["Tumour"].sum()
 
 
-def test_segmentations_want_a_package(tmp_path, slices, masks, monkeypatch):
-    path = seg(tmp_path / "seg.dcm", slices, masks)
-    monkeypatch.setitem(sys.modules, "highdicom.seg", None)
-    with pytest.raises(MaisiError, match=r"pip install 'maisi\[dicom\]'"):
-        read_structures(path, None)
+def test_probabilities_count_from_a_half(tmp_path, slices, masks):
+    weights = {name: mask * 0.7 for name, mask in masks.items()}
+    weights["Tumour"] = masks["Tumour"] * 0.3
+    found = read_structures(seg(tmp_path / "seg.dcm", slices, weights, "FRACTIONAL"), None)
+    assert found.empty == (2,)
+    assert found.pieces[1].inside.sum() == masks["Liver"].sum()
+
+
+def test_slices_left_out_lie_where_the_ct_has_them(tmp_path, slices, masks):
+    sparse = {"Liver": masks["Liver"] & np.isin(np.arange(7), (2, 4))}
+    made = seg(tmp_path / "seg.dcm", slices, sparse)
+    told = dcmread(made)
+    for group in (*told.PerFrameFunctionalGroupsSequence, *told.SharedFunctionalGroupsSequence):
+        for measures in group.get("PixelMeasuresSequence", ()):
+            for name in ("SpacingBetweenSlices", "SliceThickness"):
+                if name in measures:
+                    delattr(measures, name)
+    told.save_as(made)
+    ct = read_volume(save(tmp_path / "ct", slices))
+    found = read_structures(made, ct).painted()
+    np.testing.assert_array_equal(found.array > 0, sparse["Liver"])
+    assert found.same_grid(ct)
+
+
+def test_segments_far_apart_take_no_memory(tmp_path, slices, masks):
+    made = seg(tmp_path / "seg.dcm", slices, masks)
+    told = dcmread(made)
+    place = told.PerFrameFunctionalGroupsSequence[-1].PlanePositionSequence[0]
+    place.ImagePositionPatient = [*place.ImagePositionPatient[:2], 2999900]
+    told.save_as(made)
+    with pytest.raises(MaisiError, match="the file is damaged"):
+        read_structures(made, None)
 
 
 @settings(max_examples=40, deadline=None)

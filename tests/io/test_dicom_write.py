@@ -1,4 +1,5 @@
 import sys
+import warnings
 from datetime import UTC, datetime
 
 import highdicom
@@ -41,15 +42,16 @@ def test_written_and_read(tmp_path_factory, seed, shape, spacing, degrees):
     volume = Volume(rng.integers(-1024, 3072, np.array(shape)).astype(np.int16), affine)
     if volume.to_ras().shape[2] < 2:
         return
-    slices = written(tmp_path_factory.mktemp("a") / "ct", volume)
-    folder = tmp_path_factory.mktemp("b")
-    for n, slice_ in enumerate(slices):
-        slice_.save_as(folder / f"{n}.dcm", enforce_file_format=True)
+    folder = tmp_path_factory.mktemp("a") / "ct"
+    slices = written(folder, volume)
     made, wanted = read_volume(folder).to_ras(), volume.to_ras()
     np.testing.assert_array_equal(made.array, wanted.array)
     np.testing.assert_allclose(made.affine, wanted.affine, atol=1e-5)
     other = highdicom.get_volume_from_series(slices)
-    assert other.array.sum() == volume.array.sum()
+    index = np.stack(np.meshgrid(*map(np.arange, wanted.shape), indexing="ij"), -1).reshape(-1, 3)
+    to_other = np.linalg.inv(np.diag([-1.0, -1.0, 1.0, 1.0]) @ other.affine) @ wanted.affine
+    there = np.rint(index @ to_other[:3, :3].T + to_other[:3, 3]).astype(int)
+    np.testing.assert_array_equal(other.array[tuple(there.T)], wanted.array[tuple(index.T)])
 
 
 def test_what_a_file_says(tmp_path):
@@ -67,6 +69,39 @@ def test_what_a_file_says(tmp_path):
     assert all(pydicom.uid.UID(low[name].value).is_valid for name in ("SOPInstanceUID", "StudyInstanceUID"))
     assert float(high.ImagePositionPatient[2]) - float(low.ImagePositionPatient[2]) == 3
     assert ABOUT.uid("ct") != About(**{**vars(ABOUT), "key": "other"}).uid("ct")
+
+
+def test_long_and_odd_names_stay_different(tmp_path):
+    volume = Volume(np.zeros((4, 3, 2), np.int16), np.eye(4))
+    told = []
+    for n in range(2):
+        about = About(**{**vars(ABOUT), "case": "a" * 80 + f"-{n}", "model": "m\\" + "x" * 80, "key": str(n)})
+        (tmp_path / str(n)).mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            slices = write_ct(tmp_path / str(n), volume, about)
+            labels = volume.with_array(np.ones((4, 3, 2), np.uint8))
+            write_segmentation(tmp_path / f"{n}.dcm", labels, {1: "a\\b\t" + "c" * 90}, slices, about, ())
+        told.append(slices[0])
+    assert told[0].PatientID != told[1].PatientID
+    assert max(len(made.PatientID) for made in told) <= 64
+    assert max(len(str(made.PatientName)) for made in told) <= 64
+    assert pydicom.dcmread(tmp_path / "0.dcm").SegmentSequence[0].SegmentLabel.startswith("a b c")
+
+
+def test_other_labels_have_other_identifiers(tmp_path):
+    labels = Volume(np.arange(24, dtype=np.uint8).reshape(4, 3, 2) % 3, np.eye(4))
+    slices = written(tmp_path / "ct", labels.with_array(labels.array.astype(np.int16)))
+    uids = []
+    for n, names in enumerate(({1: "liver"}, {2: "spleen"}, {1: "spleen"})):
+        write_segmentation(tmp_path / f"{n}.dcm", labels, names, slices, ABOUT, ())
+        uids.append(pydicom.dcmread(tmp_path / f"{n}.dcm").SOPInstanceUID)
+    assert len(set(uids)) == 3
+
+
+def test_fractions_of_hu(tmp_path):
+    with pytest.raises(MaisiError, match="not of whole HU"):
+        written(tmp_path / "ct", Volume(np.full((4, 3, 2), 1234.7, np.float32), np.eye(4)))
 
 
 def test_no_right_angles(tmp_path):

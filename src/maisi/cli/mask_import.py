@@ -16,7 +16,10 @@ from maisi.io.files import VOLUME_ENDINGS
 if TYPE_CHECKING:
     from maisi.data.label_maps import Vocabulary
     from maisi.data.mask_import import Source
+    from maisi.io.dicom_structures import StructureSet
     from maisi.volume import Volume
+
+MOST_TOLD = 5
 
 
 @click.command("import")
@@ -47,10 +50,10 @@ def import_(
 ) -> None:
     """Make one checked mask of SEGMENTATIONS from other programs, the most trusted first.
 
-    They are label maps, or DICOM: SEG, or RTSTRUCT with its CT; there structures are known by their names, and small
-    ones lie over large ones. Where masks overlap, tumour goes over organ, then earlier over later. The body about them
-    (200) is what the CT shows, or without one a guess from the labels. A table is a JSON file {"their id or name": our
-    id or name, ..., "dropped": {"their id or name": "reason"}}; a class that `maisi labels` lacks is written
+    They are label maps, or DICOM: SEG, or RTSTRUCT with its CT, where structures are known by their names. Where masks
+    overlap, tumour goes over organ, then earlier over later, in DICOM small over large. The body about them (200) is
+    what the CT shows, or without one a guess from the labels. A table is a JSON file {"their id or name": our id or
+    name, ..., "dropped": {"their id or name": "reason"}}; a class that `maisi labels` lacks is written
     {"id": 150, "name": "..."}.
     """
     from maisi.data.mask_import import import_masks
@@ -107,11 +110,35 @@ def _source(path: Path, name: str, table: object, ct: Volume | None) -> Source:
     if holds_structures(path):
         held = read_structures(path, ct)
         if table is None:
-            words: Vocabulary = named_vocabulary(name, held.names, str(path))
+            drawn = {number: called for number, called in held.names.items() if number not in held.empty}
+            words: Vocabulary = named_vocabulary(name, drawn, str(path))
         else:
-            words = custom_vocabulary(table, name, held.names)
-        dropped = [number for number in held.names if not words.to.get(number)]
-        return Source(labels=held.painted(below=dropped), vocabulary=words, name=str(path), names=held.names)
+            words = custom_vocabulary(table, name, held.names, by_name=True)
+        return Source(_painted(held, words, path), vocabulary=words, name=str(path), names=held.names)
     names = read_label_names(path)
     words = vocabulary(name) if table is None else custom_vocabulary(table, name, names)
     return Source(labels=read_labels(path), vocabulary=words, name=str(path), names=names)
+
+
+def _painted(held: StructureSet, words: Vocabulary, path: Path) -> Volume:
+    """A label map of a file's structures; none of them is lost without a word."""
+    import numpy as np
+
+    from maisi.data.label_maps import rank
+
+    unknown = [called for number, called in held.names.items() if number not in words.to and number not in held.empty]
+    if unknown:
+        some = ", ".join(f"'{called}'" for called in unknown[:MOST_TOLD]) + (
+            ", ..." if len(unknown) > MOST_TOLD else ""
+        )
+        raise MaisiError(f"{path} holds structures that {words.name} neither maps nor drops ({some}); name each there.")
+    for number, fault in held.faults.items():
+        if words.to[number]:
+            raise MaisiError(fault)
+    labels = held.painted(lambda number: rank(words.to[number]))
+    present = set(np.unique(labels.array))
+    for number, called in held.names.items():
+        if words.to.get(number) and number not in present:
+            why = "has no voxel on this grid" if number in held.empty else "is covered by others"
+            click.echo(f"Note: '{called}' {why}.", err=True)
+    return labels

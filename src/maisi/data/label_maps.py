@@ -88,7 +88,9 @@ def label_table(name: str) -> Mapping[int, int]:
     return vocabulary(name).to
 
 
-def custom_vocabulary(table: Any, name: str, names: Mapping[int, str] | None = None) -> Vocabulary:
+def custom_vocabulary(
+    table: Any, name: str, names: Mapping[int, str] | None = None, by_name: bool = False
+) -> Vocabulary:
     """Make a vocabulary of a user's table, as JSON gives it.
 
     Args:
@@ -96,6 +98,8 @@ def custom_vocabulary(table: Any, name: str, names: Mapping[int, str] | None = N
             `{"id": one of CUSTOM_IDS, "name": its name}`; under the key "dropped" `{their id or name: reason}`.
         name: of the table, for messages.
         names: their id -> name as the mask's file has it; without it the table must use ids.
+        by_name: whether keys are names, even those that look like ids, and those that the mask lacks are passed over:
+            one table for the files of many patients, who have different structures.
 
     Raises:
         MaisiError: a class that cannot be found, an id or a name that is taken, or another form.
@@ -107,11 +111,15 @@ def custom_vocabulary(table: Any, name: str, names: Mapping[int, str] | None = N
     to = {0: 0}
     reasons = {}
     entries = {key: value for key, value in table.items() if key != "dropped"}
+    if by_name:
+        held = {name_key(called) for called in known.values()}
+        entries = {key: value for key, value in entries.items() if name_key(key) in held}
+        table = {"dropped": {key: why for key, why in table.get("dropped", {}).items() if name_key(key) in held}}
     for key, value in entries.items():
-        theirs = _their_id(key, name, known, to)
+        theirs = _their_id(key, name, known, to, by_name)
         to[theirs] = _our_id(key, value, name, custom)
     for key, reason in table.get("dropped", {}).items():
-        theirs = _their_id(key, name, known, to)
+        theirs = _their_id(key, name, known, to, by_name)
         to[theirs], reasons[theirs] = BACKGROUND, str(reason)
     return Vocabulary(name, _frozen(to), _frozen(known), _frozen(reasons), _frozen(custom))
 
@@ -251,6 +259,11 @@ def _some(ids: list[int], most: int = 10) -> str:
     return ", ".join(str(i) for i in ids[:most]) + more
 
 
+def rank(ours: int) -> int:
+    """Whose word counts for more where structures overlap: tumours, organs, target volumes, the body, nothing."""
+    return _RANKS[ours]
+
+
 _RANKS = dict.fromkeys(range(256), 3) | dict.fromkeys(TUMORS, 4) | {TARGET_VOLUME: 2, BODY: 1, BACKGROUND: 0}
 """Our id -> whose word counts for more, when masks are merged."""
 
@@ -271,9 +284,9 @@ def _frozen(table: dict[int, Any]) -> Mapping[int, Any]:
     return MappingProxyType(dict(sorted(table.items())))
 
 
-def _their_id(key: str, table: str, names: Mapping[int, str], taken: Mapping[int, int]) -> int:
+def _their_id(key: str, table: str, names: Mapping[int, str], taken: Mapping[int, int], by_name: bool = False) -> int:
     """Return the id that a key of a user's table means; 0 and a class that stands there twice are refused."""
-    if key.strip().lstrip("-").isdigit():
+    if key.strip().lstrip("-").isdigit() and not by_name:
         theirs = int(key)
     else:
         same = [id for id, name in names.items() if name_key(name) == name_key(key)]

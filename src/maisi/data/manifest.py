@@ -34,7 +34,7 @@ class Case(Config):
     Attributes:
         id: unique; letters, digits, '-', '_' and '.' only, since files are named after it.
         patient: whose image it is; all images of a patient land on the same side of a split.
-        image: CT or MR file, or folder of a Zarr.
+        image: CT or MR file, or folder of a Zarr or a DICOM series.
         labels: label map on the image's grid, or None.
         vocabulary: what the label ids mean, one of `label_maps.VOCABULARIES`.
         regions: body regions it covers; None lets the labels tell.

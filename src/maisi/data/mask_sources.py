@@ -30,6 +30,9 @@ _COARSE_SIZE, _COARSE_MM = (140, 110, 272), 4.0
 
 _DRAWS = 5
 
+PHANTOM = "phantom"
+"""How the sentence begins that says where a label map comes from, where it is a phantom's."""
+
 
 def find_mask(
     regions: Sequence[str],
@@ -74,7 +77,7 @@ def find_mask(
         if isinstance(found, tuple):
             return found[0], f"the model's library, {found[1]}{why}"
     wanted = [*structures, *(_host_of_phantom(hosts, seed) for hosts in tumor_hosts)]
-    return phantom_mask(regions, wanted, size, spacing, seed), f"phantom, seed {seed}, deformed{why}"
+    return phantom_mask(regions, wanted, size, spacing, seed), f"{PHANTOM}, seed {seed}, deformed{why}"
 
 
 def _from_library(

@@ -24,7 +24,7 @@ from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
 from maisi.errors import MaisiError
 from maisi.generation.output import IMAGE, LABELS, RECORD
-from maisi.io.dicom import holds_slices
+from maisi.io.dicom import holds_slices, is_dicom
 from maisi.io.files import INDEX, VOLUME_ENDINGS, is_volume
 from maisi.io.nifti import read_header, read_label_names, read_labels, read_volume, volume_sha256
 from maisi.volume import Volume
@@ -262,8 +262,8 @@ def _in(path: Path, split: str) -> Found:
         return _in_prepared(path, split)
     if path.is_file() and path.suffix == ".json":
         return _in_list(path, split)
-    if path.is_file() or is_volume(path) or holds_slices(path):
-        return Found((Entry(_stem(path), _stem(path), path),))
+    if path.is_file() or is_volume(path) or _is_series(path):
+        return Found((Entry(_stem(path.resolve()), _stem(path.resolve()), path),))
     if not path.is_dir():
         raise MaisiError(f"{path} does not exist; give a file or folder that does.")
     return _in_folder(path)
@@ -303,6 +303,11 @@ def _in_folder(path: Path) -> Found:
         beside = (f"{len(loose)} volume(s) of {path} that lie beside its items were left out.",) if loose else ()
         return Found(entries, (*_other_notes(len(items) - len(entries), "item(s)", path), *beside))
     return Found(tuple(Entry(_stem(file), _stem(file), file) for file in files))
+
+
+def _is_series(path: Path) -> bool:
+    """Whether a folder's own files are of DICOM."""
+    return path.is_dir() and any(is_dicom(file) for file in path.iterdir() if file.is_file())
 
 
 def _item(folder: Path) -> Entry:

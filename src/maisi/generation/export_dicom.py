@@ -84,6 +84,8 @@ def export_dicom(
     masked = [item for item in items if item.masked]
     if masked:
         require_package()
+    if keep is not None and not keep:
+        raise MaisiError("No label is named to be kept; leave --keep out to keep all.")
     names = own_names(masked)
     wanted = None if keep is None else [id_in(label, names) for label in keep]
     held = {item: [id for id in ids_in(read_labels(item.folder / LABELS).array) if id != BACKGROUND] for item in masked}

@@ -21,7 +21,7 @@ from maisi.conditions import Conditions
 from maisi.data.label_maps import ids_in
 from maisi.data.mask_deform import scale_organs
 from maisi.data.mask_import import sides_fault
-from maisi.data.mask_sources import find_mask
+from maisi.data.mask_sources import PHANTOM, find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.quality import QualityRanges, read_ranges
 from maisi.data.quality_measures import select
@@ -206,7 +206,9 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model.process)
     if steps != usual and request.steps is None:
         notes.append(f"{steps} steps in place of {usual}, for so large a field of view.")
-    self_guidance = model.usual_self_guidance(masked=labels is not None)
+    drawn = source.startswith(PHANTOM)  # a shape unlike all that was trained on: guidance only exaggerates it
+    self_guidance = 0.0 if drawn else model.usual_self_guidance(masked=labels is not None)
+    mask_guidance = 0.0 if drawn else model.mask_guidance
     job = Job(
         request=request,
         conditions=Conditions(spacing, regions, request.modality),
@@ -219,7 +221,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         mask_source=source,
         custom_labels=model.custom_labels,
         carried=carried,
-        mask_guidance=_mask_guidance(request.mask_guidance, model.mask_guidance, labels is not None),
+        mask_guidance=_mask_guidance(request.mask_guidance, mask_guidance, labels is not None),
         self_guidance=self_guidance if request.self_guidance is None else request.self_guidance,
         strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),

@@ -41,14 +41,20 @@ _UNEVEN = 0.1
 
 _LISTED = 6
 _MOST_FILES = 50_000
+_LOOKED_AT = 20
 _TAGS = (
     *("SOPInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "NumberOfFrames"),
     *("Rows", "Columns", "SamplesPerPixel", "BitsStored", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
-    *("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"),
+    *("HighBit", "PhotometricInterpretation", "ModalityLUTSequence"),
+    *("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "SliceThickness"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 
 Vector = tuple[float, ...]
+
+
+class _DeflatedError(MaisiError):
+    """A file that is not inflated; others beside it may be of use."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Frame:
         high: largest such value.
         slope: factor on what is stored.
         intercept: added to that.
+        thickness_mm: of the slice, 0 where nothing tells.
     """
 
     path: Path
@@ -78,6 +85,7 @@ class Frame:
     high: int
     slope: float
     intercept: float
+    thickness_mm: float = 0.0
 
     def values(self, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Read the pixels, (rows, columns), slope and intercept applied.
@@ -88,7 +96,7 @@ class Frame:
         from pydicom.pixels.utils import pixel_array
 
         try:
-            with _quiet():
+            with quiet():
                 stored = pixel_array(self.path, index=self.index)
             if stored.shape != self.shape or stored.min() < self.low or stored.max() > self.high:
                 raise truncated(self.path)
@@ -142,15 +150,18 @@ class PlaneStream:
 
 def is_dicom(path: Path) -> bool:
     """Say whether a path is that of a folder, or of a file that begins as DICOM does or is called so."""
-    if path.is_dir():
-        return True
-    return path.name.lower().endswith(ENDINGS) or (path.is_file() and _begins_as_dicom(path))
+    return path.is_dir() or path.name.lower().endswith(ENDINGS) or (path.is_file() and _may_begin_as_dicom(path))
 
 
 def holds_slices(folder: Path) -> bool:
-    """Say whether a folder is one of DICOM files, by its first file."""
-    first = next((file for file in sorted(folder.iterdir()) if file.is_file()), None) if folder.is_dir() else None
-    return first is not None and _begins_as_dicom(first)
+    """Say whether there are DICOM files in a folder or in those below, by the first few files that are found."""
+    files = islice((file for file in folder.rglob("*") if file.is_file()), _LOOKED_AT) if folder.is_dir() else ()
+    return any(map(_may_begin_as_dicom, files))
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files of a series, in its order; see `open_series`."""
+    return tuple(dict.fromkeys(frame.path for frame in open_series(path).frames))
 
 
 def open_series(path: Path) -> DicomSeries:
@@ -172,7 +183,12 @@ def open_series(path: Path) -> DicomSeries:
         raise MaisiError(f"{path} is not a DICOM file, or damaged; give a folder with a series, or one of its files.")
     held: dict[str, list[tuple[Path, Any]]] = {}
     for file in files:
-        told = read_dicom(file)
+        try:
+            told = read_dicom(file)
+        except _DeflatedError:
+            if chosen is None:
+                raise
+            continue
         if told is not None and _shows_slices(told):
             held.setdefault(str(told.get("SeriesInstanceUID", "")), []).append((file, told))
     if chosen is not None:
@@ -201,14 +217,24 @@ def _files(path: Path) -> list[Path]:
     return sorted(files)
 
 
+def _may_begin_as_dicom(path: Path) -> bool:
+    """As `_begins_as_dicom`; what cannot be read does not."""
+    try:
+        return _begins_as_dicom(path)
+    except OSError:
+        return False
+
+
 def _begins_as_dicom(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(_MAGIC_AT)
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_dicom(path: Path, tags: Sequence[str] = _TAGS) -> Any | None:
+def read_dicom(path: Path, tags: Sequence[str] = _TAGS, convert: bool = True) -> Any | None:
     """The elements `tags` of a file (a `pydicom.Dataset`), without pixels; None where it is no DICOM.
+
+    Values are converted at once, so that later none can be found damaged, unless `convert` is false.
 
     Raises:
         MaisiError: it is damaged, or would have to be inflated first.
@@ -220,12 +246,12 @@ def read_dicom(path: Path, tags: Sequence[str] = _TAGS) -> Any | None:
     if not _begins_as_dicom(path):
         return None
     try:
-        with _quiet():
+        with quiet():
             # inflated as a whole, and before anything is known of it
             if read_file_meta_info(path).get("TransferSyntaxUID") == _DEFLATED:
-                raise MaisiError(f"{path} is a deflated DICOM file; save it without (dcmconv, or dcm2niix).")
+                raise _DeflatedError(f"{path} is a deflated DICOM file; save it without (dcmconv, or dcm2niix).")
             told = dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
-            for _ in told.iterall():  # values are converted when they are asked for, and damaged ones raise then
+            for _ in told.iterall() if convert else ():
                 pass
             return told
     except MaisiError:
@@ -242,7 +268,7 @@ def _from_the_system(error: Exception) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without warnings, and without the library's log: they quote values, which may be a patient's."""
     log = logging.getLogger("pydicom")
     level = log.level
@@ -257,9 +283,10 @@ def _quiet() -> Iterator[None]:
 
 def _shows_slices(told: Any) -> bool:
     kind = [str(word).upper() for word in told.get("ImageType") or ()]
-    if told.get("Modality") in STRUCTURES:
+    if told.get("Modality") in (*STRUCTURES, "RTDOSE"):
         return False
-    placed = "ImagePositionPatient" in told or "PerFrameFunctionalGroupsSequence" in told
+    single = int(told.get("NumberOfFrames") or 1) == 1
+    placed = ("ImagePositionPatient" in told and single) or "PerFrameFunctionalGroupsSequence" in told
     return placed and "Rows" in told and "LOCALIZER" not in kind
 
 
@@ -278,12 +305,15 @@ def _count(files: Sequence[tuple[Path, Any]]) -> int:
 
 def _series(path: Path, files: Sequence[tuple[Path, Any]]) -> DicomSeries:
     """Order the slices and find their grid."""
-    copies = {str(told.get("SOPInstanceUID", file)): (file, told) for file, told in files}
+    copies = {
+        (str(told.get("SOPInstanceUID", file)), str(told.get("ImagePositionPatient", ""))): (file, told)
+        for file, told in files
+    }
     frames: list[Frame] = []
     for file, told in copies.values():
         _require_numbers(file, told)
         try:
-            frames.extend(_frames(file, told))
+            frames.extend(frames_of(file, told))
         except (KeyError, AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise MaisiError(f"{file} has a damaged DICOM header ({error}); export it again.") from error
     _require_one_plane(path, frames)
@@ -310,11 +340,14 @@ def _require_numbers(path: Path, told: Any) -> None:
     """Refuse colours, and coded pixels that nothing here decodes."""
     from pydicom.pixels.decoders.base import get_decoder
 
-    if told.get("SamplesPerPixel", 1) != 1:
+    if told.get("SamplesPerPixel", 1) != 1 or not str(told.get("PhotometricInterpretation", "MONO")).startswith("MONO"):
         raise MaisiError(f"{path} holds colours, not single numbers; give a series of CT or MR images.")
+    bits = told.get("BitsStored", 16)
+    if told.get("HighBit", bits - 1) != bits - 1 or told.get("ModalityLUTSequence"):
+        raise MaisiError(f"{path} stores its numbers in a way that is not read (high bit, lookup table); use dcm2niix.")
     syntax = told.file_meta.get("TransferSyntaxUID")
     try:
-        with _quiet():
+        with quiet():
             decodable = get_decoder(syntax).is_available
     except Exception:  # one that nobody knows, or none
         decodable = False
@@ -326,13 +359,19 @@ def _require_numbers(path: Path, told: Any) -> None:
         )
 
 
-def _frames(path: Path, told: Any) -> Iterator[Frame]:
-    """The slices in a file; its header says where they lie, once for each or in groups."""
+def frames_of(path: Path, told: Any) -> Iterator[Frame]:
+    """The slices in a file; its header says where they lie, once for each or in groups.
+
+    Raises:
+        ValueError: it says so little, or what makes no sense; or other errors of that kind.
+    """
     groups = told.get("PerFrameFunctionalGroupsSequence")
     shared = (told.get("SharedFunctionalGroupsSequence") or [{}])[0]
     bits, signed = int(told.BitsStored), int(told.PixelRepresentation)
     if not 1 <= bits <= 32:
         raise ValueError(f"{bits} bits")
+    if groups is not None and len(groups) != int(told.get("NumberOfFrames") or 1):
+        raise ValueError(f"{told.get('NumberOfFrames')} frames, of which {len(groups)} have a place")
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     for index, group in enumerate([{}] if groups is None else groups):
 
@@ -340,7 +379,7 @@ def _frames(path: Path, told: Any) -> Iterator[Frame]:
             if groups is None:
                 return told.get(name)
             found = group.get(sequence) or shared.get(sequence)
-            return found[0].get(name) if found else None
+            return found[0].get(name) if found else told.get(name)
 
         yield Frame(
             path=path,
@@ -351,8 +390,9 @@ def _frames(path: Path, told: Any) -> Iterator[Frame]:
             shape=(int(told.Rows), int(told.Columns)),
             low=low,
             high=high,
-            slope=_number(of("RescaleSlope", "PixelValueTransformationSequence"), 1.0),
+            slope=_slope(of("RescaleSlope", "PixelValueTransformationSequence")),
             intercept=_number(of("RescaleIntercept", "PixelValueTransformationSequence"), 0.0),
+            thickness_mm=_number(of("SliceThickness", "PixelMeasuresSequence"), 0.0),
         )
 
 
@@ -366,8 +406,15 @@ def _numbers(values: Any, count: int) -> Vector:
 def _number(value: Any, usual: float) -> float:
     number = usual if value is None else float(value)
     if not math.isfinite(number) or abs(number) > 1e9:
-        raise ValueError(f"values times or plus {number}")
+        raise ValueError(f"a number of {number}")
     return number
+
+
+def _slope(value: Any) -> float:
+    slope = _number(value, 1.0)
+    if slope == 0:
+        raise ValueError("a rescale slope of 0")
+    return slope
 
 
 def _require_one_plane(path: Path, frames: Sequence[Frame]) -> None:
@@ -407,8 +454,8 @@ def _step(path: Path, frames: Sequence[Frame], normal: NDArray[np.float64]) -> N
             f"{path}: slices are missing ({usual:.3g} mm apart, but {gaps[wide]:.3g} between the slices at "
             f"{heights[wide]:.5g} and {heights[wide + 1]:.5g} mm); copy or export the series again."
         )
-    even = heights[0] + np.arange(len(frames)) * (heights[-1] - heights[0]) / (len(frames) - 1)
-    if np.abs(heights - even).max() > _UNEVEN * usual:
+    rate, first = np.polyfit(np.arange(len(frames)), heights, 1)
+    if np.abs(heights - first - rate * np.arange(len(frames))).max() > _UNEVEN * usual:
         raise MaisiError(
             f"{path}: its slices are not evenly spaced ({gaps.min():.3g} to {gaps.max():.3g} mm); dcm2niix makes a "
             "volume of such a series."

@@ -29,6 +29,9 @@ SCHEME = "99MAISI"
 
 _TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SHEARED = 1e-3
+_LONGEST = 62
+"""Characters of one line; 64 are allowed, and a name has two of its own."""
+
 _MAKER = "maisi"
 
 
@@ -52,10 +55,24 @@ class About:
     made: datetime.datetime
     key: str
 
+    @property
+    def day(self) -> str:
+        """The date, as DICOM writes it."""
+        return f"{self.made.year:04d}{self.made:%m%d}"
+
+    def line(self, text: str) -> str:
+        """Text as one value of at most 64 characters: shortened so that different texts stay different."""
+        clean = " ".join("".join(c if c.isprintable() and c not in "\\^=" else " " for c in text).split())
+        return clean if len(clean) <= _LONGEST else f"{clean[: _LONGEST - 9]}~{_hash(clean.encode())[:8]}"
+
     def uid(self, *of: object) -> str:
         """A unique identifier (2.25.UUID, PS3.5 B.2), always the same one for the same thing."""
-        digest = hashlib.sha256("/".join([_MAKER, self.key, *map(str, of)]).encode()).digest()
+        digest = bytes.fromhex(_hash("/".join([_MAKER, self.key, *map(str, of)]).encode()))
         return f"2.25.{uuid.UUID(bytes=digest[:16], version=5).int}"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_ct(folder: Path, volume: Volume, about: About) -> tuple[Any, ...]:
@@ -70,12 +87,14 @@ def write_ct(folder: Path, volume: Volume, about: About) -> tuple[Any, ...]:
         The slices (`pydicom.Dataset`), for `write_segmentation`.
 
     Raises:
-        MaisiError: axes that are not at right angles, or a single slice.
+        MaisiError: axes that are not at right angles, a single slice, or other values than whole HU.
         OSError: they cannot be written.
     """
     array, affine = _axial(volume)
     if array.shape[2] < 2:
         raise MaisiError("A CT of a single slice makes no DICOM series; give one of at least two.")
+    if array.dtype != np.int16:
+        raise MaisiError(f"The CT is of {array.dtype}, not of whole HU (int16); write it with maisi first.")
     slices = []
     for z in range(array.shape[2]):
         made = _slice(array[:, :, z], affine, z, about)
@@ -107,15 +126,17 @@ def write_segmentation(
     array, _ = _axial(labels)
     numbers = np.zeros(256, np.uint8)
     numbers[list(names)] = range(1, len(names) + 1)
+    held = numbers[array.T]
+    own = f"segmentation/{_hash(held.tobytes())}/{_hash(repr(sorted(names.items())).encode())}"
     algorithm = hd.AlgorithmIdentificationSequence(_MAKER, codes.DCM.ArtificialIntelligence, maisi.__version__)
     described = [
         hd.seg.SegmentDescription(
             segment_number=n,
-            segment_label=name[:64],
+            segment_label=about.line(name),
             segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure
             if id in tumors
             else codes.SCT.AnatomicalStructure,
-            segmented_property_type=hd.sr.CodedConcept(str(id), SCHEME, name[:64]),
+            segmented_property_type=hd.sr.CodedConcept(str(id), SCHEME, about.line(name)),
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
             display_color=hd.color.CIELabColor.from_rgb(*(255 * channel for channel in label_color(id))),
@@ -124,15 +145,15 @@ def write_segmentation(
     ]
     made = hd.seg.Segmentation(
         source_images=list(slices),
-        pixel_array=numbers[array.T],
+        pixel_array=held,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=described,
-        series_instance_uid=about.uid("segmentation"),
+        series_instance_uid=about.uid(own),
         series_number=2,
-        sop_instance_uid=about.uid("segmentation", "instance"),
+        sop_instance_uid=about.uid(own, "instance"),
         instance_number=1,
         manufacturer=_MAKER,
-        manufacturer_model_name=about.model,
+        manufacturer_model_name=about.line(about.model),
         software_versions=maisi.__version__,
         device_serial_number="0",
         content_description=about.description,
@@ -144,8 +165,8 @@ def write_segmentation(
     made.SyntheticData = "YES"
     del made.InstanceCreationDate, made.InstanceCreationTime
     for entry in made.get("ContributingEquipmentSequence", ()):
-        entry.ContributionDateTime = f"{about.made:%Y%m%d%H%M%S}"
-    organization = about.uid("segmentation", "dimensions")
+        entry.ContributionDateTime = f"{about.day}{about.made:%H%M%S}"
+    organization = about.uid(own, "dimensions")
     for entry in (*made.DimensionOrganizationSequence, *made.DimensionIndexSequence):
         entry.DimensionOrganizationUID = organization
     made.save_as(path, enforce_file_format=True)
@@ -192,13 +213,17 @@ def _slice(pixels: NDArray[Any], affine: NDArray[np.float64], z: int, about: Abo
     made.StudyInstanceUID, made.SeriesInstanceUID = about.uid("study"), about.uid("ct")
     made.FrameOfReferenceUID, made.PositionReferenceIndicator = about.uid("frame"), ""
     made.AccessionNumber = made.StudyID = made.ReferringPhysicianName = ""
-    made.StudyDate, made.StudyTime = f"{about.made:%Y%m%d}", f"{about.made:%H%M%S}"
-    made.PatientName, made.PatientID = f"{about.case}^", about.case[:64]
+    made.StudyDate, made.StudyTime = about.day, f"{about.made:%H%M%S}"
+    made.PatientName, made.PatientID = f"{about.line(about.case)}^", about.line(about.case)
     made.PatientBirthDate = made.PatientSex = ""
     made.PatientIdentityRemoved, made.DeidentificationMethod = "YES", "no field of a patient was read"
     made.Modality, made.SeriesNumber, made.InstanceNumber, made.AcquisitionNumber = "CT", 1, z + 1, None
     made.StudyDescription = made.SeriesDescription = about.description
-    made.Manufacturer, made.ManufacturerModelName, made.SoftwareVersions = _MAKER, about.model, maisi.__version__
+    made.Manufacturer, made.ManufacturerModelName, made.SoftwareVersions = (
+        _MAKER,
+        about.line(about.model),
+        maisi.__version__,
+    )
     made.ImageComments = made.DerivationDescription = about.comment
     made.BurnedInAnnotation, made.LossyImageCompression = "NO", "00"
     made.KVP, made.PatientPosition = None, "HFS"

@@ -8,11 +8,13 @@ Specification: https://nifti.nimh.nih.gov/nifti-1 (and nifti-2 for reading).
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.io.dicom import is_dicom, open_series
+from maisi.io.dicom import files_of, is_dicom, open_series
 from maisi.io.files import atomic_path, tree_sha256, writing
 from maisi.io.label_names import EXTENSION_CODE, label_table_xml, names_in_xml
 from maisi.io.nrrd import nrrd_voxels, read_nrrd_header, write_nrrd
@@ -122,6 +124,7 @@ def _seekable(path: Path, opened: ExitStack) -> tuple[StoredHeader, IO[bytes], i
     with _reading(path):
         if _kind(path) == "dicom":
             series = open_series(path)
+            replace(series.header, shape=(*series.header.shape[:2], 1)).check_memory()  # one slice is held
             return series.header, _spooled(series.stream(), series.header, opened), 0
         header = read_header(path)
         header.check_size(sys.maxsize)
@@ -159,13 +162,17 @@ def read_labels(path: Path, budget_bytes: int | None = None) -> Volume:
 
 
 def volume_sha256(path: Path) -> str:
-    """Return the SHA-256, 64 digits, of all files that a volume may be read from: of one slice's file those beside it.
+    """Return the SHA-256, 64 digits, of all files that a volume is read from.
 
     Raises:
-        MaisiError: they cannot be read.
+        MaisiError: they cannot be read, or are no series.
     """
     path = Path(path)
-    return tree_sha256(path.parent if path.is_file() and is_dicom(path) else path)
+    if not is_dicom(path) or is_zarr(path):
+        return tree_sha256(path)
+    with _reading(path):
+        digests = [tree_sha256(file) for file in files_of(path)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def read_label_names(path: Path) -> dict[int, str]:
