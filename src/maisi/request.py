@@ -41,7 +41,7 @@ def _numbers(value: object, what: str, mend: str) -> list[float]:
     items = _items(value)
     try:
         numbers = [float(item) for item in items]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{value!r} is not {what}; {mend}") from None
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"{value!r} is not {what}; {mend}")
@@ -97,6 +97,9 @@ def _show(numbers: list[float]) -> str:
 
 def _wishes(value: object) -> tuple[Any, ...]:
     items = [] if value is None else [value] if isinstance(value, str) else _sequence(value)
+    for item in items:
+        if not isinstance(item, (str, dict, TumorWish)):
+            raise ValueError(f"{item!r} asks for no tumour; write it like liver:25mm")
     try:
         return parse_tumors(item if not isinstance(item, dict) else TumorWish.model_validate(item) for item in items)
     except MaisiError as error:
@@ -149,7 +152,7 @@ def _parse_numbers(
     for name, given in pairs:
         try:
             number = float(given)
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):
             raise MaisiError(f"'{name}={given}' is no {noun} of a structure; write it as {example}.") from None
         if not low <= number <= high:
             raise MaisiError(f"The {noun} {given} of '{name}' is out of range; give a factor from {low:g} to {high:g}.")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from types import MappingProxyType
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from maisi.anatomy import TUMORS, label_name
 from maisi.config import Config
@@ -91,6 +91,17 @@ class TumorWish(Config):
     diameter_mm: Range | None = None
     count: int = Field(default=1, ge=1, le=MOST_TUMORS)
     centre_mm: tuple[float, float, float] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> TumorWish:
+        if self.kind not in KINDS:
+            raise ValueError(f"there is no kind of tumour '{self.kind}'; choose from {', '.join(KINDS)}")
+        low, high = DIAMETER_RANGE_MM
+        if self.diameter_mm is not None and not low <= self.diameter_mm[0] <= self.diameter_mm[1] <= high:
+            raise ValueError(f"give a diameter from {low:g} to {high:g} mm, or a range with the smaller first")
+        if self.centre_mm is not None and not all(map(math.isfinite, self.centre_mm)):
+            raise ValueError("the place of a tumour is three finite numbers")
+        return self
 
     def __str__(self) -> str:
         """Spell it as `parse_tumor` reads it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from PIL import Image
 
 from maisi import cli
 from maisi.data.phantom import phantom
-from maisi.generation import pipeline
+from maisi.generation import maker, pipeline
+from maisi.generation.cohort import begin_cohort
 from maisi.io.nifti import read_volume, write_volume
 
 
@@ -100,6 +103,9 @@ def test_faults_of_the_table_come_before_any_work(table, tmp_path, capsys) -> No
         ("chest,", "chestt,", "row 1 (plain)"),
         ("steps\n", "stops\n", "did you mean 'steps'?"),
         (",tiny,", ",tinny,", "tinny"),
+        ("ct.nii.gz", "none.nii.gz", "row 3 (painted): There is no"),
+        ("painted,", "items.csv,", "'items.csv' is no name for a folder"),
+        ("by,count", "by,by", "two columns called 'by'"),
     ):
         table.write_text(good.replace(old, new))
         assert run("cohort", "make", table, "-o", out) == 2
@@ -115,14 +121,58 @@ def test_faults_of_the_table_come_before_any_work(table, tmp_path, capsys) -> No
     out.mkdir()
     assert run("cohort", "make", table, "-o", out) == 2
     assert "is no cohort's folder" in capsys.readouterr().err
+    (out / "cohort.csv").write_text("of somebody else")
+    assert run("cohort", "make", table, "-o", out) == 2
+    assert (out / "cohort.csv").read_text() == "of somebody else"
+    capsys.readouterr()
     assert run("cohort", "make", table, "-o", tmp_path / "no" / "out") == 2
     assert "does not exist; make it first" in capsys.readouterr().err
+
+
+def test_a_row_that_was_changed_is_refused_and_the_table_says_what_was_made(table, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert run("cohort", "make", table, "-o", out, "--part", "3/3") == 0
+    table.write_text(table.read_text().replace("lung:60mm", "lung:50mm"))
+    assert run("cohort", "make", table, "-o", out, "--part", "3/3") == 2
+    assert "was not made by this request" in capsys.readouterr().err
+    assert [row["tumors"] for row in items(out)] == ["lung:60mm"]
+
+
+def test_memory_that_runs_out_in_one_row_does_not_end_the_others(table, tmp_path, monkeypatch, capsys) -> None:
+    whole = maker.Maker.prepare
+
+    def prepare(self, request):
+        if request.mask is None:
+            raise MemoryError
+        return whole(self, request)
+
+    monkeypatch.setattr(maker.Maker, "prepare", prepare)
+    assert run("cohort", "make", table, "-o", tmp_path / "out", "--device", "cpu") == 2
+    assert "Note: plain: " in capsys.readouterr().err
+    assert [row["case"] for row in items(tmp_path / "out")] == ["pairs", "pairs", "painted"]
+
+
+def test_parts_begin_together(table, tmp_path) -> None:
+    for _ in range(20):
+        out = tmp_path / "out"
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(begin_cohort, [out] * 4, [table] * 4))
+        assert (out / "cohort.csv").read_bytes() == table.read_bytes()
+        shutil.rmtree(out)
+
+
+def test_the_way_to_the_table_does_not_matter(table, tmp_path, monkeypatch, model_folder) -> None:
+    shutil.copytree(model_folder, tmp_path / "net")
+    table.write_text(table.read_text().replace(str(model_folder), "net"))
+    assert run("cohort", "make", table, "-o", tmp_path / "out", "--part", "1/3", "--device", "cpu") == 0
+    monkeypatch.chdir(tmp_path)
+    assert run("cohort", "make", "table.csv", "-o", "out", "--part", "1/3", "--device", "cpu") == 0
 
 
 def test_damaged_records_are_told(table, tmp_path) -> None:
     out = tmp_path / "out"
     assert run("cohort", "make", table, "-o", out, "--part", "1/3", "--device", "cpu") == 0
-    (out / "plain" / "0000" / "record.json").write_text("{")
+    (out / "plain" / "0000" / "record.json").write_text("[]")
     (out / "plain" / "0000" / "preview.png").write_bytes(b"no picture")
     assert run("cohort", "make", table, "-o", out, "--part", "1/3", "--device", "cpu") == 0
     assert "record.json is damaged" in items(out)[0]["faults"]

@@ -43,6 +43,9 @@ def test_it_serves_until_it_is_stopped(tmp_path: Path, model_folder: Path) -> No
         (("--model", "none-such"), "none-such"),
         (("--most-upload", "much"), "much"),
         (("--memory", "little"), "little"),
+        (("--host", "0.0.0.0", "--token", ""), "is not empty"),
+        (("--token", "a b"), "A token is of letters"),
+        (("--model", "tiny", "--model", "tiny"), "Two models are called 'tiny'"),
         (("--host", "256.1.1.1"), "256.1.1.1"),
     ],
 )

@@ -99,6 +99,7 @@ def test_whole_numbers_and_columns_of_their_own() -> None:
         ({"region": {"choice": ["chest", "abdomen"], "weights": [1]}}, "a weight for each of the 2"),
         ({"region": {"choice": ["chest", "abdomen"], "weights": [0, 0]}}, "a weight for each of the 2"),
         ({"steps": {"uniform": [5, 1]}}, "5 to 1 is no range"),
+        ({"region": {"choice": ["chest", "abdomen"], "weights": [1, float("inf")]}}, "are finite numbers"),
         ({"steps": {"log_uniform": [0, 1]}}, "numbers above 0"),
         ({"steps": {"normal": [5, 0]}}, "standard deviation"),
         ({"steps": {"uniform": [1, 5], "within": [1, 2]}}, "'within' bounds a normal one"),
@@ -121,8 +122,30 @@ def test_what_is_no_cohort(columns: dict, message: str) -> None:
         drawn(12, **columns)
 
 
+def test_numbers_stay_what_they_are_and_within_their_range() -> None:
+    rows = drawn(
+        40,
+        spacing=0.9765625,
+        guidance={"choice": [2.718281828]},
+        mask_guidance={"uniform": [0.30001, 0.30004]},
+        anatomy_size__liver={"normal": [0, 1], "within": [0.8, 0.9]},
+    )
+    assert {row["spacing"] for row in rows} == {"0.9765625,0.9765625,0.9765625"}
+    assert {row["guidance"] for row in rows} == {"2.718281828"}
+    assert all(0.30001 <= float(row["mask_guidance"]) <= 0.30004 for row in rows)
+    assert all(0.8 <= float(row["anatomy_size.liver"]) <= 0.9 for row in rows)
+
+
+def test_rows_without_cells_are_none(tmp_path: Path) -> None:
+    rows = read_cohort(written(tmp_path, "case,region\na,chest\n,\n,\n"))
+    assert [row.case for row in rows] == ["a"]
+
+
 def test_cells(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
+    (tmp_path / "tiny").mkdir()
+    for name in ("m.nii.gz", "ct.nii.gz"):
+        (tmp_path / name).touch()
     table = (
         "case,region,size,tumor,structure,keep,mask,image,model,anatomy_size.left kidney,fov,count\n"
         'a,"chest;abdomen","96,80,64",liver:20mm;lung:8-15mmx2,liver;spleen,"liver",m.nii.gz,,my-model,0.8,,3\n'
@@ -141,6 +164,7 @@ def test_cells(tmp_path: Path) -> None:
         anatomy_size={"left kidney": 0.8},
         count=3,
     )
+    assert two.request.model == "tiny"  # whatever folder has that name
     assert (two.request.removal, two.request.image, two.request.seed) == (True, tmp_path / "ct.nii.gz", 1)
     assert (three.case, three.request.fov, three.request.seed) == ("case-0002", "auto", 2)
 
@@ -155,6 +179,9 @@ def test_tables_of_other_programs(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no rows"),
+        ("region,region\nchest,abdomen\n", "two columns called 'region'"),
+        ("case,region\ncohort.csv,chest\n", "'cohort.csv' is no name"),
+        ("region,mask\nchest,none.nii.gz\n", r"There is no .*none.nii.gz; correct the path of its mask"),
         ("case,region\n", "has no rows"),
         ("case,region\na,chest,more\n", "more or fewer cells"),
         ("case,region\na\n", "more or fewer cells"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from maisi.service.jobs import Jobs
 from maisi.volume import Volume
 
 pytest.importorskip("httpx")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:Using `httpx`")
 
 WISH = {"region": ["chest"], "size": [32, 32, 16], "spacing": [10, 10, 10], "steps": 2}
 
@@ -70,7 +71,13 @@ def test_an_order_and_its_item(client, settings: Settings) -> None:
         "centre": [16, 16, 8],
     }
     for part, name in (("image", "image.nii.gz"), ("preview", "preview.png"), ("record", "record.json")):
-        assert client.get(f"{place}/{part}").content == (folder / name).read_bytes()
+        got = client.get(f"{place}/{part}")
+        assert got.status_code == 200
+        if part == "record":
+            assert got.json()["request"]["model"] == "small"
+            assert str(settings.models["small"]) not in got.text
+        else:
+            assert got.content == (folder / name).read_bytes()
     assert client.get(f"{place}/labels").status_code == 404
     image = read_volume(folder / "image.nii.gz").to_ras()
     answer = client.get(f"{place}/slices/coronal/5?window=soft")
@@ -135,12 +142,59 @@ def test_bad_orders(client, wishes: dict, message: str) -> None:
 
 
 def test_bodies_that_are_no_order(client) -> None:
-    assert client.post("/api/jobs", content=b"{").status_code == 422
-    assert client.post("/api/jobs", json=[1]).status_code == 422
-    # what a page elsewhere can send without asking first is not taken
-    text = client.post("/api/jobs", content=b'{"region": ["chest"]}', headers={"Content-Type": "text/plain"})
-    assert text.status_code == 422
-    assert "bodies are application/json" in text.json()["error"]
+    kind = {"Content-Type": "application/json"}
+    for body in (b"{", b"[1]", b"\xff", b"{" * 5000):
+        answer = client.post("/api/jobs", content=body, headers=kind)
+        assert answer.status_code in (400, 422)
+        assert answer.json()["error"]
+    assert client.post("/api/jobs", content=b" " * 2_000_000, headers=kind).status_code == 413
+    assert client.post("/api/jobs", content=iter([b"{}"]), headers=kind).status_code == 413
+    assert client.get("/api/jobs").json() == []
+
+
+def test_what_pages_elsewhere_can_send_is_not_taken(client) -> None:
+    body = json.dumps(WISH).encode()
+    for headers in (
+        {"Content-Type": "text/plain"},
+        {},
+        {"Content-Type": "application/json", "Origin": "https://evil.example"},
+        {"Content-Type": "application/json", "Origin": "null"},
+        {"Content-Type": "application/json", "Sec-Fetch-Site": "cross-site"},
+    ):
+        answer = client.post("/api/jobs", content=body, headers=headers)
+        assert answer.status_code == 403, headers
+    assert client.put("/api/files/a.nii", content=b"", headers={"Origin": "https://evil.example"}).status_code == 403
+    assert client.get("/api/jobs").json() == []
+    own = {"Content-Type": "application/json", "Origin": "http://testserver", "Sec-Fetch-Site": "same-origin"}
+    assert client.post("/api/jobs", content=body, headers=own).status_code == 202
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        '"tumor": [1]',
+        '"tumor": [null]',
+        '"tumor": [[]]',
+        '"tumor": [{"kind": "x"}]',
+        '"tumor": [{"kind": "liver", "diameter_mm": [30, 10]}]',
+        '"tumor": [{"kind": "liver", "diameter_mm": [NaN, 10]}]',
+        '"tumor": [{"kind": "liver", "centre_mm": [0, 0, Infinity]}]',
+        '"anatomy_size": {"liver": null}',
+        '"anatomy_size": {"liver": [1]}',
+        f'"strengthen": {{"heart": 1{"0" * 400}}}',
+        f'"size": [1{"0" * 400}, 1, 1]',
+        f'"spacing": [1{"0" * 400}, 1, 1]',
+        '"region": ["\\ud800"]',
+        '"model": "\\ud800"',
+        '"mask": "\\ud800"',
+        '"guidance": NaN',
+    ],
+)
+def test_odd_values_are_refused_in_a_sentence(client, wishes: str) -> None:
+    body = '{"region": ["chest"], "size": [32, 32, 16], "spacing": [10, 10, 10], ' + wishes + "}"
+    answer = client.post("/api/jobs", content=body.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["error"]
     assert client.get("/api/jobs").json() == []
 
 
@@ -158,7 +212,7 @@ def test_bad_files(client, settings: Settings, name: str, content: bytes, messag
     assert answer.status_code == 422
     assert message in answer.json()["error"]
     assert str(settings.folder) not in answer.text
-    assert not list((settings.folder / "files").glob("*/*"))
+    assert not list((settings.folder / "files").glob("*"))
 
 
 def test_what_is_not_there(client) -> None:
@@ -173,19 +227,36 @@ def test_what_is_not_there(client) -> None:
         f"{place}/0/slices/round/0",
         f"{place}/0/slices/axial/0?window=blue",
         "/etc",
+        "/api/etc",
         "/..%2f..%2fapp.py",
     ):
         answer = client.get(path)
         assert answer.status_code == 404, path
+        assert answer.json()["error"], path
     assert client.delete(f"/api/jobs/{job['id']}").status_code == 204
     assert client.get("/api/jobs").json() == []
 
 
 def test_a_job_that_runs_is_cancelled(client) -> None:
-    id = client.post("/api/jobs", json={**WISH, "count": 500}).json()["id"]
-    assert client.delete(f"/api/jobs/{id}").status_code == 422
-    client.post(f"/api/jobs/{id}/cancel")
-    assert ended(client, id)["state"] == "cancelled"
+    for _ in range(5):
+        id = client.post("/api/jobs", json={**WISH, "count": 500}).json()["id"]
+        while client.get(f"/api/jobs/{id}").json()["state"] != "running":
+            time.sleep(0.01)
+        assert client.delete(f"/api/jobs/{id}").status_code == 422
+        client.post(f"/api/jobs/{id}/cancel")
+        while client.delete(f"/api/jobs/{id}").status_code != 204:
+            pass
+        assert client.get(f"/api/jobs/{id}").status_code == 404
+    assert made(client, **WISH)["state"] == "done"  # who makes them lives on
+
+
+def test_a_file_that_was_sent_is_forgotten(client, tmp_path: Path, settings: Settings) -> None:
+    image, _ = phantom((16, 16, 8), (20.0, 20.0, 20.0), ("chest",), seed=1)
+    write_volume(tmp_path / "ct.nii.gz", image)
+    file = client.put("/api/files/ct.nii.gz", content=(tmp_path / "ct.nii.gz").read_bytes()).json()["file"]
+    assert client.delete(f"/api/files/{file}").status_code == 204
+    assert client.delete(f"/api/files/{file}").status_code == 422
+    assert not list((settings.folder / "files").glob("*"))
 
 
 def test_tokens_and_hosts(settings: Settings) -> None:
@@ -223,8 +294,10 @@ def test_the_viewer(client) -> None:
 def test_the_interface_describes_itself(client) -> None:
     told = client.get("/api/openapi.json").json()
     body = told["paths"]["/api/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == set(Request.model_fields)
+    assert set(body["properties"]) == set(Request.model_fields) - {"library", "ranges"}
     assert all(operation["description"] for path in told["paths"].values() for operation in path.values())
+    for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(told)):
+        assert name in told["components"]["schemas"]
 
 
 def test_slices_have_square_pixels_and_the_right_side_on_the_left() -> None:

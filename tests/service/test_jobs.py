@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -84,6 +85,28 @@ def test_a_stopped_job_is_gone_on_with(tmp_path: Path, wish: dict) -> None:
     assert kept.state == "cancelled"
 
 
+def test_a_job_that_was_cancelled_does_not_come_back(tmp_path: Path, wish: dict) -> None:
+    jobs = begun(tmp_path / "jobs")
+    job = wait(jobs, jobs.add(Request.parse(**wish, count=500)), ("running",))
+    jobs.cancel(job)
+    jobs.stop()
+    (kept,) = Jobs(tmp_path / "jobs", Maker("cpu")).all()
+    assert kept.state == "cancelled"
+    (tmp_path / "jobs" / f"{job.id}.part-x").mkdir()
+    (tmp_path / "jobs" / f"{job.id}.part-x" / "job.json").write_text("{}")
+    assert [job.id for job in Jobs(tmp_path / "jobs", Maker("cpu")).all()] == [job.id]
+    assert len(list((tmp_path / "jobs").iterdir())) == 1
+
+
+def test_a_folder_that_goes_away_ends_no_service(tmp_path: Path, wish: dict) -> None:
+    jobs = begun(tmp_path / "jobs")
+    job = wait(jobs, jobs.add(Request.parse(**wish, count=500)), ("running",))
+    shutil.rmtree(tmp_path / "jobs" / job.id)
+    wait(jobs, job)
+    assert wait(jobs, jobs.add(Request.parse(**wish))).state == "done"
+    jobs.stop()
+
+
 def test_a_waiting_job_is_cancelled_and_removed(tmp_path: Path, wish: dict) -> None:
     jobs = Jobs(tmp_path / "jobs", Maker("cpu"))
     job = jobs.add(Request.parse(**wish))
@@ -114,7 +137,7 @@ def test_one_job_fails_and_the_next_is_made(tmp_path: Path, wish: dict, monkeypa
     assert wait(jobs, fine).state == "done"
     assert (refused.state, refused.error) == ("failed", "Guidance has nothing to act on.")
     assert broken.state == "failed"
-    assert "ZeroDivisionError: what nobody thought of" in broken.error
+    assert broken.error == "A fault of maisi itself (ZeroDivisionError); the service's log has more."
     jobs.stop()
 
 

@@ -75,13 +75,16 @@ def make(table: Path, part: str, device: str, precision: str, memory: str | None
     maker = Maker(device, precision, set_up_memory(memory))
     begin_cohort(output, table)
     faults: list[str] = []
-    for row in rows[first::step]:
-        try:
-            _make_row(maker, row, output)
-        except MaisiError as error:
-            faults.append(f"{row.case}: {error}")
-            click.echo(f"Note: {faults[-1]}", err=True)
-    told = finish_cohort(output, rows)
+    models = list(dict.fromkeys(row.request.model for row in rows))
+    try:
+        for row in sorted(rows[first::step], key=lambda row: models.index(row.request.model)):
+            try:
+                _make_row(maker, row, output)
+            except (MaisiError, MemoryError, RuntimeError) as error:
+                faults.append(f"{row.case}: {_sentence(error)}")
+                click.echo(f"Note: {faults[-1]}", err=True)
+    finally:
+        told = finish_cohort(output, rows)
     failed = [row["folder"] for row in told if row["passed"] != "yes"]
     if failed:
         some = ", ".join(failed[:MOST_TOLD]) + (", ..." if len(failed) > MOST_TOLD else "")
@@ -91,9 +94,23 @@ def make(table: Path, part: str, device: str, precision: str, memory: str | None
         raise MaisiError(f"{len(faults)} of {len(rows[first::step])} rows could not be made; the notes above say why.")
 
 
+def _sentence(error: Exception) -> str:
+    """What a row cannot have; what is a fault of this package goes on.
+
+    Raises:
+        RuntimeError: such a fault.
+    """
+    from maisi.device import fault_of
+
+    known = fault_of(error) if isinstance(error, (MemoryError, RuntimeError)) else str(error)
+    if known is None:
+        raise error
+    return known
+
+
 def _part(text: str) -> tuple[int, int]:
     """Index of the first row, and how far the next is."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise MaisiError(f"--part {text} is none; write K/N, such as 2/4 for the second of four.")
     return int(match[1]) - 1, int(match[2])

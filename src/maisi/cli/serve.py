@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import click
 
 from maisi.cli.options import output_option, running_options, set_up_memory
 from maisi.errors import MaisiError
+
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]+")
 
 
 @click.command()
@@ -42,7 +45,7 @@ def serve(
     """
     from maisi.device import parse_memory
     from maisi.io.files import locked, make_folder
-    from maisi.weights.registry import find_model
+    from maisi.weights.registry import carried_models, find_model
 
     try:
         import uvicorn
@@ -51,10 +54,16 @@ def serve(
         raise MaisiError(
             "The service needs fastapi and uvicorn; install them with: pip install 'maisi[service]'"
         ) from None
-    named = {Path(name).resolve().name if Path(name).is_dir() else name: name for name in models}
-    for name in named.values():
-        find_model(name)
+    named: dict[str, str] = {}
+    for name in models:
+        folder = find_model(name).folder
+        called = name if name in carried_models() else folder.resolve().name
+        if called in named:
+            raise MaisiError(f"Two models are called '{called}'; serve one of them, or rename its folder.")
+        named[called] = name if name in carried_models() else str(folder.resolve())
     here = _is_this_machine(host)
+    if token is not None and not _TOKEN.fullmatch(token) and not (here and not token):
+        raise MaisiError("A token is of letters, digits, '.', '_', '~' and '-', and is not empty; choose another.")
     word = token if token is not None else "" if here else secrets.token_urlsafe(16)
     limit, most = set_up_memory(memory), parse_memory(most_upload)
     if output.exists() and not (output / "jobs").is_dir():
@@ -68,9 +77,13 @@ def serve(
     make_folder(output / "jobs")
     with locked(output, f"Another service uses {output}; choose another folder."):
         jobs = Jobs(output.resolve() / "jobs", Maker(device, precision, limit))
-        hosts = ("*",) if not here else ("localhost", "127.0.0.1", "[::1]")
+        hosts = ("*",) if not here else ("localhost", "127.0.0.1", "[::1]", host)
         app = make_app(Settings(output.resolve(), named, word, hosts, most), jobs)
-        server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=5
+            )
+        )
         try:
             listener = server.config.bind_socket()
         except SystemExit:

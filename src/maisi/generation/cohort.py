@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import maisi
 from maisi.errors import MaisiError
 from maisi.generation.cohort_table import CohortRow, table_text
 from maisi.generation.output import RECORD, faults_of
-from maisi.io.files import atomic_path
+from maisi.io.files import atomic_path, new_folder, write_json
+from maisi.request import Request
 
-TABLE, ITEMS, OVERVIEW = "cohort.csv", "items.csv", "overview.png"
+MARK, TABLE, ITEMS, OVERVIEW = "cohort.json", "cohort.csv", "items.csv", "overview.png"
+"""What a cohort's folder holds beside its rows: what says that it is one, the last table, what came of it."""
+
 PREVIEW = "preview.png"
 
 _COLUMNS, _WIDTH, _MOST_SHOWN = 6, 300, 60
@@ -28,15 +32,19 @@ def begin_cohort(out: Path, table: Path) -> None:
     Raises:
         MaisiError: it is something else, or cannot be made.
     """
-    if out.exists() and not (out / TABLE).is_file():
-        raise MaisiError(f"{out} exists and is no cohort's folder; choose another folder or remove it.")
-    if not out.parent.is_dir():
-        raise MaisiError(f"The folder {out.parent} does not exist; make it first or choose another place.")
     try:
-        out.mkdir(exist_ok=True)
+        content = table.read_bytes()
     except OSError as error:
-        raise MaisiError(f"Cannot make {out}: {error.strerror}; choose a place you may write to.") from None
-    content = table.read_bytes()
+        raise MaisiError(f"Cannot read {table}: {error.strerror}; give the path of a CSV file.") from None
+    if not out.exists():
+        try:
+            with new_folder(out) as part:
+                write_json(part / MARK, {"made_by": f"maisi {maisi.__version__}"})
+        except MaisiError:
+            if not (out / MARK).is_file():  # else another process, with another part, was quicker
+                raise
+    if not (out / MARK).is_file():
+        raise MaisiError(f"{out} exists and is no cohort's folder; choose another folder or remove it.")
     if not (out / TABLE).is_file() or (out / TABLE).read_bytes() != content:
         with atomic_path(out / TABLE) as part:
             part.write_bytes(content)
@@ -65,8 +73,9 @@ def _told(row: CohortRow, item: Path, out: Path) -> dict[str, Any]:
     try:
         record: Mapping[str, Any] = json.loads((item / RECORD).read_text(encoding="utf-8"))
         faults = faults_of(record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        record, faults = {}, [f"{RECORD} is damaged ({type(error).__name__})"]
+        request = Request.model_validate(record["request"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        record, request, faults = {}, None, [f"{RECORD} is damaged ({type(error).__name__})"]
     return {
         "case": row.case,
         "folder": item.relative_to(out).as_posix(),
@@ -75,9 +84,9 @@ def _told(row: CohortRow, item: Path, out: Path) -> dict[str, Any]:
         "regions": ";".join(record.get("regions") or ()),
         "size": ",".join(map(str, record.get("size") or ())),
         "spacing_mm": ",".join(f"{value:g}" for value in record.get("spacing_mm") or ()),
-        "tumors": ";".join(map(str, row.request.tumor)),
+        "tumors": "" if request is None else ";".join(map(str, request.tumor)),
         "seed": record.get("seed", ""),
-        "model": row.request.model,
+        "model": "" if request is None else request.model,
     }
 
 
@@ -93,7 +102,7 @@ def _draw(path: Path, pictures: Sequence[tuple[str, Path]]) -> None:
             with Image.open(file) as opened:
                 height = max(1, round(opened.height * _WIDTH / opened.width))
                 small.append((name, opened.convert("RGB").resize((_WIDTH, height), Image.Resampling.LANCZOS)))
-        except OSError:
+        except (OSError, ValueError, Image.DecompressionBombError):
             continue
     if not small:
         return

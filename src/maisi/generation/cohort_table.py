@@ -27,11 +27,15 @@ from pydantic import Field, model_validator
 from maisi.config import Config, parse_config, read_yaml
 from maisi.errors import MaisiError
 from maisi.request import SEED_LIMIT, Request, item_seed
+from maisi.weights.registry import carried_models
 
 CASE = "case"
 """The column with the rows' names, which are those of their folders."""
 
 MOST_ROWS = 100_000
+RESERVED = ("cohort.json", "cohort.csv", "items.csv", "overview.png")
+"""Names that no row can have, since a cohort's folder holds files of these."""
+
 _LISTS = ("region", "structure", "tumor", "keep")
 _BY_STRUCTURE = ("anatomy_size", "strengthen")
 _PATHS = ("mask", "image", "library", "ranges")
@@ -78,6 +82,9 @@ class Draw(Config):
             raise ValueError("'within' bounds a normal one; leave it out, or give normal")
         if self.whole and self.choice:
             raise ValueError("'whole' rounds numbers that are drawn; leave it out beside choice")
+        given_numbers = (*self.weights, *(self.normal or ()))
+        if not all(map(math.isfinite, given_numbers)):
+            raise ValueError("weights, means and standard deviations are finite numbers")
         for low, high in (ends for ends in (self.uniform, self.log_uniform, self.within) if ends is not None):
             if not low <= high or not math.isfinite(high - low):
                 raise ValueError(f"{low:g} to {high:g} is no range; give the smaller first")
@@ -100,14 +107,17 @@ class Draw(Config):
             mean, deviation = self.normal
             least, most = self.within or (-math.inf, math.inf)
             low, high = norm.cdf((least - mean) / deviation), norm.cdf((most - mean) / deviation)
-            numbers = mean + deviation * norm.ppf(low + places * (high - low))
+            numbers = np.clip(mean + deviation * norm.ppf(low + places * (high - low)), least, most)
         elif self.log_uniform is not None:
             low, high = np.log(self.log_uniform)
             numbers = np.exp(low + places * (high - low))
         else:
             low, high = self.uniform or (0.0, 0.0)
             numbers = low + places * (high - low)
-        return [_cell(round(float(number)) if self.whole else float(number)) for number in numbers]
+        if self.whole:
+            return [str(round(float(number))) for number in numbers]
+        low, high = self.uniform or self.log_uniform or self.within or (-math.inf, math.inf)
+        return [f"{min(max(float(f'{number:.5g}'), low), high):.12g}" for number in numbers]
 
 
 class CohortSpec(Config):
@@ -159,10 +169,9 @@ def draw_cohort(spec: CohortSpec, source: str = "The cohort") -> list[Row]:
         MaisiError: a column that is none, or values that make no request.
     """
     count, columns = spec.count, dict(spec.columns)
-    digits = max(4, len(str(count)))
     drawn: dict[str, list[str]] = {}
     if CASE not in columns:
-        drawn[CASE] = [f"case-{n:0{digits}d}" for n in range(count)]
+        drawn[CASE] = [f"case-{n:04d}" for n in range(count)]
     for name, how in columns.items():
         cells = how.values(_places(spec, name, how)) if isinstance(how, Draw) else [_cell(how)] * count
         drawn[name] = [",".join([cell] * 3) if name in _TRIPLES and _is_number(cell) else cell for cell in cells]
@@ -207,14 +216,24 @@ def read_cohort(path: Path) -> list[CohortRow]:
     separator = ";" if head.count(";") > head.count(",") else ","
     try:
         reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
-        rows = [dict(row) for row in reader]
+        columns = [column.strip() for column in reader.fieldnames or ()]
+        rows = [dict(row) for row in reader if any(cell and cell.strip() for cell in _cells(row))]
     except csv.Error as error:
         raise MaisiError(f"{path} is no CSV ({error}); mend it.") from None
+    twice = [column for column in columns if columns.count(column) > 1]
+    if twice:
+        raise MaisiError(f"{path} has two columns called '{twice[0]}'; rename or remove one.")
     if not rows:
         raise MaisiError(f"{path} has no rows; write one for each request below a line with the columns' names.")
     if any(None in row or None in row.values() for row in rows):
         raise MaisiError(f"{path} has rows with more or fewer cells than columns; put cells with commas in quotes.")
     return parse_rows(rows, str(path), path.parent)
+
+
+def _cells(row: Mapping[Any, Any]) -> Iterable[str]:
+    """All cells of a row, those beyond the columns and those that lack among them."""
+    for cell in row.values():
+        yield from cell if isinstance(cell, list) else [cell or ""]
 
 
 def parse_rows(rows: Sequence[Row], source: str, folder: Path) -> list[CohortRow]:
@@ -228,11 +247,10 @@ def parse_rows(rows: Sequence[Row], source: str, folder: Path) -> list[CohortRow
     _check_columns(rows[0], source)
     made: list[CohortRow] = []
     faults: list[str] = []
-    digits = max(4, len(str(len(rows))))
     for place, row in enumerate(rows):
-        case = row.get(CASE, "").strip() or f"case-{place:0{digits}d}"
+        case = row.get(CASE, "").strip() or f"case-{place:04d}"
         try:
-            if not _NAME.fullmatch(case):
+            if not _NAME.fullmatch(case) or case.lower() in RESERVED:
                 raise MaisiError(f"'{case}' is no name for a folder; use letters, digits, '.', '_' and '-'.")
             made.append(CohortRow(case, _request(row, place, folder)))
         except MaisiError as error:
@@ -267,8 +285,12 @@ def _request(row: Row, place: int, folder: Path) -> Request:
         elif name in _LISTS:
             words = [word.strip() for word in text.split(";") if word.strip()]
             wishes[name] = "none" if words == ["none"] else words
-        elif name in _PATHS or (name == "model" and (folder / text).is_dir()):
+        elif name in _PATHS:
             wishes[name] = str(folder / text)
+            if not (folder / text).exists():
+                raise MaisiError(f"There is no {folder / text}; correct the path of its {name}.")
+        elif name == "model" and text not in carried_models() and (folder / text).is_dir():
+            wishes[name] = str((folder / text).resolve())
         else:
             wishes[name] = text
     return parse_config(Request, wishes, "the request")
@@ -294,7 +316,7 @@ def _places(spec: CohortSpec, column: str, how: Draw) -> NDArray[np.float64]:
 
 
 def _cell(value: Cell) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _is_number(cell: str) -> bool:

@@ -7,6 +7,7 @@ on this machine alone, or else wants a token.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections import OrderedDict
@@ -17,21 +18,25 @@ from importlib import resources
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from fastapi import Body, FastAPI, HTTPException, Response
+from fastapi import Path as InPath
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 import maisi
 from maisi.anatomy import BODY, REGIONS, TUMORS, label_name
 from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
 from maisi.generation.output import IMAGE, LABELS, RECORD
-from maisi.io.files import is_volume, make_folder
+from maisi.io.files import make_folder
 from maisi.io.nifti import read_header, read_labels, read_volume
 from maisi.io.preview import BONE, LUNG, PLANES, SOFT_TISSUE, label_color, rgb, slice_png
 from maisi.request import Request
@@ -41,6 +46,7 @@ from maisi.volume import Volume
 WINDOWS = {"soft": SOFT_TISSUE, "lung": LUNG, "bone": BONE}
 FILES = "files"
 MOST_UPLOAD_BYTES = 2 << 30
+MOST_BODY_BYTES = 1 << 20
 COOKIE = "maisi_token"
 
 _PARTS = {"image": IMAGE, "labels": LABELS, "preview": "preview.png", "record": RECORD}
@@ -51,7 +57,13 @@ _NOT_OVER_HTTP = ("library", "ranges")
 _HELD = 3
 _FILE = re.compile(r"[0-9a-f]{12}/[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'; form-action 'none'"
+)
+
+Number = Annotated[int, InPath(ge=0, lt=100_000)]
+"""Of an item."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +100,16 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
     )  # fmt: skip
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)
     volumes = _Volumes()
+    for leftover in (settings.folder / FILES).glob("*/.part-*"):
+        leftover.unlink(missing_ok=True)
+    _describe_parts(app)
 
     @app.middleware("http")
     async def guard(call: HttpRequest, go_on: Callable[[HttpRequest], Awaitable[Response]]) -> Response:
+        if fault := _foreign(call):
+            return JSONResponse({"error": fault}, 403)
+        if fault := _too_long(call):
+            return JSONResponse({"error": fault}, 413)
         if settings.token and not _knows(call, settings.token):
             return JSONResponse({"error": "This service wants its token: open the address that it printed."}, 401)
         answer = await go_on(call)
@@ -103,11 +122,15 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
 
     @app.exception_handler(MaisiError)
     async def refuse(_: HttpRequest, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": _without_paths(str(error), settings.folder)}, 422)
+        return JSONResponse({"error": _without_paths(str(error), settings)}, 422)
 
-    @app.exception_handler(HTTPException)
-    async def no(_: HttpRequest, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(StarletteHTTPException)
+    async def no(_: HttpRequest, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code)
+
+    @app.exception_handler(Exception)
+    async def fault(_: HttpRequest, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": f"A fault of maisi itself ({type(error).__name__}); its log has more."}, 500)
 
     @app.exception_handler(RequestValidationError)
     async def no_order(_: HttpRequest, error: Exception) -> JSONResponse:
@@ -159,12 +182,13 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
         return _told(job_of(id), jobs, settings)
 
     @app.delete("/api/jobs/{id}", status_code=204)
-    def remove(id: str) -> None:
+    def remove(id: str) -> Response:
         """Forget a job that has ended, with its items."""
         jobs.remove(job_of(id))
+        return Response(status_code=204)
 
     @app.get("/api/jobs/{id}/items/{number}")
-    def item(id: str, number: int) -> dict[str, Any]:
+    def item(id: str, number: Number) -> dict[str, Any]:
         """What a viewer needs to know of an item."""
         image, mask = volumes.get(item_of(id, number).parent)
         return {
@@ -175,15 +199,17 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
         }
 
     @app.get("/api/jobs/{id}/items/{number}/{part}")
-    def file(id: str, number: int, part: str) -> FileResponse:
+    def file(id: str, number: Number, part: str) -> Response:
         """A file of an item: image, labels, preview or record."""
         if part not in _PARTS:
             raise HTTPException(404, f"An item has no '{part}'; ask for one of {', '.join(_PARTS)}.")
         path = item_of(id, number, _PARTS[part])
+        if part == "record":
+            return Response(_without_paths(path.read_text(encoding="utf-8"), settings), media_type="application/json")
         return FileResponse(path, filename=None if part == "preview" else f"{id}-{number:04d}-{path.name}")
 
     @app.get("/api/jobs/{id}/items/{number}/slices/{plane}/{index}")
-    def slice_(id: str, number: int, plane: str, index: int, window: str = "soft", labels: bool = False) -> Response:
+    def slice_(id: str, number: Number, plane: str, index: int, window: str = "soft", labels: bool = False) -> Response:
         """One slice as PNG, its pixels square."""
         cut = next((p for p in PLANES if p.name == plane), None)
         if cut is None or window not in WINDOWS:
@@ -198,6 +224,14 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
     async def send(name: str, call: HttpRequest) -> dict[str, Any]:
         """Send a volume (.nii.gz, .nii, .nrrd), which requests may then name as mask or image."""
         return await _received(name, call, settings)
+
+    @app.delete("/api/files/{folder}/{name}", status_code=204)
+    def forget(folder: str, name: str) -> Response:
+        """Delete a file that was sent."""
+        path = _sent(f"{folder}/{name}", "file", settings)
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+        return Response(status_code=204)
 
     @app.get("/{page}")
     @app.get("/")
@@ -243,6 +277,10 @@ def _knows(call: HttpRequest, token: str) -> bool:
 
 def _checked(wishes: dict[str, Any], settings: Settings) -> Request:
     """A request over HTTP, with names of files and models replaced by where they are."""
+    try:
+        json.dumps(wishes, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        raise MaisiError("The request holds numbers that are not finite, or text that is none; mend it.") from None
     for name in _NOT_OVER_HTTP:
         if wishes.get(name) is not None:
             raise MaisiError(f"'{name}' is a path on the machine of the service; leave it out.")
@@ -270,19 +308,23 @@ async def _received(name: str, call: HttpRequest, settings: Settings) -> dict[st
     if not _FILE.fullmatch(file) or not name.lower().endswith((".nii.gz", ".nii", ".nrrd")):
         raise MaisiError(f"'{name}' is no name of a volume; send a file that ends in .nii.gz, .nii or .nrrd.")
     make_folder(path.parent)
+    part = path.with_name(f".part-{name}")
     try:
         length = 0
-        with path.open("wb") as out:
+        with part.open("wb") as out:
             async for chunk in call.stream():
                 length += len(chunk)
                 if length > settings.most_upload_bytes:
                     raise MaisiError(f"'{name}' has more than {settings.most_upload_bytes / 1e9:.1f} GB; send less.")
                 await run_in_threadpool(out.write, chunk)
-        assert is_volume(path)
+        part.rename(path)
         header = await run_in_threadpool(read_header, path)
     except BaseException as error:
+        part.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         path.parent.rmdir()
+        if isinstance(error, ClientDisconnect):
+            raise StarletteHTTPException(400, f"'{name}' did not come whole.") from None
         if isinstance(error, OSError):
             raise MaisiError(f"'{name}' cannot be kept ({error.strerror}); the service's disk needs room.") from None
         raise
@@ -300,8 +342,8 @@ def _told(job: Job, jobs: Jobs, settings: Settings) -> dict[str, Any]:
     return {
         "id": job.id,
         "state": job.state,
-        "error": _without_paths(job.error, settings.folder),
-        "notes": [_without_paths(note, settings.folder) for note in job.notes],
+        "error": _without_paths(job.error, settings),
+        "notes": [_without_paths(note, settings) for note in job.notes],
         "created": job.created,
         "request": asked,
         "count": job.request.count,
@@ -320,9 +362,37 @@ def _centre(image: Volume, mask: Volume | None) -> list[int]:
     return [n // 2 for n in image.shape]
 
 
-def _without_paths(sentence: str, folder: Path) -> str:
-    """Where the service keeps its files is nothing to a caller."""
-    return sentence.replace(f"{folder / FILES}/", "").replace(f"{folder}/", "")
+def _without_paths(text: str, settings: Settings) -> str:
+    """Where the service keeps its files and models is nothing to a caller."""
+    for name, path in settings.models.items():
+        if path != name:
+            text = text.replace(path, name)
+    return text.replace(f"{settings.folder / FILES}/", "").replace(f"{settings.folder}/", "")
+
+
+def _foreign(call: HttpRequest) -> str:
+    """Why a call that changes something is not taken: a page of another site sent it."""
+    if call.method in ("GET", "HEAD"):
+        return ""
+    origin, site = call.headers.get("origin"), call.headers.get("sec-fetch-site", "none")
+    if site not in ("none", "same-origin") or (origin and urlsplit(origin).netloc != call.headers.get("host")):
+        return "Pages of other sites may not use this service."
+    if call.method == "POST" and int(call.headers.get("content-length") or 0):
+        kind = call.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return "" if kind == "application/json" else "A request is sent as application/json."
+    return ""
+
+
+def _too_long(call: HttpRequest) -> str:
+    """Why the body of a call that is no file is not read."""
+    length = call.headers.get("content-length", "0")
+    if call.method == "PUT" or (length.isdecimal() and int(length) <= MOST_BODY_BYTES and not _chunked(call)):
+        return ""
+    return f"A request has at most {MOST_BODY_BYTES:,} bytes, and says how many."
+
+
+def _chunked(call: HttpRequest) -> bool:
+    return "transfer-encoding" in call.headers
 
 
 def _label_colors(labels: Volume) -> dict[str, str]:
@@ -342,4 +412,19 @@ def _request_body() -> dict[str, Any]:
     """What the description of the interface says of a request."""
     schema = Request.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
+    for name in _NOT_OVER_HTTP:
+        schema["properties"].pop(name)
     return {"content": {"application/json": {"schema": schema}}, "required": True}
+
+
+def _describe_parts(app: FastAPI) -> None:
+    """Put what a request's description refers to where it looks."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        told = described()
+        parts = Request.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {})
+        told.setdefault("components", {}).setdefault("schemas", {}).update(parts)
+        return told
+
+    app.openapi = openapi  # type: ignore[method-assign]

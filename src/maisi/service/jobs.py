@@ -7,6 +7,8 @@ makes of the same request. Jobs that a stop interrupted are gone on with.
 from __future__ import annotations
 
 import json
+import logging
+import re
 import secrets
 import shutil
 import threading
@@ -26,6 +28,9 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 
 JOB_FILE, ITEMS = "job.json", "items"
+_ID = re.compile("[0-9a-f]{12}")
+_REMOVED = ".removed"
+_LOG = logging.getLogger(__name__)
 MOST_WAITING = 100
 """Jobs that may wait; more are refused."""
 
@@ -70,7 +75,8 @@ class Jobs:
         make_folder(folder)
         self.folder = folder
         self._maker = maker
-        self._lock = threading.Condition()
+        self._lock = threading.Condition(threading.RLock())
+        self._preparing = threading.Lock()
         self._jobs = {job.id: job for job in _kept(folder)}
         self._faults: dict[tuple[str, int], list[str]] = {}
         self._stopped = False
@@ -93,16 +99,22 @@ class Jobs:
         Raises:
             MaisiError: it cannot be made, too many wait, or its folder cannot be written.
         """
-        prepared = self._maker.prepare(request)
+        self._require_room()
+        with self._preparing:  # label maps may be large, so one at a time
+            prepared = self._maker.prepare(request)
         with self._lock:
-            if sum(job.state == "waiting" for job in self._jobs.values()) >= MOST_WAITING:
-                raise MaisiError(f"{MOST_WAITING} jobs wait already; try again when some are done.")
+            self._require_room()
             job = Job(secrets.token_hex(6), request, round(time.time(), 3), notes=prepared.notes)
             with new_folder(self.folder / job.id) as part:
                 write_json(part / JOB_FILE, _told(job))
             self._jobs[job.id] = job
             self._lock.notify_all()
         return job
+
+    def _require_room(self) -> None:
+        with self._lock:
+            if sum(job.state == "waiting" for job in self._jobs.values()) >= MOST_WAITING:
+                raise MaisiError(f"{MOST_WAITING} jobs wait already; try again when some are done.")
 
     def all(self) -> list[Job]:
         """The jobs, the newest first."""
@@ -116,22 +128,31 @@ class Jobs:
     def cancel(self, job: Job) -> None:
         """Have a job that waits or runs end soon; items that are there stay."""
         with self._lock:
+            if job.state in ENDED:
+                return
             job.unwanted = True
             if job.state == "waiting":
                 self._end(job, "cancelled")
+            else:
+                self._keep(job)  # so that a stop before the next step does not revive it
 
     def remove(self, job: Job) -> None:
         """Forget a job that has ended, and delete its folder.
 
         Raises:
-            MaisiError: it has not ended.
+            MaisiError: it has not ended, or its folder cannot be moved.
         """
         with self._lock:
             if job.state not in ENDED:
                 raise MaisiError(f"Job {job.id} has not ended; cancel it first.")
+            gone = self.folder / f"{job.id}{_REMOVED}"
+            try:
+                (self.folder / job.id).rename(gone)
+            except OSError as error:
+                raise MaisiError(f"Job {job.id} cannot be removed ({error.strerror}).") from None
             del self._jobs[job.id]
             self._faults = {key: faults for key, faults in self._faults.items() if key[0] != job.id}
-        shutil.rmtree(self.folder / job.id, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def items(self, job: Job) -> list[tuple[int, list[str]]]:
         """Numbers of the items that are there, each with what its record says against it."""
@@ -139,9 +160,10 @@ class Jobs:
         for record in sorted((self.folder / job.id / ITEMS).glob(f"[0-9][0-9][0-9][0-9]*/{RECORD}")):
             if record.parent.name.isdecimal():
                 number = int(record.parent.name)
-                if (job.id, number) not in self._faults:  # asked each second while a job runs; items don't change
-                    self._faults[job.id, number] = _faults(record)
-                found.append((number, self._faults[job.id, number]))
+                with self._lock:  # asked each second while a job runs; items don't change
+                    if (job.id, number) not in self._faults:
+                        self._faults[job.id, number] = _faults(record)
+                    found.append((number, self._faults[job.id, number]))
         return found
 
     def item_folder(self, job: Job, number: int) -> Path:
@@ -156,11 +178,12 @@ class Jobs:
                 self._make(job)
                 self._end(job, "done")
             except _Cancelled:
-                if not self._stopped:
+                if job.unwanted:
                     self._end(job, "cancelled")
             except MaisiError as error:
                 self._end(job, "failed", str(error))
             except Exception as error:  # a job that fails takes no other with it
+                _LOG.exception("job %s", job.id)
                 self._end(job, "failed", _sentence(error))
 
     def _next(self) -> Job | None:
@@ -176,7 +199,8 @@ class Jobs:
         return None
 
     def _make(self, job: Job) -> None:
-        prepared = self._maker.prepare(job.request)
+        with self._preparing:
+            prepared = self._maker.prepare(job.request)
         job.notes = prepared.notes
         place = destination(self.folder / job.id / ITEMS, prepared.order, range(job.request.count))
         if place.missing:
@@ -199,10 +223,15 @@ class Jobs:
     def _end(self, job: Job, state: State, error: str = "") -> None:
         with self._lock:
             job.state, job.error, job.stage = state, error, None
-        try:
-            write_json(self.folder / job.id / JOB_FILE, _told(job))
-        except MaisiError as fault:
-            job.error = job.error or str(fault)
+            self._keep(job)
+
+    def _keep(self, job: Job) -> None:
+        """Write what the disk is to know of a job; where that fails, it is made again after a stop."""
+        with self._lock:
+            try:
+                write_json(self.folder / job.id / JOB_FILE, _told(job))
+            except (MaisiError, OSError, ValueError) as fault:
+                _LOG.warning("job %s: %s", job.id, fault)
 
 
 def _faults(record: Path) -> list[str]:
@@ -217,25 +246,30 @@ def _sentence(error: Exception) -> str:
     from maisi.device import fault_of
 
     known = fault_of(error) if isinstance(error, (MemoryError, RuntimeError)) else None
-    return known or f"A fault of maisi itself: {type(error).__name__}: {error}"
+    return known or f"A fault of maisi itself ({type(error).__name__}); the service's log has more."
 
 
 def _told(job: Job) -> dict[str, Any]:
     """What the job's file keeps; running counts as waiting, which it is again after a stop."""
-    state = job.state if job.state in ENDED else "waiting"
-    request = job.request.model_dump(mode="json")
-    return {"id": job.id, "created": job.created, "state": state, "error": job.error, "request": request}
+    state = job.state if job.state in ENDED else "cancelled" if job.unwanted else "waiting"
+    request, notes = job.request.model_dump(mode="json"), list(job.notes)
+    return {"created": job.created, "state": state, "error": job.error, "notes": notes, "request": request}
 
 
 def _kept(folder: Path) -> list[Job]:
     """The jobs that a folder has; what is damaged is passed over."""
     jobs = []
+    for leftover in (*folder.glob("*.part-*"), *folder.glob(f"*{_REMOVED}")):
+        shutil.rmtree(leftover, ignore_errors=True)
     for file in sorted(folder.glob(f"*/{JOB_FILE}")):
+        if not _ID.fullmatch(file.parent.name):
+            continue
         try:
             values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             state: State = values["state"] if values["state"] in ENDED else "waiting"
             request = Request.model_validate(values["request"])
-            jobs.append(Job(file.parent.name, request, float(values["created"]), state, str(values["error"])))
+            told = str(values["error"]), tuple(map(str, values["notes"]))
+            jobs.append(Job(file.parent.name, request, float(values["created"]), state, *told))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return jobs

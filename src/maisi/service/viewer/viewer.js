@@ -3,11 +3,14 @@
 
 const byId = (id) => document.getElementById(id);
 const shown = { job: null, item: null };
+const sent = new Map();
 let jobs = [];
+let listed = "";
+let asked = 0;
 
 async function call(path, options = {}) {
   const answer = await fetch(path, options);
-  const told = answer.status === 204 ? null : await answer.json();
+  const told = answer.status === 204 ? null : await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Error(told.error || `${answer.status} ${answer.statusText}`);
   return told;
 }
@@ -20,25 +23,31 @@ function element(name, properties = {}, ...children) {
 
 // --- orders
 
-function words(text) {
-  return text.split(",").map((word) => word.trim()).filter(Boolean);
+function words(text, separator) {
+  return text.split(separator).map((word) => word.trim()).filter(Boolean);
 }
 
 async function send(file) {
-  const name = file.name.replace(/[^A-Za-z0-9._-]/g, "_").replace(/^[^A-Za-z0-9]+/, "");
-  return (await call(`api/files/${encodeURIComponent(name || "volume.nii.gz")}`, { method: "PUT", body: file })).file;
+  const known = [file.name, file.size, file.lastModified].join("/");
+  if (!sent.has(known)) {
+    const [, stem, ending] = file.name.match(/^(.*?)(\.nii\.gz|\.nii|\.nrrd)?$/i);
+    const clean = stem.replace(/[^A-Za-z0-9._-]/g, "").replace(/^[^A-Za-z0-9]+/, "").slice(0, 80) || "volume";
+    const path = `api/files/${encodeURIComponent(clean + (ending || ""))}`;
+    sent.set(known, (await call(path, { method: "PUT", body: file })).file);
+  }
+  return sent.get(known);
 }
 
 async function wishes(form) {
   const mode = form.mode.value;
   const asked = { seed: Number(form.seed.value), count: Number(form.count.value), model: form.model.value };
-  if (form.tumor.value.trim()) asked.tumor = words(form.tumor.value);
+  if (form.tumor.value.trim()) asked.tumor = words(form.tumor.value, ";");
   if (mode === "region") {
     asked.region = [...form.querySelectorAll("[name=region]:checked")].map((box) => box.value);
     if (form.size.value.trim()) asked.size = form.size.value;
     if (form.spacing.value.trim()) asked.spacing = form.spacing.value;
     if (!asked.size && !asked.spacing) asked.fov = "auto";
-    if (form.structure.value.trim()) asked.structure = words(form.structure.value);
+    if (form.structure.value.trim()) asked.structure = words(form.structure.value, /[,;]/);
     return asked;
   }
   if (mode === "image") {
@@ -100,7 +109,8 @@ function entry(job) {
   }
   const items = element("div", { className: "items" });
   for (const item of job.items) {
-    const button = element("button", { textContent: item.number, title: item.faults.join(" "), onclick: () => show(job.id, item.number) });
+    const look = () => show(job.id, item.number).catch((error) => { byId("fault").textContent = error.message; });
+    const button = element("button", { textContent: item.number, title: item.faults.join(" "), onclick: look });
     button.classList.toggle("failed", !item.passed);
     button.classList.toggle("shown", shown.job === job.id && shown.item === item.number);
     items.append(button);
@@ -121,16 +131,20 @@ async function act(job, what) {
 
 async function refresh() {
   jobs = await call("api/jobs");
-  byId("jobs").replaceChildren(...jobs.map(entry));
+  const now = JSON.stringify(jobs);
+  if (now !== listed) byId("jobs").replaceChildren(...jobs.map(entry));
+  listed = now;
   const wanted = jobs.find((job) => job.id === shown.job);
   if (wanted && shown.item === null && wanted.items.length) await show(wanted.id, wanted.items[0].number);
+  if (!wanted && shown.item !== null) clear();
 }
 
 async function watch() {
   try {
     await refresh();
+    byId("lost").textContent = "";
   } catch (error) {
-    byId("fault").textContent = `The service does not answer (${error.message}).`;
+    byId("lost").textContent = `The list of jobs did not come (${error.message}).`;
   }
   const busy = jobs.some((job) => job.state === "running" || job.state === "waiting");
   setTimeout(watch, busy ? 1000 : 5000);
@@ -138,8 +152,17 @@ async function watch() {
 
 // --- one item
 
+function clear() {
+  Object.assign(shown, { job: null, item: null });
+  byId("title").textContent = "Nothing to see: make something, or choose an item of a job.";
+  byId("tools").hidden = true;
+  for (const part of ["planes", "legend", "faults"]) byId(part).replaceChildren();
+}
+
 async function show(id, number) {
+  const mine = ++asked;
   const item = await call(`api/jobs/${id}/items/${number}`);
+  if (mine !== asked) return; // another was asked for meanwhile
   Object.assign(shown, { job: id, item: number });
   const size = item.size.join(" x "), spacing = item.spacing_mm.join(" x ");
   byId("title").textContent = `Job ${id}, item ${number}: ${size} voxels of ${spacing} mm`;
@@ -201,7 +224,8 @@ async function begin() {
   byId("overlay").addEventListener("change", redraw);
   choose();
   await watch();
-  if (shown.job === null && jobs.length && jobs[0].items.length) await show(jobs[0].id, jobs[0].items[0].number);
+  const first = jobs.find((job) => job.items.length);
+  if (shown.job === null && first) await show(first.id, first.items[0].number);
 }
 
 begin().catch((error) => { byId("fault").textContent = error.message; });
