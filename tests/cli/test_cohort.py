@@ -114,6 +114,8 @@ def test_faults_of_the_table_come_before_any_work(table, tmp_path, capsys) -> No
     for words, message in (
         (("--part", "3/2"), "--part 3/2 is none"),
         (("--part", "a"), "--part a is none"),
+        (("--device", "gpu"), "gpu"),
+        (("--precision", "half"), "half"),
     ):
         assert run("cohort", "make", table, "-o", out, *words) == 2
         assert message in capsys.readouterr().err
@@ -197,5 +199,8 @@ def test_draw(tmp_path, capsys) -> None:
 
 def test_items_of_a_cohort_are_exported(table, tmp_path) -> None:
     assert run("cohort", "make", table, "-o", tmp_path / "out", "--part", "2/3", "--device", "cpu") == 0
-    assert run("export", tmp_path / "out" / "pairs", "--to", "monai", "-o", tmp_path / "data") == 0
-    assert len(json.loads((tmp_path / "data" / "datalist.json").read_text())["training"]) == 2
+    for place, name in (("out/pairs", "row"), ("out", "all")):
+        assert run("export", tmp_path / place, "--to", "monai", "-o", tmp_path / name) == 0
+        assert len(json.loads((tmp_path / name / "datalist.json").read_text())["training"]) == 2
+    (tmp_path / "out" / "items.csv").unlink()
+    assert run("export", tmp_path / "out", "--to", "monai", "-o", tmp_path / "none") == 2

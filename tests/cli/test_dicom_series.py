@@ -128,7 +128,13 @@ def test_masks_of_a_series(folder, tmp_path, capsys) -> None:
     assert {1, 150} <= set(np.unique(made)) <= {0, 1, 150, 200}
     assert ((made == 150).sum(), (made == 1).sum()) == pytest.approx((3 * np.pi * 9, 3 * np.pi * 72), rel=0.1)
     require_no_patient(tmp_path / "drawn.nii.gz")
-    capsys.readouterr()
+    assert "another scan's space" not in capsys.readouterr().err
+    other = dcmread(path)
+    other.FrameOfReferenceUID = "1.2.99"
+    other.save_as(tmp_path / "other.dcm")
+    away = ("mask", "import", tmp_path / "other.dcm", "--ct", ct, "--from", table)
+    assert run(*away, "-o", tmp_path / "other.nii.gz") == 0
+    assert "another scan's space" in capsys.readouterr().err
     for vocabulary, message in (
         ("maisi", "drawn.dcm holds structures that maisi does not know ('Couch', 'Boost'); use --from TABLE.json"),
         (folder / "half.json", "half.json neither maps nor drops ('Couch'); name each there"),

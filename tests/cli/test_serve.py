@@ -45,6 +45,8 @@ def test_it_serves_until_it_is_stopped(tmp_path: Path, model_folder: Path) -> No
         (("--memory", "little"), "little"),
         (("--host", "0.0.0.0", "--token", ""), "is not empty"),
         (("--token", "a b"), "A token is of letters"),
+        (("--device", "gpu"), "gpu"),
+        (("--precision", "half"), "half"),
         (("--model", "tiny", "--model", "tiny"), "Two models are called 'tiny'"),
         (("--host", "256.1.1.1"), "256.1.1.1"),
     ],

@@ -136,6 +136,11 @@ def test_numbers_stay_what_they_are_and_within_their_range() -> None:
     assert all(0.8 <= float(row["anatomy_size.liver"]) <= 0.9 for row in rows)
 
 
+def test_remarks_are_not_read(tmp_path: Path) -> None:
+    (row,) = read_cohort(written(tmp_path, "Case, region,#notes\na,chest,of last week\n"))
+    assert (row.case, row.request.region) == ("a", ("chest",))
+
+
 def test_rows_without_cells_are_none(tmp_path: Path) -> None:
     rows = read_cohort(written(tmp_path, "case,region\na,chest\n,\n,\n"))
     assert [row.case for row in rows] == ["a"]

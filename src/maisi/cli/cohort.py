@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from maisi.cli.options import FILE, fill, output_option, require_new, running_options, set_up_memory
+from maisi.cli.options import (
+    FILE,
+    fill,
+    output_option,
+    require_new,
+    require_place,
+    running_options,
+    set_up_memory,
+)
 from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
@@ -72,6 +80,7 @@ def make(table: Path, part: str, device: str, precision: str, memory: str | None
     rows = read_cohort(table)
     for name in dict.fromkeys(row.request.model for row in rows):
         find_model(name)
+    require_place(device, precision)
     maker = Maker(device, precision, set_up_memory(memory))
     begin_cohort(output, table)
     faults: list[str] = []

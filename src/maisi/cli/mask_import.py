@@ -73,7 +73,8 @@ def import_(
     words = vocabularies if len(vocabularies) > 1 else [*vocabularies] * len(segmentations)
     tables = [_table(name) for name in words]
     image = None if ct is None else read_volume(ct)
-    sources = [_source(path, *table, image) for path, table in zip(segmentations, tables, strict=True)]
+    space = "" if ct is None else _space_of(ct)
+    sources = [_source(path, *table, image, space) for path, table in zip(segmentations, tables, strict=True)]
     result, report = import_masks(sources, image, to_grid=to_grid, swap_sides=swap_sides, spacing_mm=spacing_mm)
     write_volume(output, result, description="labels imported by maisi", synthetic=False, names=report.names)
     if with_report:
@@ -101,7 +102,15 @@ def _table(name: str) -> tuple[str, object]:
         raise MaisiError(f"{name} is no JSON ({error}); mend it.") from None
 
 
-def _source(path: Path, name: str, table: object, ct: Volume | None) -> Source:
+def _space_of(ct: Path) -> str:
+    """Identifier of a DICOM series' frame of reference; "" for other files."""
+    from maisi.io.dicom import is_dicom, open_series
+    from maisi.io.zarr_store import is_zarr
+
+    return open_series(ct).frame_of_reference if is_dicom(ct) and not is_zarr(ct) else ""
+
+
+def _source(path: Path, name: str, table: object, ct: Volume | None, space: str) -> Source:
     from maisi.data.label_maps import custom_vocabulary, named_vocabulary, vocabulary
     from maisi.data.mask_import import Source
     from maisi.io.dicom_structures import holds_structures, read_structures
@@ -109,6 +118,8 @@ def _source(path: Path, name: str, table: object, ct: Volume | None) -> Source:
 
     if holds_structures(path):
         held = read_structures(path, ct)
+        if space and held.frames_of_reference and space not in held.frames_of_reference:
+            click.echo(f"Note: {path} says that it was drawn in another scan's space than this CT's.", err=True)
         if table is None:
             drawn = {number: called for number, called in held.names.items() if number not in held.empty}
             words: Vocabulary = named_vocabulary(name, drawn, str(path))

@@ -78,6 +78,17 @@ def running_options(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")(command)
 
 
+def require_place(device: str, precision: str) -> None:
+    """Refuse, before any work, a device or a precision that there is not.
+
+    Raises:
+        MaisiError: so.
+    """
+    from maisi.device import resolve_device, resolve_precision
+
+    resolve_precision(precision, resolve_device(device))
+
+
 def refuse_given(names: Iterable[str], why: str) -> None:
     """Refuse parameters of the running command that would have no effect.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import re
 import secrets
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from maisi.cli.options import output_option, running_options, set_up_memory
+from maisi.cli.options import output_option, require_place, running_options, set_up_memory
 from maisi.errors import MaisiError
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]+")
@@ -65,6 +66,7 @@ def serve(
     if token is not None and not _TOKEN.fullmatch(token) and not (here and not token):
         raise MaisiError("A token is of letters, digits, '.', '_', '~' and '-', and is not empty; choose another.")
     word = token if token is not None else "" if here else secrets.token_urlsafe(16)
+    require_place(device, precision)
     limit, most = set_up_memory(memory), parse_memory(most_upload)
     if output.exists() and not (output / "jobs").is_dir():
         raise MaisiError(f"{output} exists and is no folder of a service; choose another folder or remove it.")
@@ -85,12 +87,14 @@ def serve(
             )
         )
         try:
-            listener = server.config.bind_socket()
-        except SystemExit:
-            raise MaisiError(f"Nothing can listen on {host}:{port}; choose another --port or --host.") from None
-        listener.listen()  # calls that come before the server is there wait
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, port), family=family)
+        except OSError as error:
+            why = error.strerror or error
+            raise MaisiError(f"Nothing can listen on {host}:{port} ({why}); choose another --port or --host.") from None
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={word}" if word else ""))
+        click.echo("Ctrl-C stops it; jobs are gone on with at the next start.", err=True)
         server.run([listener])
 
 

@@ -32,6 +32,9 @@ from maisi.weights.registry import carried_models
 CASE = "case"
 """The column with the rows' names, which are those of their folders."""
 
+REMARK = "#"
+"""Columns whose names begin so are for people."""
+
 MOST_ROWS = 100_000
 RESERVED = ("cohort.json", "cohort.csv", "items.csv", "overview.png")
 """Names that no row can have, since a cohort's folder holds files of these."""
@@ -217,6 +220,8 @@ def read_cohort(path: Path) -> list[CohortRow]:
     try:
         reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
         columns = [column.strip() for column in reader.fieldnames or ()]
+        columns = [column.lower() if column.lower() == CASE else column for column in columns]
+        reader.fieldnames = columns
         rows = [dict(row) for row in reader if any(cell and cell.strip() for cell in _cells(row))]
     except csv.Error as error:
         raise MaisiError(f"{path} is no CSV ({error}); mend it.") from None
@@ -266,6 +271,8 @@ def _check_columns(row: Iterable[str], source: str) -> None:
     fields = [name for name in Request.model_fields if name not in _BY_STRUCTURE and name != "removal"]
     for column in row:
         name, _, structure = column.partition(".")
+        if column.startswith(REMARK):
+            continue
         if column not in (CASE, *fields) and not (name in _BY_STRUCTURE and structure):
             from difflib import get_close_matches
 
@@ -278,7 +285,7 @@ def _request(row: Row, place: int, folder: Path) -> Request:
     wishes: dict[str, Any] = {"seed": place}
     for column, cell in row.items():
         text, (name, _, structure) = cell.strip(), column.partition(".")
-        if not text or column == CASE:
+        if not text or column == CASE or column.startswith(REMARK):
             continue
         if name in _BY_STRUCTURE:
             wishes.setdefault(name, {})[structure] = text

@@ -27,6 +27,7 @@ import maisi
 from maisi.anatomy import BACKGROUND, CUSTOM_IDS, label_id, label_name, modality_name, name_key
 from maisi.data.label_maps import ids_in, translated
 from maisi.errors import MaisiError
+from maisi.generation.cohort import ITEMS, MARK
 from maisi.generation.masks import only
 from maisi.generation.output import IMAGE, LABELS, RECORD, faults_of
 from maisi.io.files import atomic_path, new_folder, sha256, write_json
@@ -211,11 +212,12 @@ def find_items(folders: Iterable[Path]) -> tuple[Pair, ...]:
     """
     found: list[Pair] = []
     stems: set[str] = set()
-    for folder in _different(folders):
+    for folder in _rows(_different(folders)):
         items = [folder] if (folder / RECORD).is_file() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
         items = [item for item in items if ".part-" not in item.name]
         if not items:
-            raise MaisiError(f"{folder} holds no item with a {RECORD}; give a folder made by `maisi generate`.")
+            what = f"holds no item with a {RECORD}" if folder.is_dir() else "is no folder"
+            raise MaisiError(f"{folder} {what}; give a folder made by `maisi generate`.")
         stem = _unused(_stem(items[0].parent), stems)
         for item in items:
             modality, synthetic, passed = _said(item / RECORD)
@@ -224,6 +226,22 @@ def find_items(folders: Iterable[Path]) -> tuple[Pair, ...]:
                 _require_one_grid(item)
             found.append(Pair(f"{stem}-{_stem(item)}", item, modality, synthetic, passed, masked))
     return tuple(found)
+
+
+def _rows(folders: Iterable[Path]) -> list[Path]:
+    """The folders, and of a cohort those of the rows that its table of items has."""
+    found: list[Path] = []
+    for folder in folders:
+        if not (folder / MARK).is_file():
+            found.append(folder)
+            continue
+        try:
+            with (folder / ITEMS).open(newline="", encoding="utf-8") as file:
+                cases = dict.fromkeys(row["case"] for row in csv.DictReader(file))
+        except (OSError, KeyError, csv.Error):
+            raise MaisiError(f"{folder} has no table of its items; run `maisi cohort make` to its end.") from None
+        found += [folder / case for case in cases]
+    return found
 
 
 def _different(folders: Iterable[Path]) -> list[Path]:

@@ -43,7 +43,7 @@ _LISTED = 6
 _MOST_FILES = 50_000
 _LOOKED_AT = 20
 _TAGS = (
-    *("SOPInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "NumberOfFrames"),
+    *("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "ImageType", "NumberOfFrames"),
     *("Rows", "Columns", "SamplesPerPixel", "BitsStored", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
     *("HighBit", "PhotometricInterpretation", "ModalityLUTSequence"),
     *("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "SliceThickness"),
@@ -118,10 +118,12 @@ class DicomSeries:
     Attributes:
         header: what is known of the volume; its type is int16 or int32 where all values are whole, else float32.
         frames: its slices, in order.
+        frame_of_reference: identifier of the space that its places are in; "" where it is not told.
     """
 
     header: StoredHeader
     frames: tuple[Frame, ...]
+    frame_of_reference: str = ""
 
     def stream(self) -> PlaneStream:
         """The voxels, X fastest, as `header` says."""
@@ -333,7 +335,7 @@ def _series(path: Path, files: Sequence[tuple[Path, Any]]) -> DicomSeries:
         offset=0,
         compressed=True,
     )
-    return DicomSeries(header, tuple(frames))
+    return DicomSeries(header, tuple(frames), str(files[0][1].get("FrameOfReferenceUID", "")))
 
 
 def _require_numbers(path: Path, told: Any) -> None:

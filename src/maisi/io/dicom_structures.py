@@ -27,8 +27,9 @@ Array = NDArray[Any]
 Bools = NDArray[np.bool_]
 Points = NDArray[np.float64]
 
-_CONTOURS = ("StructureSetROISequence", "ROIContourSequence")
+_CONTOURS = ("StructureSetROISequence", "ROIContourSequence", "ReferencedFrameOfReferenceSequence")
 _SEGMENTS = (
+    "FrameOfReferenceUID",
     *("SegmentSequence", "SegmentationType", "MaximumFractionalValue", "NumberOfFrames", "Rows", "Columns"),
     *("SamplesPerPixel", "BitsStored", "PixelRepresentation"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
@@ -71,6 +72,7 @@ class StructureSet:
         names: number of a structure, from 1 in the file's order -> its name; no two are alike.
         pieces: number -> its voxels, of those that have some on the grid.
         faults: number -> why it could not be read.
+        frames_of_reference: identifiers of the spaces that it says its places are in.
         shape: of the grid.
         affine: of the grid, see `Volume`.
     """
@@ -80,6 +82,7 @@ class StructureSet:
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
     faults: Mapping[int, str] = field(default_factory=dict)
+    frames_of_reference: frozenset[str] = frozenset()
 
     @property
     def empty(self) -> tuple[int, ...]:
@@ -135,7 +138,14 @@ def read_structures(path: Path, grid: Volume | None) -> StructureSet:
         raise MaisiError(f"{path} is damaged, or not as DICOM has it ({told_by}); export it again.") from error
     if not found.pieces and not found.faults:
         raise MaisiError(f"{path} holds no structure with voxels in it on this grid; is it of this CT?")
-    return replace(found, names=_different(found.names))
+    return replace(found, names=_different(found.names), frames_of_reference=_spaces(told))
+
+
+def _spaces(told: Any) -> frozenset[str]:
+    said = [told.get("FrameOfReferenceUID")]
+    for of in (*(told.get("ReferencedFrameOfReferenceSequence") or ()), *(told.get("StructureSetROISequence") or ())):
+        said += [of.get("FrameOfReferenceUID"), of.get("ReferencedFrameOfReferenceUID")]
+    return frozenset(str(uid) for uid in said if uid)
 
 
 def _different(names: Mapping[int, str]) -> dict[int, str]:

@@ -269,8 +269,10 @@ def _kind(path: Path) -> str:
         return "zarr"
     if is_dicom(path):
         return "dicom"
+    there = "" if path.exists() else " (and there is none of this name)"
     raise MaisiError(
-        f"{path}: files of this kind are not read or written; use .nii.gz, .nii, .nrrd, .zarr, or a DICOM series."
+        f"{path}: files of this kind are not read or written{there}; use .nii.gz, .nii, .nrrd, .zarr, or a DICOM "
+        "series."
     )
 
 

@@ -212,8 +212,10 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
     def slice_(id: str, number: Number, plane: str, index: int, window: str = "soft", labels: bool = False) -> Response:
         """One slice as PNG, its pixels square."""
         cut = next((p for p in PLANES if p.name == plane), None)
-        if cut is None or window not in WINDOWS:
-            raise HTTPException(404, f"There is no plane '{plane}' or window '{window}'; /api lists them.")
+        if cut is None:
+            raise HTTPException(404, f"There is no plane '{plane}'; /api lists them.")
+        if window not in WINDOWS:
+            raise HTTPException(404, f"There is no window '{window}'; /api lists them.")
         image, mask = volumes.get(item_of(id, number).parent)
         if not 0 <= index < image.shape[cut.fixed]:
             raise HTTPException(404, f"Slices of this plane go from 0 to {image.shape[cut.fixed] - 1}.")
@@ -306,7 +308,9 @@ async def _received(name: str, call: HttpRequest, settings: Settings) -> dict[st
     file = f"{secrets.token_hex(6)}/{name}"
     path = settings.folder / FILES / file
     if not _FILE.fullmatch(file) or not name.lower().endswith((".nii.gz", ".nii", ".nrrd")):
-        raise MaisiError(f"'{name}' is no name of a volume; send a file that ends in .nii.gz, .nii or .nrrd.")
+        raise MaisiError(
+            f"'{name}' is no name of a volume; use letters, digits, '.', '_', '-', and end in .nii.gz, .nii or .nrrd."
+        )
     make_folder(path.parent)
     part = path.with_name(f".part-{name}")
     try:

@@ -200,7 +200,9 @@ function figure(plane, item) {
     slider.value = Number(slider.value) - Math.sign(event.deltaY);
     draw();
   }, { passive: false });
-  const made = element("figure", {}, image, element("figcaption", {}, plane, slider, number));
+  const [left, right] = { axial: "RL", coronal: "RL", sagittal: "AP" }[plane];
+  const ends = [element("b", { className: "left", textContent: left }), element("b", { className: "right", textContent: right })];
+  const made = element("figure", {}, image, ...ends, element("figcaption", {}, plane, slider, number));
   made.draw = draw;
   draw();
   return made;
