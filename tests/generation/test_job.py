@@ -5,7 +5,7 @@ import pytest
 
 from maisi.anatomy import BODY, label_id
 from maisi.data.mask_library import build
-from maisi.data.phantom import phantom_labels
+from maisi.data.phantom import DESCRIPTION, phantom_labels
 from maisi.errors import MaisiError
 from maisi.generation.job import make_job, padded_size
 from maisi.generation.masks import without_tumors
@@ -173,3 +173,18 @@ def test_a_library_that_fits_nothing_is_noted(config, tmp_path) -> None:
     job = make_job(Request.parse(region="abdomen", structure=["liver"], **wish), config)
     assert any(note.startswith("No label map of the library is used: phantom") for note in job.notes)
     assert not any("library" in note for note in make_job(Request.parse(region="head-neck", **wish), config).notes)
+
+
+def test_phantoms_are_followed_without_guidance_unless_it_is_asked_for(config, chest_labels, tmp_path) -> None:
+    guided = config.model_copy(update={"mask_guidance": 1.0, "mask_self_guidance": 0.5})
+    write_volume(tmp_path / "phantom.nii.gz", chest_labels, description=DESCRIPTION)
+    write_volume(tmp_path / "patient.nii.gz", chest_labels)
+    found = {"region": "chest", "structure": "heart", "size": (48, 40, 24), "spacing": (10, 10, 10)}
+    for wishes, expected in (
+        (found, (0, 0)),
+        ({"mask": tmp_path / "phantom.nii.gz"}, (0, 0)),
+        ({"mask": tmp_path / "patient.nii.gz"}, (1, 0.5)),
+        ({**found, "mask_guidance": 0.7, "self_guidance": 0.2}, (0.7, 0.2)),
+    ):
+        job = make_job(Request.parse(**wishes), guided)
+        assert (job.mask_guidance, job.self_guidance) == expected

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from maisi.errors import MaisiError
 from maisi.io import nifti
-from maisi.io.nifti import SYNTHETIC, read_header, read_labels, read_volume, write_volume
+from maisi.io.nifti import SYNTHETIC, read_description, read_header, read_labels, read_volume, write_volume
 from maisi.volume import Volume
 
 MAGIC = 344
@@ -310,6 +310,14 @@ def test_voxels_that_are_not_finite(tmp_path, bad):
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "a.nii.gz")
     with pytest.raises(MaisiError, match="2 of its voxels are not finite"):
         read_volume(tmp_path / "a.nii.gz")
+
+
+def test_what_a_file_says_of_itself(tmp_path, oblique):
+    for ending in ("nii", "nii.gz", "nrrd"):
+        write_volume(tmp_path / f"a.{ending}", oblique, description="a phantom")
+        assert read_description(tmp_path / f"a.{ending}") == ("" if ending == "nrrd" else "a phantom")
+    (tmp_path / "b.nii").write_bytes(bytes(400))
+    assert read_description(tmp_path / "b.nii") == ""
 
 
 def test_no_file(tmp_path):

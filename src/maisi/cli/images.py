@@ -145,6 +145,7 @@ def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: 
     """Draw a body of simple shapes as CT with its label map: data for trying things out anywhere."""
     from maisi.anatomy import label_names
     from maisi.data.label_maps import ids_in
+    from maisi.data.phantom import DESCRIPTION
     from maisi.data.phantom import phantom as draw
     from maisi.io.files import new_folder
     from maisi.io.nifti import write_volume
@@ -157,9 +158,9 @@ def phantom(region: Sequence[str], size: str | None, spacing: str | None, seed: 
     assert request.spacing is not None
     with new_folder(output) as part:
         image, mask = draw(request.size, request.spacing, request.region, request.seed)
-        write_volume(part / "image.nii.gz", image, description="phantom made by maisi")
+        write_volume(part / "image.nii.gz", image, description=DESCRIPTION)
         names = label_names(ids_in(mask.array))
-        write_volume(part / "labels.nii.gz", mask, description="phantom made by maisi", names=names)
+        write_volume(part / "labels.nii.gz", mask, description=DESCRIPTION, names=names)
         preview(part / "preview.png", image, mask, title=f"Phantom: {', '.join(request.region)}; seed {seed}")
     click.echo(str(output))
 

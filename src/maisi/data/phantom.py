@@ -33,6 +33,9 @@ REGION_SPAN_MM: Mapping[str, tuple[float, float]] = {
 }
 """Lower and upper end of each region along z."""
 
+DESCRIPTION = "phantom made by maisi"
+"""What the files of a phantom say of themselves."""
+
 AIR_HU, FAT_HU = -1000.0, -100.0
 BLUR_VOXELS = 0.45
 

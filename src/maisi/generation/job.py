@@ -28,7 +28,7 @@ from maisi.data.quality_measures import select
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
-from maisi.generation.masks import only, read_mask, without_tumors
+from maisi.generation.masks import is_phantom, only, read_mask, without_tumors
 from maisi.request import Request, item_seed
 from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
@@ -206,7 +206,8 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model.process)
     if steps != usual and request.steps is None:
         notes.append(f"{steps} steps in place of {usual}, for so large a field of view.")
-    drawn = source.startswith(PHANTOM)  # a shape unlike all that was trained on: guidance only exaggerates it
+    # shapes unlike all that was trained on, which guidance only exaggerates
+    drawn = source.startswith(PHANTOM) or is_phantom(given)
     self_guidance = 0.0 if drawn else model.usual_self_guidance(masked=labels is not None)
     mask_guidance = 0.0 if drawn else model.mask_guidance
     job = Job(

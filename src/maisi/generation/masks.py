@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from maisi.anatomy import BODY, TUMORS
 from maisi.data.label_maps import checked_mask, ids_in
 from maisi.data.mask_import import require_our_ids
+from maisi.data.phantom import DESCRIPTION
 from maisi.data.tumor_masks import with_hosts
-from maisi.io.nifti import read_label_names, read_labels
+from maisi.io.nifti import read_description, read_label_names, read_labels
 from maisi.volume import Volume
 
 Labels = NDArray[np.uint8]
@@ -38,6 +39,11 @@ def only(labels: Labels, ids: Collection[int], spacing_mm: tuple[float, float, f
     if lost:
         labels = np.where(np.isin(labels, lost), without_tumors(labels, spacing_mm), labels)
     return np.where(np.isin(labels, list(ids)), labels, np.uint8(0))
+
+
+def is_phantom(mask: Volume | Path | None) -> bool:
+    """Whether a label map is a file that says it is a phantom's."""
+    return isinstance(mask, Path) and read_description(mask) == DESCRIPTION
 
 
 def read_mask(mask: Volume | Path, custom: Container[int] = ()) -> Volume:

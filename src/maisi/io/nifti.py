@@ -175,6 +175,21 @@ def volume_sha256(path: Path) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
+def read_description(path: Path) -> str:
+    """Return what the header of a NIfTI file made by `write_volume` says of it; "" for others.
+
+    Raises:
+        MaisiError: it cannot be read.
+    """
+    path = Path(path)
+    if _kind(path) not in ("nii", "nii.gz"):
+        return ""
+    with _reading(path), _open(path) as stream:
+        raw = _read_exactly(stream, 348, path)
+    fields = Nifti1Header(raw, endianness="<", check=False)
+    return fields["descrip"].item().decode("ascii", "replace") if fields["sizeof_hdr"] == 348 else ""
+
+
 def read_label_names(path: Path) -> dict[int, str]:
     """Return the label names in a header (id -> name), as TotalSegmentator, OME-Zarr and `write_volume` leave them.
 
