@@ -79,6 +79,9 @@ def test_the_result_may_have_another_spacing(torso: tuple[Volume, Volume], forei
     assert not report.warnings
 
     coarse, lossy = import_masks([source(foreign)], ct, spacing_mm=(60.0, 60.0, 60.0))
+    voxel_ml = 60.0**3 / 1000
+    for structure in lossy.structures:
+        assert structure.ml == pytest.approx(np.count_nonzero(coarse.array == structure.id) * voxel_ml)
     lost = set(np.unique(whole.array)) - set(np.unique(coarse.array))
     assert lost
     assert {f"{before.names[id]} is too small for this spacing and was lost" for id in lost} == set(lossy.warnings)

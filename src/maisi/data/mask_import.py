@@ -7,7 +7,7 @@ are no HU, grids that differ) is refused with the option that mends it.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -217,9 +217,11 @@ def import_masks(
     result = grid.with_array(mask)
     if spacing_mm is not None:
         result = resample(result.to_ras(), spacing_mm, order=0)
-        kept = ids_in(result.array)
-        lost = [one.name for one in structures if one.id not in kept]
+        left = counts(result.array)
+        lost = [one.name for one in structures if not left[one.id]]
         warnings += [f"{name} is too small for this spacing and was lost" for name in lost]
+        structures = tuple(replace(one, ml=_ml(int(left[one.id]), result)) for one in structures)
+        whole = replace(whole, ml=_ml(int(left[BODY]), result))
     report = ImportReport(
         sources=tuple(reports),
         shape=result.shape,
