@@ -65,7 +65,7 @@ def finish_cohort(out: Path, rows: Sequence[CohortRow]) -> list[dict[str, Any]]:
     if told:
         with atomic_path(out / ITEMS) as part:
             part.write_text(table_text(told), encoding="utf-8")
-        _draw(out / OVERVIEW, [(str(row["folder"]), out / str(row["folder"]) / PREVIEW) for row in told])
+        _draw(out / OVERVIEW, [(str(row["folder"]), row["passed"] == "yes") for row in told])
     return told
 
 
@@ -90,29 +90,30 @@ def _told(row: CohortRow, item: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _draw(path: Path, pictures: Sequence[tuple[str, Path]]) -> None:
-    """The previews, small, in rows; of many evenly chosen ones."""
+def _draw(path: Path, items: Sequence[tuple[str, bool]]) -> None:
+    """The previews of items, small, in rows, red where one does not pass; of many evenly chosen ones."""
     from PIL import Image, ImageDraw
 
-    step = max(1.0, len(pictures) / _MOST_SHOWN)
-    chosen = [pictures[int(n * step)] for n in range(min(len(pictures), _MOST_SHOWN))]
-    small: list[tuple[str, Image.Image]] = []
-    for name, file in chosen:
+    step = max(1.0, len(items) / _MOST_SHOWN)
+    chosen = [items[int(n * step)] for n in range(min(len(items), _MOST_SHOWN))]
+    small: list[tuple[str, str, Image.Image]] = []
+    for name, passed in chosen:
         try:
-            with Image.open(file) as opened:
+            with Image.open(path.parent / name / PREVIEW) as opened:
                 height = max(1, round(opened.height * _WIDTH / opened.width))
-                small.append((name, opened.convert("RGB").resize((_WIDTH, height), Image.Resampling.LANCZOS)))
+                color = "white" if passed else "tomato"
+                small.append((name, color, opened.convert("RGB").resize((_WIDTH, height), Image.Resampling.LANCZOS)))
         except (OSError, ValueError, Image.DecompressionBombError):
             continue
     if not small:
         return
-    height = max(picture.height for _, picture in small) + 16
+    height = max(picture.height for _, _, picture in small) + 16
     columns = min(_COLUMNS, len(small))
     sheet = Image.new("RGB", (columns * _WIDTH, -(-len(small) // columns) * height), "black")
     draw = ImageDraw.Draw(sheet)
-    for n, (name, picture) in enumerate(small):
+    for n, (name, color, picture) in enumerate(small):
         x, y = n % columns * _WIDTH, n // columns * height
-        draw.text((x + 4, y + 2), name, fill="white")
+        draw.text((x + 4, y + 2), name, fill=color)
         sheet.paste(picture, (x, y + 16))
     data = io.BytesIO()
     sheet.save(data, "PNG")
