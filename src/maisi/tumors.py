@@ -96,9 +96,8 @@ class TumorWish(Config):
     def _possible(self) -> TumorWish:
         if self.kind not in KINDS:
             raise ValueError(f"there is no kind of tumour '{self.kind}'; choose from {', '.join(KINDS)}")
-        low, high = DIAMETER_RANGE_MM
-        if self.diameter_mm is not None and not low <= self.diameter_mm[0] <= self.diameter_mm[1] <= high:
-            raise ValueError(f"give a diameter from {low:g} to {high:g} mm, or a range with the smaller first")
+        if self.diameter_mm is not None and (fault := _diameter_fault(self.diameter_mm)):
+            raise ValueError(fault)
         if self.centre_mm is not None and not all(map(math.isfinite, self.centre_mm)):
             raise ValueError("the place of a tumour is three finite numbers")
         return self
@@ -139,15 +138,20 @@ def parse_tumor(text: str) -> TumorWish:
     diameter = None
     if match["low"] is not None:
         diameter = (float(match["low"]), float(match["high"] or match["low"]))
-        low, high = DIAMETER_RANGE_MM
-        if not low <= diameter[0] <= diameter[1] <= high:
-            raise MaisiError(
-                f"'{text}': give a diameter from {low:g} to {high:g} mm, or a range with the smaller first."
-            )
+        if fault := _diameter_fault(diameter):
+            raise MaisiError(f"'{text}': {fault}.")
     count = int(match["count"] or 1)
     if not 1 <= count <= MOST_TUMORS:
         raise MaisiError(f"'{text}': give a number of tumours from 1 to {MOST_TUMORS}.")
     return TumorWish(kind=kind.name, diameter_mm=diameter, count=count, centre_mm=_place(text, match["centre"]))
+
+
+def _diameter_fault(diameter_mm: Range) -> str:
+    """Why a range of diameters cannot be asked for; "" where it can."""
+    low, high = DIAMETER_RANGE_MM
+    if low <= diameter_mm[0] <= diameter_mm[1] <= high:
+        return ""
+    return f"give a diameter from {low:g} to {high:g} mm, or a range with the smaller first"
 
 
 def parse_tumors(wishes: Iterable[str | TumorWish]) -> tuple[TumorWish, ...]:

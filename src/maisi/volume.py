@@ -125,6 +125,10 @@ def turn_to_ras(shape: tuple[int, int, int], affine: NDArray[np.float64]) -> Tur
     return Turn(order, (bool(x), bool(y), bool(z)), (shape[first], shape[second], shape[third]), turned)
 
 
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""Places of the world toward Left, Posterior, Superior (DICOM, ITK, NRRD) for those in RAS+; its own inverse."""
+
+
 def checked_affine(affine: NDArray[Any]) -> NDArray[np.float64]:
     """Return `affine` as float64 (4, 4).
 

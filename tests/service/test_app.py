@@ -20,19 +20,21 @@ from maisi.generation.maker import Maker
 from maisi.io.nifti import read_volume, write_volume
 from maisi.io.preview import PLANES, SOFT_TISSUE, slice_png
 from maisi.request import Request
-from maisi.service.app import Settings, make_app
+from maisi.service.app import LOOPBACK, Settings, make_app
 from maisi.service.jobs import Jobs
 from maisi.volume import Volume
 
 pytest.importorskip("httpx")
 pytestmark = pytest.mark.filterwarnings("ignore:Using `httpx`")
 
+HOSTS = (*LOOPBACK, "testserver")
 WISH = {"region": ["chest"], "size": [32, 32, 16], "spacing": [10, 10, 10], "steps": 2}
 
 
 @pytest.fixture
 def settings(tmp_path: Path, model_folder: Path) -> Settings:
-    return Settings(tmp_path / "service", {"small": str(model_folder), "tiny": "tiny"}, most_upload_bytes=200_000)
+    models = {"small": str(model_folder), "tiny": "tiny"}
+    return Settings(tmp_path / "service", models, hosts=HOSTS, most_upload_bytes=200_000)
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ def test_a_file_that_was_sent_is_forgotten(client, tmp_path: Path, settings: Set
 def test_tokens_and_hosts(settings: Settings) -> None:
     from fastapi.testclient import TestClient
 
-    guarded = Settings(settings.folder, settings.models, "secret")
+    guarded = Settings(settings.folder, settings.models, "secret", HOSTS)
     client = TestClient(make_app(guarded, Jobs(settings.folder / "jobs", Maker("cpu"))))
     assert client.get("/api").status_code == 401
     assert client.get("/").status_code == 401

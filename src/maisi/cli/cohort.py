@@ -10,6 +10,8 @@ import click
 
 from maisi.cli.options import (
     FILE,
+    MOST_TOLD,
+    announced,
     fill,
     output_option,
     require_new,
@@ -22,8 +24,6 @@ from maisi.errors import MaisiError
 if TYPE_CHECKING:
     from maisi.generation.cohort_table import CohortRow
     from maisi.generation.maker import Maker
-
-MOST_TOLD = 5
 
 
 @click.group()
@@ -71,8 +71,8 @@ def make(table: Path, part: str, device: str, precision: str, memory: str | None
 
     Several processes may make the parts of one table into one folder: --part 1/2 here, --part 2/2 there.
     """
-    from maisi.generation.cohort import ITEMS, begin_cohort, finish_cohort
-    from maisi.generation.cohort_table import read_cohort
+    from maisi.generation.cohort import begin_cohort, finish_cohort
+    from maisi.generation.cohort_table import ITEMS, read_cohort
     from maisi.generation.maker import Maker
     from maisi.weights.registry import find_model
 
@@ -126,11 +126,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _make_row(maker: Maker, row: CohortRow, output: Path) -> None:
-    from maisi.generation.output import destination
-
     prepared = maker.prepare(row.request)
-    place = destination(output / row.case, prepared.order, range(row.request.count))
-    for note in prepared.notes:
-        click.echo(f"Note: {row.case}: {note}", err=True)
+    place = announced(prepared, output / row.case, range(row.request.count), f"{row.case}: ")
     if place.missing:
         fill(place, prepared.load(), f"{row.case} ")

@@ -9,6 +9,7 @@ import click
 
 from maisi.cli.options import (
     FILE,
+    announced,
     budget_options,
     fill,
     grid_options,
@@ -62,28 +63,17 @@ def generate(
 
     request = Request.parse(**wishes)
     require_first(first)
-    from maisi.generation.job import make_job
-    from maisi.generation.maker import order_of
-    from maisi.generation.output import destination
-    from maisi.weights.registry import find_model
+    from maisi.generation.maker import Maker
 
-    limit = set_up_memory(memory)
-    folder = find_model(request.model)
-    job = make_job(request, folder.config, carried=folder.library())
-    order = order_of(request, first, folder, masked=job.labels is not None)
-    place = destination(output, order, range(first, first + request.count))
-    for note in job.notes:
-        click.echo(f"Note: {note}", err=True)
-    if only_plan or place.missing:
-        from maisi.generation.pipeline import Model
-
-        model = Model(folder, device, precision, limit)
-        if only_plan:
-            click.echo(str(model.footprint(job)))
-            return
-        plan = model.prepare(job).decode
-        fill(place, lambda number, report: model.item(job, plan, number, report))
-    say_items(output, range(first, first + request.count), place)
+    numbers = range(first, first + request.count)
+    prepared = Maker(device, precision, set_up_memory(memory)).prepare(request, first)
+    place = announced(prepared, output, numbers)
+    if only_plan and prepared.plan is not None:
+        click.echo(prepared.plan())
+        return
+    if place.missing:
+        fill(place, prepared.load())
+    say_items(output, numbers, place)
 
 
 @click.command()
@@ -116,22 +106,11 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
     if request.by == "rules":
         refuse_given(["steps", "solver", "guidance", "device", "precision"], "is for networks, and rules paint here")
     require_first(first)
-    from maisi.generation.inpaint_job import make_inpaint_job
-    from maisi.generation.maker import order_of
-    from maisi.generation.output import destination
-    from maisi.weights.registry import find_model
+    from maisi.generation.maker import Maker
 
-    limit, folder = set_up_memory(memory), find_model(request.model)
-    job = make_inpaint_job(request, folder.config)
-    by_network = request.by == "network"
-    order = order_of(request, first, folder if by_network else None, masked=True)
-    place = destination(output, order, range(first, first + request.count))
-    for note in job.notes:
-        click.echo(f"Note: {note}", err=True)
+    numbers = range(first, first + request.count)
+    prepared = Maker(device, precision, set_up_memory(memory)).prepare(request, first)
+    place = announced(prepared, output, numbers)
     if place.missing:
-        from maisi.generation.inpaint import inpaint_item
-        from maisi.generation.pipeline import Model
-
-        model = Model(folder, device, precision, limit) if by_network else None
-        fill(place, lambda number, report: inpaint_item(model, job, number, report))
-    say_items(output, range(first, first + request.count), place)
+        fill(place, prepared.load())
+    say_items(output, numbers, place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from maisi.cli.options import FILE, output_option, require_new
+from maisi.cli.options import FILE, MOST_TOLD, output_option, require_new
 from maisi.errors import MaisiError
 from maisi.io.files import VOLUME_ENDINGS
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from maisi.data.mask_import import Source
     from maisi.io.dicom_structures import StructureSet
     from maisi.volume import Volume
-
-MOST_TOLD = 5
 
 
 @click.command("import")
@@ -73,8 +71,7 @@ def import_(
     words = vocabularies if len(vocabularies) > 1 else [*vocabularies] * len(segmentations)
     tables = [_table(name) for name in words]
     image = None if ct is None else read_volume(ct)
-    space = "" if ct is None else _space_of(ct)
-    sources = [_source(path, *table, image, space) for path, table in zip(segmentations, tables, strict=True)]
+    sources = [_source(path, *table, ct, image) for path, table in zip(segmentations, tables, strict=True)]
     result, report = import_masks(sources, image, to_grid=to_grid, swap_sides=swap_sides, spacing_mm=spacing_mm)
     write_volume(output, result, description="labels imported by maisi", synthetic=False, names=report.names)
     if with_report:
@@ -110,14 +107,15 @@ def _space_of(ct: Path) -> str:
     return open_series(ct).frame_of_reference if is_dicom(ct) and not is_zarr(ct) else ""
 
 
-def _source(path: Path, name: str, table: object, ct: Volume | None, space: str) -> Source:
+def _source(path: Path, name: str, table: object, ct: Path | None, image: Volume | None) -> Source:
     from maisi.data.label_maps import custom_vocabulary, named_vocabulary, vocabulary
     from maisi.data.mask_import import Source
     from maisi.io.dicom_structures import holds_structures, read_structures
     from maisi.io.nifti import read_label_names, read_labels
 
     if holds_structures(path):
-        held = read_structures(path, ct)
+        held = read_structures(path, image)
+        space = "" if ct is None else _space_of(ct)
         if space and held.frames_of_reference and space not in held.frames_of_reference:
             click.echo(f"Note: {path} says that it was drawn in another scan's space than this CT's.", err=True)
         if table is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
     from maisi.evaluation.result import Result
+    from maisi.generation.maker import Prepared
     from maisi.generation.output import Destination
 
 FILE = click.Path(path_type=Path)
@@ -192,6 +192,20 @@ def require_first(first: int) -> None:
         raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
 
 
+def announced(prepared: Prepared, output: Path, numbers: range, what: str = "") -> Destination:
+    """Look where a request's items go, and print its notes, with `what` before each.
+
+    Raises:
+        MaisiError: the folder holds something else, or cannot be made.
+    """
+    from maisi.generation.output import destination
+
+    place = destination(output, prepared.order, numbers)
+    for note in prepared.notes:
+        click.echo(f"Note: {what}{note}", err=True)
+    return place
+
+
 def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None]], Savable], what: str = "") -> None:
     """Make and write the items that are missing; `make` takes an item's number and what to tell its progress to.
 
@@ -209,18 +223,16 @@ def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None
 
 def say_items(output: Path, numbers: range, place: Destination) -> None:
     """Print how many items a folder has, how many it had before, and what their records say against them."""
-    from maisi.generation.output import RECORD, faults_of
+    from maisi.generation.output import RECORD, record_in
 
     click.echo(f"{output}: {len(numbers)} item(s), {len(numbers) - len(place.missing)} of them from before")
     faults = {}
     for number in numbers:
-        try:
-            record = json.loads((place.item_folder(number) / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        told = record_in(place.item_folder(number))
+        if told is None:
             faults[number] = [f"{RECORD} is missing or damaged; remove the item, and the same command makes it again."]
-            continue
-        if found := faults_of(record):
-            faults[number] = found
+        elif told[1]:
+            faults[number] = told[1]
     for number in list(faults)[:MOST_TOLD]:
         more = f" (and {len(faults[number]) - 1} more)" if len(faults[number]) > 1 else ""
         click.echo(f"Note: {number:04d} does not pass its check: {faults[number][0]}{more}", err=True)

@@ -73,13 +73,13 @@ def serve(
     if not output.parent.is_dir():
         raise MaisiError(f"The folder {output.parent} does not exist; make it first or choose another place.")
     from maisi.generation.maker import Maker
-    from maisi.service.app import Settings, make_app
+    from maisi.service.app import LOOPBACK, Settings, make_app
     from maisi.service.jobs import Jobs
 
     make_folder(output / "jobs")
     with locked(output, f"Another service uses {output}; choose another folder."):
         jobs = Jobs(output.resolve() / "jobs", Maker(device, precision, limit))
-        hosts = ("*",) if not here else ("localhost", "127.0.0.1", "[::1]", host)
+        hosts = ("*",) if not here else (*LOOPBACK, host)
         app = make_app(Settings(output.resolve(), named, word, hosts, most), jobs)
         server = uvicorn.Server(
             uvicorn.Config(

@@ -6,22 +6,16 @@ The folder has one for each row, which is what `maisi generate` (or `inpaint`) m
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.generation.cohort_table import CohortRow, table_text
-from maisi.generation.output import RECORD, faults_of
+from maisi.generation.cohort_table import ITEMS, MARK, OVERVIEW, TABLE, CohortRow, table_text
+from maisi.generation.output import PREVIEW, RECORD, items_in, record_in
 from maisi.io.files import atomic_path, new_folder, write_json
 from maisi.request import Request
-
-MARK, TABLE, ITEMS, OVERVIEW = "cohort.json", "cohort.csv", "items.csv", "overview.png"
-"""What a cohort's folder holds beside its rows: what says that it is one, the last table, what came of it."""
-
-PREVIEW = "preview.png"
 
 _COLUMNS, _WIDTH, _MOST_SHOWN = 6, 300, 60
 
@@ -56,12 +50,7 @@ def finish_cohort(out: Path, rows: Sequence[CohortRow]) -> list[dict[str, Any]]:
     Raises:
         MaisiError: they cannot be written.
     """
-    told = [
-        _told(row, record.parent, out)
-        for row in rows
-        for record in sorted((out / row.case).glob(f"[0-9][0-9][0-9][0-9]*/{RECORD}"))
-        if ".part-" not in record.parent.name
-    ]
+    told = [_told(row, item, out) for row in rows for item in items_in(out / row.case)]
     if told:
         with atomic_path(out / ITEMS) as part:
             part.write_text(table_text(told), encoding="utf-8")
@@ -70,12 +59,11 @@ def finish_cohort(out: Path, rows: Sequence[CohortRow]) -> list[dict[str, Any]]:
 
 
 def _told(row: CohortRow, item: Path, out: Path) -> dict[str, Any]:
+    record, faults = record_in(item) or ({}, [f"{RECORD} is damaged."])
     try:
-        record: Mapping[str, Any] = json.loads((item / RECORD).read_text(encoding="utf-8"))
-        faults = faults_of(record)
         request = Request.model_validate(record["request"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        record, request, faults = {}, None, [f"{RECORD} is damaged ({type(error).__name__})"]
+    except (KeyError, ValueError):
+        request, faults = None, faults or [f"{RECORD} is damaged."]
     return {
         "case": row.case,
         "folder": item.relative_to(out).as_posix(),

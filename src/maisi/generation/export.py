@@ -27,9 +27,9 @@ import maisi
 from maisi.anatomy import BACKGROUND, CUSTOM_IDS, label_id, label_name, modality_name, name_key
 from maisi.data.label_maps import ids_in, translated
 from maisi.errors import MaisiError
-from maisi.generation.cohort import ITEMS, MARK
+from maisi.generation.cohort_table import ITEMS, MARK
 from maisi.generation.masks import only
-from maisi.generation.output import IMAGE, LABELS, RECORD, faults_of
+from maisi.generation.output import IMAGE, LABELS, RECORD, faults_of, items_in
 from maisi.io.files import atomic_path, new_folder, sha256, write_json
 from maisi.io.nifti import read_header, read_label_names, read_labels, write_volume
 from maisi.volume import Volume
@@ -160,10 +160,7 @@ def export(
     if folds < 1:
         raise MaisiError(f"{folds} folds are not possible; give at least 1.")
     pairs, without_mask = find_pairs(folders)
-    not_passed = sum(not pair.passed for pair in pairs)
-    pairs = tuple(pair for pair in pairs if pair.passed or not passed)
-    if not pairs:
-        raise MaisiError("None of the pairs passed its check; export them without --passed, or make others.")
+    pairs, not_passed = chosen(pairs, passed, "pairs")
     names = own_names(pairs)
     wanted = None if keep is None else [id_in(label, names) for label in keep]
     ids = consecutive(_ids_held(pairs), wanted, names)
@@ -191,6 +188,18 @@ def export(
     return Exported(out, dataset.cases, without_mask, not_passed, MappingProxyType(ids))
 
 
+def chosen(items: Sequence[Pair], passed: bool, what: str) -> tuple[tuple[Pair, ...], int]:
+    """All items, or those alone that passed their check; and how many did not.
+
+    Raises:
+        MaisiError: none is left.
+    """
+    left = tuple(item for item in items if item.passed or not passed)
+    if not left:
+        raise MaisiError(f"None of the {what} passed its check; export them without --passed, or make others.")
+    return left, sum(not item.passed for item in items)
+
+
 def find_pairs(folders: Iterable[Path]) -> tuple[tuple[Pair, ...], int]:
     """Find the items that have a mask, and count those that have none.
 
@@ -213,8 +222,7 @@ def find_items(folders: Iterable[Path]) -> tuple[Pair, ...]:
     found: list[Pair] = []
     stems: set[str] = set()
     for folder in _rows(_different(folders)):
-        items = [folder] if (folder / RECORD).is_file() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
-        items = [item for item in items if ".part-" not in item.name]
+        items = [folder] if (folder / RECORD).is_file() else items_in(folder)
         if not items:
             what = f"holds no item with a {RECORD}" if folder.is_dir() else "is no folder"
             raise MaisiError(f"{folder} {what}; give a folder made by `maisi generate`.")

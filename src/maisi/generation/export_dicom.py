@@ -22,6 +22,7 @@ from maisi.generation.export import (
     PAINTED_DESCRIPTION,
     Pair,
     Report,
+    chosen,
     find_items,
     id_in,
     name_in,
@@ -74,11 +75,7 @@ def export_dicom(
         MaisiError: no items, MR, masks that all lack a label wanted, a package is missing, or a place that cannot be
             written to.
     """
-    items = find_items(folders)
-    not_passed = sum(not item.passed for item in items)
-    items = tuple(item for item in items if item.passed or not passed)
-    if not items:
-        raise MaisiError("None of the items passed its check; export them without --passed, or make others.")
+    items, not_passed = chosen(find_items(folders), passed, "items")
     if others := sorted({item.modality for item in items} - {"CT"}):
         raise MaisiError(f"The folders hold {others[0]}; only CT is written as DICOM.")
     masked = [item for item in items if item.masked]
@@ -99,7 +96,8 @@ def export_dicom(
             series = part / item.name / SERIES_FOLDER
             series.mkdir(parents=True)
             slices = write_ct(series, read_volume(item.folder / IMAGE), about)
-            kept = [id for id in (held.get(item, []) if wanted is None else wanted) if id in held.get(item, [])]
+            own = held.get(item, [])
+            kept = own if wanted is None else [id for id in wanted if id in own]
             if kept:
                 labels = read_labels(item.folder / LABELS)
                 labels = labels.with_array(only(labels.array, kept, labels.spacing_mm))

@@ -35,11 +35,13 @@ class Prepared:
         order: JSON values that decide every byte of its items, see `output.destination`.
         notes: sentences for who asked.
         load: loads the networks (once) and returns what makes an item of its number.
+        plan: says how much memory that takes, and how, and loads nothing; None for inpainting.
     """
 
     order: Mapping[str, Any]
     notes: tuple[str, ...]
     load: Callable[[], MakeItem]
+    plan: Callable[[], str] | None = None
 
 
 class Maker:
@@ -50,16 +52,17 @@ class Maker:
         self._running = (device, precision, memory)
         self._model: tuple[str, Model] | None = None
 
-    def prepare(self, request: Request) -> Prepared:
-        """Check a request; nothing is loaded.
+    def prepare(self, request: Request, first: int = 0) -> Prepared:
+        """Check a request whose items are numbered from `first`; nothing is loaded.
 
         Raises:
             MaisiError: something asked for cannot be made.
         """
         folder = find_model(request.model)
-        return self._inpainting(request, folder) if request.image is not None else self._generation(request, folder)
+        kind = self._generation if request.image is None else self._inpainting
+        return kind(request, folder, first)
 
-    def _generation(self, request: Request, folder: ModelFolder) -> Prepared:
+    def _generation(self, request: Request, folder: ModelFolder, first: int) -> Prepared:
         job = make_job(request, folder.config, carried=folder.library())
 
         def load() -> MakeItem:
@@ -67,9 +70,12 @@ class Maker:
             plan = model.prepare(job).decode
             return lambda number, report: model.item(job, plan, number, report)
 
-        return Prepared(order_of(request, 0, folder, masked=job.labels is not None), tuple(job.notes), load)
+        def plan() -> str:
+            return str(self._loaded(request.model, folder).footprint(job))
 
-    def _inpainting(self, request: Request, folder: ModelFolder) -> Prepared:
+        return Prepared(order_of(request, first, folder, masked=job.labels is not None), tuple(job.notes), load, plan)
+
+    def _inpainting(self, request: Request, folder: ModelFolder, first: int) -> Prepared:
         job, by_network = make_inpaint_job(request, folder.config), request.by == "network"
 
         def load() -> MakeItem:
@@ -77,7 +83,8 @@ class Maker:
 
             return partial(inpaint_item, self._loaded(request.model, folder) if by_network else None, job)
 
-        return Prepared(order_of(request, 0, folder if by_network else None, masked=True), tuple(job.notes), load)
+        order = order_of(request, first, folder if by_network else None, masked=True)
+        return Prepared(order, tuple(job.notes), load)
 
     def _loaded(self, name: str, folder: ModelFolder) -> Model:
         from maisi.generation.pipeline import Model

@@ -25,8 +25,8 @@ from maisi.request import Request
 from maisi.volume import Volume
 
 REQUEST_FILE = "request.json"
-IMAGE, LABELS, RECORD = "image.nii.gz", "labels.nii.gz", "record.json"
-"""What an item's folder holds, beside its preview."""
+IMAGE, LABELS, RECORD, PREVIEW = "image.nii.gz", "labels.nii.gz", "record.json", "preview.png"
+"""What an item's folder holds."""
 
 PAINTED = "CT with tissue painted into it by maisi"
 """What such an image says of itself."""
@@ -82,7 +82,7 @@ def save_item(folder: Path, item: Item) -> Path:
             ids = ids_in(item.labels.array)
             names = label_names(ids) | {id: name for id, name in item.custom_labels.items() if id in ids}
             write_volume(part / LABELS, item.labels, description=said, synthetic=item.synthetic, names=names)
-        preview(part / "preview.png", item.image, item.labels, title=_title(item))
+        preview(part / PREVIEW, item.image, item.labels, title=_title(item))
         write_record(
             part / RECORD,
             item.request,
@@ -180,6 +180,21 @@ def faults_of(record: Mapping[str, Any]) -> list[str]:
         faults.append(f"A tumour's contrast to its host is not that of its kind ({hu}).")
     faults += [f"There is no {name}, which was asked for." for name in record.get("missing") or ()]
     return faults
+
+
+def record_in(item: Path) -> tuple[Mapping[str, Any], list[str]] | None:
+    """An item's record, and what it says against it; None where it is missing or damaged."""
+    try:
+        record = json.loads((item / RECORD).read_text(encoding="utf-8"))
+        return record, faults_of(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def items_in(folder: Path) -> list[Path]:
+    """The folders of the items that an output folder has, those half-written left out."""
+    found = sorted(record.parent for record in folder.glob(f"*/{RECORD}"))
+    return [item for item in found if ".part-" not in item.name]
 
 
 def _read_order(folder: Path) -> Any:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
 from maisi.io.stored import StoredHeader, truncated
+from maisi.volume import RAS_TO_LPS
 
 ENDINGS = (".dcm", ".ima", ".dicom")
 """How single files are often called; many have no ending at all."""
@@ -331,7 +332,7 @@ def _series(path: Path, files: Sequence[tuple[Path, Any]]) -> DicomSeries:
         path=path,
         shape=(columns, rows, len(frames)),
         dtype=_dtype(frames),
-        affine=np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine,
+        affine=RAS_TO_LPS @ affine,
         offset=0,
         compressed=True,
     )

@@ -21,7 +21,7 @@ from scipy import ndimage
 from maisi.errors import MaisiError
 from maisi.io.dicom import STRUCTURES, Frame, frames_of, quiet, read_dicom
 from maisi.io.stored import StoredHeader
-from maisi.volume import Volume
+from maisi.volume import RAS_TO_LPS, Volume
 
 Array = NDArray[Any]
 Bools = NDArray[np.bool_]
@@ -35,7 +35,6 @@ _SEGMENTS = (
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _OFF_PLANE = 0.35
 """Part of a slice's thickness by which contours may lie off its middle; those of finer slices lie between, too."""
 
@@ -170,7 +169,7 @@ def _contours(path: Path, told: Any, grid: Volume | None) -> StructureSet:
         raise MaisiError(f"{path} holds contours, which are filled on the grid of a CT; give it with --ct.")
     numbers = {int(roi.ROINumber): n for n, roi in enumerate(told.StructureSetROISequence, 1)}
     names = {n: str(roi.get("ROIName") or "").strip() for n, roi in enumerate(told.StructureSetROISequence, 1)}
-    to_index = np.linalg.inv(grid.affine) @ _LPS
+    to_index = np.linalg.inv(grid.affine) @ RAS_TO_LPS
     outlines: dict[int, list[Points]] = {}
     for roi in told.get("ROIContourSequence") or ():
         number = numbers.get(int(roi.ReferencedROINumber))
@@ -378,7 +377,7 @@ def _own_grid(
     def affine_of(step: float) -> NDArray[np.float64]:
         affine = np.eye(4)
         affine[:3] = np.stack([across * between_columns, down * between_rows, normal * step, lowest.position], axis=1)
-        return _LPS @ affine
+        return RAS_TO_LPS @ affine
 
     shape = (first.shape[1], first.shape[0], 1)
     steps = [float(np.diff(rising).min())] if len(rising) > 1 else []
@@ -396,7 +395,7 @@ def _own_grid(
 
 def _step_of(grid: Volume, normal: NDArray[Any]) -> float:
     """How far apart the slices of a grid are along a direction (LPS)."""
-    axes = (_LPS[:3, :3] @ grid.affine[:3, :3]) / np.array(grid.spacing_mm)
+    axes = (RAS_TO_LPS[:3, :3] @ grid.affine[:3, :3]) / np.array(grid.spacing_mm)
     return float(grid.spacing_mm[int(np.abs(normal @ axes).argmax())])
 
 

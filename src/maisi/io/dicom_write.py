@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 import maisi
 from maisi.errors import MaisiError
 from maisi.io.preview import label_color
-from maisi.volume import Volume
+from maisi.volume import RAS_TO_LPS, Volume
 
 SCHEME = "99MAISI"
 """Designator of the label ids as codes; those that begin with 99 are private."""
 
-_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SHEARED = 1e-3
 _LONGEST = 62
 """Characters of one line; 64 are allowed, and a name has two of its own."""
@@ -196,7 +195,7 @@ def _axial(volume: Volume) -> tuple[NDArray[Any], NDArray[np.float64]]:
         raise MaisiError("The volume's axes are not at right angles, which DICOM has no word for; resample it first.")
     turned = np.diag([-1.0, -1.0, 1.0, 1.0])
     turned[:2, 3] = ras.shape[0] - 1, ras.shape[1] - 1
-    return ras.array[::-1, ::-1], _TO_LPS @ ras.affine @ turned
+    return ras.array[::-1, ::-1], RAS_TO_LPS @ ras.affine @ turned
 
 
 def _slice(pixels: NDArray[Any], affine: NDArray[np.float64], z: int, about: About) -> Any:

@@ -21,6 +21,7 @@ from maisi.errors import MaisiError
 from maisi.io.files import atomic_path
 from maisi.io.slabs import Slabs
 from maisi.io.stored import GZIP_LEVEL, ByteStream, StoredHeader
+from maisi.volume import RAS_TO_LPS
 
 _HEADER_LIMIT = 1 << 20
 
@@ -93,7 +94,7 @@ def write_nrrd(path: Path, volume: Slabs, comment: str, fields: Mapping[str, str
         comment: one line for the head of the file.
         fields: free key-value pairs.
     """
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
+    affine = RAS_TO_LPS @ volume.affine
     lines = [
         "NRRD0005",
         f"# {comment}",

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from maisi.errors import MaisiError
 from maisi.io.preview import label_color, rgb
-from maisi.volume import Turn, checked_affine, turn_to_ras
+from maisi.volume import RAS_TO_LPS, Turn, checked_affine, turn_to_ras
 
 Json = Mapping[str, Any]
 Triple = tuple[int, int, int]
@@ -39,7 +39,6 @@ LEVEL = "0"
 """Path of the one level that is written."""
 
 _VERSION = "0.4"
-_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """LPS+ to RAS+, and back."""
 
 _MILLIMETRES = {
@@ -84,7 +83,7 @@ class Place:
 
 def stored_turn(shape: Triple, affine: NDArray[np.float64]) -> Turn:
     """How a volume is turned to be written: toward Left, Posterior, Superior; the turn's affine is LPS+."""
-    return turn_to_ras(shape, _TO_RAS @ affine)
+    return turn_to_ras(shape, RAS_TO_LPS @ affine)
 
 
 def attributes_of(turn: Turn, affine: NDArray[np.float64], note: Json, names: Mapping[int, str]) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def place_of(path: Path, attributes: Json, shape: Sequence[int]) -> Place:
             back = [turn.order.index(axis) for axis in range(3)]
             a, b, c = ((axes[i], turn.flipped[i]) for i in back)
             return Place((a[0], b[0], c[0]), (a[1], b[1], c[1]), affine, own.get("every_chunk_written") is True)
-    return Place(axes, (False, False, False), _TO_RAS @ lps)
+    return Place(axes, (False, False, False), RAS_TO_LPS @ lps)
 
 
 def own_affine(path: Path, own: Json) -> NDArray[np.float64]:

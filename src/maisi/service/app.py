@@ -35,7 +35,7 @@ import maisi
 from maisi.anatomy import BODY, REGIONS, TUMORS, label_name
 from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
-from maisi.generation.output import IMAGE, LABELS, RECORD
+from maisi.generation.output import IMAGE, LABELS, PREVIEW, RECORD
 from maisi.io.files import make_folder
 from maisi.io.nifti import read_header, read_labels, read_volume
 from maisi.io.preview import BONE, LUNG, PLANES, SOFT_TISSUE, label_color, rgb, slice_png
@@ -49,14 +49,20 @@ MOST_UPLOAD_BYTES = 2 << 30
 MOST_BODY_BYTES = 1 << 20
 COOKIE = "maisi_token"
 
-_PARTS = {"image": IMAGE, "labels": LABELS, "preview": "preview.png", "record": RECORD}
-_VIEWER = {"": ("index.html", "text/html"), "viewer.css": ("viewer.css", "text/css")} | {
-    "viewer.js": ("viewer.js", "text/javascript")
+_PARTS = {"image": IMAGE, "labels": LABELS, "preview": PREVIEW, "record": RECORD}
+_VIEWER = {
+    "": ("index.html", "text/html"),
+    "viewer.css": ("viewer.css", "text/css"),
+    "viewer.js": ("viewer.js", "text/javascript"),
 }
+"""Page -> its file, and what that is."""
+
 _NOT_OVER_HTTP = ("library", "ranges")
 _HELD = 3
 _FILE = re.compile(r"[0-9a-f]{12}/[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""What this machine is called by itself."""
+
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "frame-ancestors 'none'; form-action 'none'"
@@ -81,7 +87,7 @@ class Settings:
     folder: Path
     models: Mapping[str, str]
     token: str = ""
-    hosts: Sequence[str] = _LOOPBACK
+    hosts: Sequence[str] = LOOPBACK
     most_upload_bytes: int = MOST_UPLOAD_BYTES
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from maisi.errors import MaisiError
 from maisi.generation.maker import Maker
-from maisi.generation.output import RECORD, Destination, destination, faults_of
+from maisi.generation.output import RECORD, Destination, destination, items_in, record_in
 from maisi.io.files import make_folder, new_folder, write_json
 from maisi.request import Request
 
@@ -157,13 +157,15 @@ class Jobs:
     def items(self, job: Job) -> list[tuple[int, list[str]]]:
         """Numbers of the items that are there, each with what its record says against it."""
         found = []
-        for record in sorted((self.folder / job.id / ITEMS).glob(f"[0-9][0-9][0-9][0-9]*/{RECORD}")):
-            if record.parent.name.isdecimal():
-                number = int(record.parent.name)
-                with self._lock:  # asked each second while a job runs; items don't change
-                    if (job.id, number) not in self._faults:
-                        self._faults[job.id, number] = _faults(record)
-                    found.append((number, self._faults[job.id, number]))
+        for item in items_in(self.folder / job.id / ITEMS):
+            if not item.name.isdecimal():
+                continue
+            number = int(item.name)
+            with self._lock:  # asked each second while a job runs; items don't change
+                if (job.id, number) not in self._faults:
+                    told = record_in(item)
+                    self._faults[job.id, number] = [f"{RECORD} is damaged."] if told is None else told[1]
+                found.append((number, self._faults[job.id, number]))
         return found
 
     def item_folder(self, job: Job, number: int) -> Path:
@@ -232,13 +234,6 @@ class Jobs:
                 write_json(self.folder / job.id / JOB_FILE, _told(job))
             except (MaisiError, OSError, ValueError) as fault:
                 _LOG.warning("job %s: %s", job.id, fault)
-
-
-def _faults(record: Path) -> list[str]:
-    try:
-        return faults_of(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        return [f"{RECORD} is damaged."]
 
 
 def _sentence(error: Exception) -> str:
