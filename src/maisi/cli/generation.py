@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from maisi.cli.options import (
     say_items,
     set_up_memory,
 )
+
+if TYPE_CHECKING:
+    from maisi.request import Request
 
 
 @click.command()
@@ -63,17 +66,7 @@ def generate(
 
     request = Request.parse(**wishes)
     require_first(first)
-    from maisi.generation.maker import Maker
-
-    numbers = range(first, first + request.count)
-    prepared = Maker(device, precision, set_up_memory(memory)).prepare(request, first)
-    place = announced(prepared, output, numbers)
-    if only_plan and prepared.plan is not None:
-        click.echo(prepared.plan())
-        return
-    if place.missing:
-        fill(place, prepared.load())
-    say_items(output, numbers, place)
+    _make(output, request, first, device, precision, memory, only_plan)
 
 
 @click.command()
@@ -106,11 +99,26 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
     if request.by == "rules":
         refuse_given(["steps", "solver", "guidance", "device", "precision"], "is for networks, and rules paint here")
     require_first(first)
+    _make(output, request, first, device, precision, memory)
+
+
+def _make(
+    output: Path,
+    request: Request,
+    first: int,
+    device: str,
+    precision: str,
+    memory: str | None,
+    only_plan: bool = False,
+) -> None:
     from maisi.generation.maker import Maker
 
     numbers = range(first, first + request.count)
     prepared = Maker(device, precision, set_up_memory(memory)).prepare(request, first)
     place = announced(prepared, output, numbers)
+    if only_plan and prepared.plan is not None:
+        click.echo(prepared.plan())
+        return
     if place.missing:
         fill(place, prepared.load())
     say_items(output, numbers, place)
