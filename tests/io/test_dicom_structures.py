@@ -272,6 +272,20 @@ def test_damage_ends_in_one_sentence(tmp_path_factory, data):
         assert "Nobody" not in str(error)  # noqa: PT017
 
 
+def test_one_that_is_cut_within_its_contours_is_damaged(tmp_path, grid):
+    path = rtstruct(tmp_path / "a.dcm", {"A": [circle((9, 9), 4, 3, AFFINE, 12)]})
+    content = path.read_bytes()
+    faults = 0
+    for end in range(300, len(content), 7):
+        path.write_bytes(content[:end])
+        try:
+            if holds_structures(path):
+                read_structures(path, grid)
+        except MaisiError:
+            faults += 1
+    assert faults > 20
+
+
 def test_what_holds_no_structures(tmp_path, slices):
     folder = save(tmp_path / "ct", slices)
     assert not holds_structures(folder)

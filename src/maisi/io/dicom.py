@@ -104,7 +104,7 @@ class Frame:
         except MaisiError:
             raise
         except Exception as error:  # each decoder raises its own
-            if _from_the_system(error):
+            if from_the_system(error):
                 raise
             raise truncated(self.path) from error
         if (self.slope, self.intercept) == (1.0, 0.0):
@@ -260,12 +260,12 @@ def read_dicom(path: Path, tags: Sequence[str] = _TAGS, convert: bool = True) ->
     except MaisiError:
         raise
     except Exception as error:  # the parser raises whatever the damaged bytes lead it to
-        if _from_the_system(error):
+        if from_the_system(error):
             raise
         raise MaisiError(f"{path} has a damaged DICOM header ({type(error).__name__}); export it again.") from error
 
 
-def _from_the_system(error: Exception) -> bool:
+def from_the_system(error: Exception) -> bool:
     """Whether a file could not be read; the library calls a damaged one so, too, but without a number."""
     return isinstance(error, OSError) and error.errno is not None
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from maisi.errors import MaisiError
-from maisi.io.dicom import STRUCTURES, Frame, frames_of, quiet, read_dicom
+from maisi.io.dicom import STRUCTURES, Frame, frames_of, from_the_system, quiet, read_dicom
 from maisi.io.stored import StoredHeader
 from maisi.volume import RAS_TO_LPS, Volume
 
@@ -130,9 +130,11 @@ def read_structures(path: Path, grid: Volume | None) -> StructureSet:
     try:
         with quiet():
             found = _contours(path, told, grid) if told and told.Modality == "RTSTRUCT" else _segments(path, told, grid)
-    except (MaisiError, OSError):
+    except MaisiError:
         raise
     except Exception as error:  # what is not as the standard has it shows in many ways
+        if from_the_system(error):
+            raise
         told_by = type(error).__name__
         raise MaisiError(f"{path} is damaged, or not as DICOM has it ({told_by}); export it again.") from error
     if not found.pieces and not found.faults:
