@@ -4,9 +4,10 @@
     python recipes/tiny/from_labels.py --data PREPARED_FOLDER -o OUT --bent --split train --count 32 \
         --spacing 4.5 4.5 4.5 --size 112 80 80 --least 378 270 270 --structures mandible,brainstem
 
-Items are first attempts with the model's defaults. OUT/real/cases.json is for `maisi evaluate fidelity OUT/generated
---real OUT/real/cases.json`, OUT/generated for `maisi evaluate medians` and `fid`, too. What is there stays, so an
-interrupted run goes on; `--part 1/2` makes every other case, for a second process, and an item is the same either way.
+Items are first attempts with the model's defaults, unless `--retries` makes them as `maisi generate` does.
+OUT/real/cases.json is for `maisi evaluate fidelity OUT/generated --real OUT/real/cases.json`, OUT/generated for `maisi
+evaluate medians` and `fid`, too. What is there stays, so an interrupted run goes on; `--part 1/2` makes every other case,
+for a second process, and an item is the same either way.
 Bent label maps (`maisi.data.mask_deform`, default ranges) have no real CT.
 """
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="label maps; all cases once if left out")
     parser.add_argument("--part", default="0/1", help="as 0/2 and 1/2 for two processes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--retries", type=int, default=0, help="as of `maisi generate`")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     a = parser.parse_args()
     try:
@@ -75,14 +77,14 @@ def run(a: argparse.Namespace) -> None:
             if a.bent:
                 rng = np.random.default_rng((a.seed, number))
                 labels = deform(labels, draw_deformation(rng, DeformationRanges(), labels))
-            generate(model, labels, a.seed, number, path)
+            generate(model, labels, a, number, path)
             print(f"{number + 1}/{len(chosen)}: {path}", flush=True)
 
 
-def generate(model: Model, labels: Volume, seed: int, number: int, path: Path) -> None:
-    """Write the first attempt from one label map."""
+def generate(model: Model, labels: Volume, a: argparse.Namespace, number: int, path: Path) -> None:
+    """Write what is made from one label map."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    model.generate(mask=labels, seed=seed, item=number, retries=0).save(path)
+    model.generate(mask=labels, seed=a.seed, item=number, retries=a.retries).save(path)
 
 
 def suited(folder: PreparedFolder, split: Split, least_mm: Sequence[float], structures: str) -> list[PreparedCase]:

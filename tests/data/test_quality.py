@@ -195,6 +195,23 @@ def test_each_fault_is_found(trunk, spoil, kind, of) -> None:
     assert found(check(*trunk), kind, of).passed
 
 
+def test_padding_and_metal_of_real_scans_are_no_fault(trunk) -> None:
+    image, labels = trunk
+    air = labels.array == 0
+    array = image.array.copy()
+    array[air & (np.indices(image.shape)[1] < 8)] = -2000  # the blurred edge of the padding, had this been resampled
+    array[air & (np.indices(image.shape)[1] < 7)] = -3024
+    metal = np.argwhere(labels.array == 200)[:5]
+    array[tuple(metal.T)] = 20_000
+    assert check(image.with_array(array), labels).passed == check(image, labels).passed
+    assert found(check(image.with_array(array), labels), "not HU").passed
+
+
+def test_many_values_beyond_what_scanners_measure_are_no_metal(trunk) -> None:
+    image, labels = trunk
+    assert not found(check(image.with_array(image.array.astype(np.int32) * 5), labels), "not HU").passed
+
+
 def test_a_spread_fails_at_both_ends(trunk) -> None:
     flat_one, noisy = (found(check(spoil(*trunk), trunk[1]), "spread", "liver") for spoil in (flat, noise))
     assert flat_one.value == 0

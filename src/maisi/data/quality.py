@@ -54,6 +54,9 @@ NAMES = {
 }
 """Kind of a finding -> what it is called; the braces stand for what it is of."""
 
+PADDING_SHARE, METAL_SHARE = 0.01, 0.001
+"""From this share of one lowest value on that is padding around the scan; up to this share the highest are metal."""
+
 WORST = 10.0
 """A finding counts no more than this in the score, however far out it lies."""
 
@@ -331,8 +334,10 @@ def judge(
 
 
 def _value_findings(hu: Array, ranges: QualityRanges) -> Iterator[Finding]:
-    """Are the values those of a CT?"""
-    outside = float(((hu < STORED_HU[0]) | (hu > STORED_HU[1])).mean())
+    """Are the values those of a CT? Scanners pad with less than they can measure, and metal is beyond it."""
+    below, above = float((hu < STORED_HU[0]).mean()), float((hu > STORED_HU[1]).mean())
+    padded = below > 0 and float((hu == hu.min()).mean()) >= PADDING_SHARE
+    outside = (0.0 if padded else below) + (0.0 if above <= METAL_SHARE else above)
     yield Finding("not HU", "", outside, high=0.0)
     yield Finding("saturated", "", float((hu >= HU_MAX).mean()), high=ranges.saturated_share)
 
