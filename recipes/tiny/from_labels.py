@@ -5,9 +5,9 @@
         --spacing 4.5 4.5 4.5 --size 112 80 80 --least 378 270 270 --structures mandible,brainstem
 
 Items are first attempts with the model's defaults, unless `--retries` makes them as `maisi generate` does.
-OUT/real/cases.json is for `maisi evaluate fidelity OUT/generated --real OUT/real/cases.json`, OUT/generated for `maisi
-evaluate medians` and `fid`, too. What is there stays, so an interrupted run goes on; `--part 1/2` makes every other case,
-for a second process, and an item is the same either way.
+OUT/real/cases.json is for `maisi evaluate fidelity OUT/generated --real OUT/real/cases.json`, OUT/generated for
+`maisi evaluate medians` and `fid`, too. What is there stays, so an interrupted run goes on; `--part 1/2` makes every
+other case, for a second process, and an item is the same either way.
 Bent label maps (`maisi.data.mask_deform`, default ranges) have no real CT.
 """
 

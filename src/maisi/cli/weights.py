@@ -47,6 +47,43 @@ def convert(
 
 
 @weights.command()
+@click.argument("name")
+@click.option(
+    "--from", "source", type=FILE, help="Folder that has the released .pt files already; nothing is downloaded."
+)
+@click.option("--revision", help="Branch, tag or commit of the repositories on the hub.  [default: main]")
+@click.option("--cache", type=FILE, help="Where downloads are kept.  [default: the hub's cache, see HF_HOME]")
+@click.option("--storage", type=click.Choice(STORAGES), help="How to store weights.  [default: as the files do]")
+@output_option("Model folder to make.")
+def fetch(
+    name: str, source: Path | None, revision: str | None, cache: Path | None, storage: Storage | None, output: Path
+) -> None:
+    """Make a model folder of NAME, a released model: rflow-ct, ddpm-ct, rflow-mr or rflow-mr-brain.
+
+    Its files come from the Hugging Face hub, each compared with the hash that the hub tells, or with --from from a
+    folder, as the reference's scripts leave them. Nothing in them is run.
+
+    \b
+    maisi weights fetch rflow-ct -o rflow-ct
+    maisi weights fetch rflow-ct --from NV-Generate-CTMR/models -o rflow-ct
+    maisi generate --model rflow-ct --region chest --fov auto -o out
+    """
+    from maisi.cli.options import refuse_given
+    from maisi.weights.fetch import FromFolder, FromHub
+    from maisi.weights.fetch import fetch as fetch_model
+    from maisi.weights.hub import Hub
+    from maisi.weights.released_models import released_model
+
+    model = released_model(name)
+    require_new(output)
+    if source is not None:
+        refuse_given(("revision", "cache"), "is for downloads, and --from makes none")
+    place = FromHub(Hub(revision or "main", cache)) if source is None else FromFolder(source)
+    config = fetch_model(name, output, place, storage=storage, say=click.echo)
+    click.echo(f"{output}: {', '.join(config.files)}; use it with --model {output}. {model.advice}".rstrip())
+
+
+@weights.command()
 @click.argument("file", type=FILE)
 @output_option("File to make (.pt).")
 def export(file: Path, output: Path) -> None:

@@ -50,6 +50,7 @@ def assemble(
     crop_spacing_mm: tuple[float, float] | None = None,
     ranges: Path | None = None,
     library: Path | None = None,
+    card: str | None = None,
 ) -> ModelConfig:
     """Make a model folder.
 
@@ -72,6 +73,7 @@ def assemble(
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
         ranges: quality ranges that its images are to be judged by, as `maisi quality learn` makes them.
         library: folder of label maps that come with it, as `maisi mask library build` makes it.
+        card: text of its model card, Markdown; None for none.
 
     Raises:
         MaisiError: a file is missing, damaged or another network, no scale factor is known, or the folder exists.
@@ -116,6 +118,8 @@ def assemble(
             "library": None if library is None else LIBRARY,
         }
         config = ModelConfig.model_validate(values)
+        if card is not None:
+            (part_folder / config.card).write_text(card, encoding="utf-8")
         write_json(part_folder / "model.json", config.model_dump(mode="json"))
     return config
 

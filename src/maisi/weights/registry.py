@@ -14,6 +14,7 @@ from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
 from maisi.io.files import INDEX, sha256
 from maisi.weights.load import load_network, read_header
+from maisi.weights.released_models import released_models
 
 if TYPE_CHECKING:
     import torch
@@ -277,6 +278,11 @@ def _folder(name_or_folder: str | Path) -> Path:
         return CARRIED / str(name_or_folder)
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
+    if str(name_or_folder) in released_models():
+        raise MaisiError(
+            f"The released weights '{name_or_folder}' are not here yet: `maisi weights fetch {name_or_folder} -o "
+            "FOLDER` brings them, then give that folder."
+        )
     near = difflib.get_close_matches(str(name_or_folder), names, n=1)
     guess = f" (did you mean '{near[0]}'?)" if near else ""
     known = ", ".join(names) or "none"
