@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
 import time
+import zipfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -259,6 +261,42 @@ def test_a_file_that_was_sent_is_forgotten(client, tmp_path: Path, settings: Set
     assert client.delete(f"/api/files/{file}").status_code == 204
     assert client.delete(f"/api/files/{file}").status_code == 422
     assert not list((settings.folder / "files").glob("*"))
+
+
+def test_a_series_of_dicom_comes_as_a_zip(client, tmp_path: Path, settings: Settings) -> None:
+    pytest.importorskip("highdicom")
+    from tests.dicom_files import PATIENT, datasets, save
+
+    image, labels = phantom((16, 16, 8), (20.0, 20.0, 20.0), ("chest",), seed=1)
+    slices = datasets((image.array + 1024).astype(np.uint16), image.affine)
+    for slice_ in slices:
+        slice_.RescaleIntercept = -1024
+    sent = io.BytesIO()
+    with zipfile.ZipFile(sent, "w") as zipped:
+        for path in save(tmp_path / "series", slices).iterdir():
+            zipped.write(path, path.name)
+    answer = client.put("/api/files/ct.zip", content=sent.getvalue())
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["size"] == [16, 16, 8]
+    kept = settings.folder / "files" / answer.json()["file"]
+    assert (read_volume(kept).array == image.array).all()
+    assert [path.name for path in kept.parent.iterdir()] == ["ct.nii.gz"]
+    assert PATIENT.encode() not in gzip.decompress(kept.read_bytes())
+    write_volume(tmp_path / "labels.nii.gz", labels)
+    mask = client.put("/api/files/labels.nii.gz", content=(tmp_path / "labels.nii.gz").read_bytes()).json()["file"]
+    job = made(client, image=answer.json()["file"], mask=mask, tumor=["lung:60mm"], by="rules")
+    assert (job["state"], job["error"]) == ("done", "")
+    bad = client.put("/api/files/ct.zip", content=sent.getvalue()[:-50])
+    assert (bad.status_code, bad.json()["error"].split(",")[0]) == (422, "'ct.zip' is no zip")
+    assert len(list((settings.folder / "files").glob("*"))) == 2
+
+
+def test_uploads_that_a_stop_cut_off_are_gone_at_the_next_start(settings: Settings) -> None:
+    cut = settings.folder / "files" / "0123456789ab"
+    (cut / ".part-series").mkdir(parents=True)
+    (cut / ".part-series" / "00000").write_bytes(b"of a patient")
+    make_app(settings, Jobs(settings.folder / "jobs", Maker("cpu")))
+    assert not cut.exists()
 
 
 def test_tokens_and_hosts(settings: Settings) -> None:

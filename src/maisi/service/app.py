@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from shutil import rmtree
 from threading import Lock
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -41,12 +42,16 @@ from maisi.io.nifti import read_header, read_labels, read_volume
 from maisi.io.preview import BONE, LUNG, PLANES, SOFT_TISSUE, label_color, rgb, slice_png
 from maisi.request import Request
 from maisi.service.jobs import Job, Jobs
+from maisi.service.uploads import volume_of_zip
 from maisi.volume import Volume
 
 WINDOWS = {"soft": SOFT_TISSUE, "lung": LUNG, "bone": BONE}
 FILES = "files"
 MOST_UPLOAD_BYTES = 2 << 30
 MOST_BODY_BYTES = 1 << 20
+UNPACKED = 2
+"""How many times as large what a zip holds may be as what may be sent."""
+
 COOKIE = "maisi_token"
 
 _PARTS = {"image": IMAGE, "labels": LABELS, "preview": PREVIEW, "record": RECORD}
@@ -107,7 +112,7 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)
     volumes = _Volumes()
     for leftover in (settings.folder / FILES).glob("*/.part-*"):
-        leftover.unlink(missing_ok=True)
+        rmtree(leftover.parent, ignore_errors=True)  # what a stop cut off has no name that a request could use
     _describe_parts(app)
 
     @app.middleware("http")
@@ -230,7 +235,7 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
 
     @app.put("/api/files/{name}", status_code=201)
     async def send(name: str, call: HttpRequest) -> dict[str, Any]:
-        """Send a volume (.nii.gz, .nii, .nrrd), which requests may then name as mask or image."""
+        """Send a volume (.nii.gz, .nii, .nrrd, or a series of DICOM as .zip), for requests to name as mask or image."""
         return await _received(name, call, settings)
 
     @app.delete("/api/files/{folder}/{name}", status_code=204)
@@ -311,11 +316,13 @@ def _sent(file: str, what: str, settings: Settings) -> Path:
 
 async def _received(name: str, call: HttpRequest, settings: Settings) -> dict[str, Any]:
     """Write the body of a call to a new file, and look whether it is a volume."""
-    file = f"{secrets.token_hex(6)}/{name}"
+    zipped = name.lower().endswith(".zip")
+    file = f"{secrets.token_hex(6)}/{name[:-4] + '.nii.gz' if zipped else name}"
     path = settings.folder / FILES / file
-    if not _FILE.fullmatch(file) or not name.lower().endswith((".nii.gz", ".nii", ".nrrd")):
+    if not _FILE.fullmatch(file) or not file.lower().endswith((".nii.gz", ".nii", ".nrrd")):
         raise MaisiError(
-            f"'{name}' is no name of a volume; use letters, digits, '.', '_', '-', and end in .nii.gz, .nii or .nrrd."
+            f"'{name}' is no name of a volume; use letters, digits, '.', '_', '-', and end in .nii.gz, .nii, .nrrd or, "
+            "with a series of DICOM, .zip."
         )
     make_folder(path.parent)
     part = path.with_name(f".part-{name}")
@@ -327,7 +334,10 @@ async def _received(name: str, call: HttpRequest, settings: Settings) -> dict[st
                 if length > settings.most_upload_bytes:
                     raise MaisiError(f"'{name}' has more than {settings.most_upload_bytes / 1e9:.1f} GB; send less.")
                 await run_in_threadpool(out.write, chunk)
-        part.rename(path)
+        if zipped:
+            await run_in_threadpool(volume_of_zip, part, path, name, UNPACKED * settings.most_upload_bytes)
+        else:
+            part.rename(path)
         header = await run_in_threadpool(read_header, path)
     except BaseException as error:
         part.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ function words(text, separator) {
 async function send(file) {
   const known = [file.name, file.size, file.lastModified].join("/");
   if (!sent.has(known)) {
-    const [, stem, ending] = file.name.match(/^(.*?)(\.nii\.gz|\.nii|\.nrrd)?$/i);
+    const [, stem, ending] = file.name.match(/^(.*?)(\.nii\.gz|\.nii|\.nrrd|\.zip)?$/i);
     const clean = stem.replace(/[^A-Za-z0-9._-]/g, "").replace(/^[^A-Za-z0-9]+/, "").slice(0, 80) || "volume";
     const path = `api/files/${encodeURIComponent(clean + (ending || ""))}`;
     sent.set(known, (await call(path, { method: "PUT", body: file })).file);
