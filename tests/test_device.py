@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from maisi.device import (
+    _left_to_group,
     fault_of,
     free_memory,
     numbered,
@@ -131,3 +134,44 @@ def test_faults_of_devices_are_sentences(error: MemoryError | RuntimeError, told
 
 def test_other_errors_are_no_faults_of_devices() -> None:
     assert fault_of(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")) is None
+
+
+def group(folder: Path, limit: str, usage: str, most: str, used: int, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit).write_text(f"{most}\n")
+    (folder / usage).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(stat)
+
+
+def test_the_limit_of_a_container_is_what_is_free(tmp_path: Path) -> None:
+    own, top = tmp_path / "own", tmp_path / "groups"
+    new = ("memory.max", "memory.current")
+    own.write_text("0::/job/step\n")
+    assert _left_to_group(top, own) == math.inf
+    group(top / "job", *new, "8000", 5000, "anon 3000\ninactive_file 1000\n")
+    group(top / "job" / "step", *new, "max", 5000, "anon 3000\n")
+    assert _left_to_group(top, own) == 4000
+    group(top / "job" / "step", *new, "6000", 5500, "inactive_file 500\n")
+    assert _left_to_group(top, own) == 1000
+    old = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    own.write_text("9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
+    assert _left_to_group(top, own) == math.inf
+    group(top / "memory", *old, "9000", 9500, "total_inactive_file 0\n")  # the container's own is all that it sees
+    assert _left_to_group(top, own) == 0
+    assert _left_to_group(top, tmp_path / "none") == math.inf
+
+
+def test_free_memory_is_no_more_than_the_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maisi.device._left_to_group", lambda: 12345.0)
+    assert free_memory(torch.device("cpu")) == 12345
+
+
+def test_apples_gpu_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(MaisiError, match="know no bf16; take --precision fp32"):
+        resolve_precision("bf16", torch.device("mps"))
+    assert resolve_precision("auto", torch.device("mps")) == torch.float32
+    assert resolve_device("mps") == torch.device("mps")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
+    with pytest.raises(MaisiError, match=r"needs PyTorch 2\.8 or newer"):
+        resolve_device("mps")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +27,25 @@ class Recording:
     result: Tensor
 
 
+@dataclass
+class GraphMemory:
+    """Memory that recordings have in common: of computations that run one after the other, each result copied first."""
+
+    pool: Any = None
+
+
 class CudaGraphs:
     """A function of tensors that lie on one device; where that is no CUDA device, it is called as it is.
 
     With shapes for the first time it is called, in which libraries look for their kernels; the second time it is
-    recorded. Recordings share their memory, which is held as long as this lives. Where nothing is trained and shapes
+    recorded. Recordings share their memory, with those of other functions if they are given the same `memory`; it is
+    held as long as one of them lives. Where nothing is trained and shapes
     cannot be recorded (memory for a second copy is missing, or a library refuses), it is called as it is.
     """
 
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, compute: Callable[..., Tensor], memory: GraphMemory | None = None) -> None:
         self.compute = compute
+        self._memory = memory or GraphMemory()
         self._seen: set[Shapes] = set()
         self._recordings: dict[Shapes, Recording | None] = {}
 
@@ -80,9 +90,9 @@ class CudaGraphs:
 
     def _recorded(self, inputs: tuple[Tensor, ...]) -> Recording:
         own = tuple(x.clone() for x in inputs)
-        pool = next((known.graph.pool() for known in self._recordings.values() if known is not None), None)
         graph = torch.cuda.CUDAGraph()
         # other threads may use the GPU meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory.pool, capture_error_mode="thread_local"):
             result = self.compute(*own)
+        self._memory.pool = graph.pool()
         return Recording(graph, own, result)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import psutil
@@ -12,8 +14,14 @@ from maisi.errors import MaisiError
 if TYPE_CHECKING:
     import torch
 
+MPS_VERSION = "2.8"
+"""Of PyTorch, the first that has transposed convolutions of volumes on Apple's GPU."""
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux keeps limits of groups of processes, and which of them this process is in."""
 
 _LEAST_BARE = 10**6
 """A smaller number without a unit is no number of bytes: the unit was forgotten."""
@@ -41,6 +49,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         name = "cuda" if there["cuda"] else "cpu"
     if not there[name]:
         raise MaisiError(f"PyTorch finds no device '{name}' here; choose auto or cpu.")
+    if name == "mps" and torch.__version__ < MPS_VERSION:
+        raise MaisiError(f"On Apple's GPU this needs PyTorch {MPS_VERSION} or newer; upgrade it, or choose cpu.")
     return numbered(torch.device(name))
 
 
@@ -58,7 +68,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     AVX-512 BF16): elsewhere it is emulated, slower and less exact than float32.
 
     Raises:
-        MaisiError: the precision is unknown.
+        MaisiError: the precision is unknown, or nothing that the device computes in.
     """
     import torch
 
@@ -66,6 +76,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         raise MaisiError(f"Unknown precision '{name}'; choose from {', '.join(PRECISIONS)}.")
     if name == "auto":
         name = "bf16" if _multiplies_bf16(device) else "fp32"
+    if name == "bf16" and device.type == "mps":
+        raise MaisiError("Transposed convolutions of Apple's GPU know no bf16; take --precision fp32.")
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
@@ -99,7 +111,41 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, _left_to_group()))
+
+
+def _left_to_group(mounted: Path = CONTROL_GROUPS, own: Path = OWN_GROUPS) -> float:
+    """Bytes that this process's control groups (of containers, of job schedulers) leave it; inf for no limit."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:  # another system
+        return math.inf
+    left = math.inf
+    for _, controllers, group in (line for line in lines if len(line) == 3):
+        if controllers == "":
+            top, limit, usage = mounted, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        place = top / group.lstrip("/")
+        # in a container the path may be the host's: then only the top is there, and is the container's own
+        for folder in (place, *place.parents):
+            if folder == top or top in folder.parents:
+                left = min(left, _limit_less_usage(folder, limit, usage))
+    return left
+
+
+def _limit_less_usage(folder: Path, limit: str, usage: str) -> float:
+    """What a group leaves of its limit, files that the kernel only keeps in memory not counted; inf without a limit."""
+    try:
+        most = float((folder / limit).read_text())  # 'max' is no number
+        used = float((folder / usage).read_text())
+        told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return math.inf
+    kept = told.get("inactive_file") or told.get("total_inactive_file") or "0"
+    return max(0.0, most - used + float(kept))
 
 
 def used_memory(device: torch.device) -> int:

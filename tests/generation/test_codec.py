@@ -7,6 +7,7 @@ import torch
 from maisi.data.latents import Latent
 from maisi.errors import MaisiError
 from maisi.generation import codec
+from maisi.generation.codec import intensities
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.splitting import plan
 from maisi.volume import Volume
@@ -125,3 +126,12 @@ def test_an_autoencoder_file_says_what_it_is(model_folder) -> None:
     )
     with pytest.raises(MaisiError, match="holds the network 'unet'"):
         codec.load_autoencoder(model_folder / "unet.safetensors")
+
+
+@pytest.mark.parametrize("modality", ["ct", "mri"])
+def test_what_is_no_number_is_no_image(modality: str) -> None:
+    values = np.full((4, 4, 4), 0.5, np.float32)
+    intensities(values, modality)
+    values[1, 2, 3] = np.nan
+    with pytest.raises(MaisiError, match=r"no number \(NaN\).*try --precision fp32"):
+        intensities(values, modality)

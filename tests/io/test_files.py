@@ -3,13 +3,14 @@ import hashlib
 import json
 import math
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from maisi.errors import MaisiError
 from maisi.io import files
-from maisi.io.files import atomic_path, is_volume, make_folder, new_folder, tree_sha256, write_json
+from maisi.io.files import atomic_path, is_volume, make_folder, new_folder, remove, tree_sha256, write_json
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -213,3 +214,34 @@ def test_all_that_is_in_a_new_folder_is_synced_before_it_appears(tmp_path, monke
         (part / "d").write_text("2")
     places = (tmp_path, *(tmp_path / "a" / name for name in ("", "b", "b/c", "d")))
     assert set(synced) == {place.stat().st_ino for place in places}
+
+
+def test_folders_that_cannot_be_synced_are_no_fault(tmp_path, monkeypatch):
+    plain = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with atomic_path(tmp_path / "a") as part:
+        part.write_text("a")
+    with new_folder(tmp_path / "b") as part:
+        (part / "c").write_text("c")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "c"]
+
+
+def test_a_full_disk_as_safetensors_tells_it(tmp_path):
+    told = r"Cannot write .*a: No space left on device; free some"
+    with pytest.raises(MaisiError, match=told), atomic_path(tmp_path / "a"):
+        raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_what_is_removed_is_gone_whatever_it_is(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("link", "folder/file", "folder", "nothing"):
+        remove(tmp_path / name)
+    assert not list(tmp_path.iterdir())

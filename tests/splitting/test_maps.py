@@ -84,3 +84,17 @@ def test_parts_are_written_one_at_a_time_and_a_failure_is_told_by_the_next_part_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_map_of_one_channel_waits_on_disk_too(
+    dtype: torch.dtype, memory_format: torch.memory_format, tmp_path: Path
+) -> None:
+    for samples in (1, 2):
+        for dim in (2, 3, 4):
+            x = torch.randn(samples, 1, 5, 1, 7).to(dtype).contiguous(memory_format=memory_format)
+            part = OnDisk(x, dim, tmp_path, Writer())
+            stop = x.shape[dim]
+            rows = part.rows(stop // 2, stop, torch.device("cpu"))
+            assert torch.equal(rows, x.narrow(dim, stop // 2, stop - stop // 2))

@@ -132,3 +132,17 @@ def test_memory_that_ran_out_here_is_no_lost_process(monkeypatch, said, kind) ->
         Processes(torch.device("cpu")).gathered(torch.zeros(1, 1, 2), 2)
     assert type(raised.value) is kind
     assert said in str(raised.value)
+
+
+def test_each_process_keeps_to_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torchrun` starts the second of two on one machine; `cuda` was numbered before it joined, as the first GPU."""
+    current = [0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: current.__setitem__(0, number))
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with joined(torch.device("cuda", 0)) as group:
+        assert (group.device, current) == (torch.device("cuda", 1), [1])

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from maisi.errors import MaisiError
+from maisi.io.files import locked
 from maisi.training.autoencoder import AutoencoderRun, AutoencoderStage
 from maisi.training.controlnet import ControlNetRun, ControlNetStage
 from maisi.training.diffusion import DiffusionRun, DiffusionStage
 from maisi.training.loop import run
 from maisi.training.mask_autoencoder import MaskAutoencoderStage
 from maisi.training.mask_diffusion import MaskDiffusionStage
-from maisi.training.state import load_checkpoint, newest_checkpoint
+from maisi.training.optimizer import MOST_SKIPPED, OptimizerConfig, Trainee
+from maisi.training.state import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
 
 def train(stage_class: Any, config: Any, folder: Path, steps: int) -> dict[str, torch.Tensor]:
@@ -220,3 +222,61 @@ def test_equivariance_compares_at_half_the_size(autoencoder_run: AutoencoderRun,
     stage.update(batch, 0)
     factor = 2 * stage.model.config.compression
     assert set(sizes) == {torch.Size(n // factor for n in batch[0].shape[2:])}
+
+
+def test_two_trainings_do_not_write_to_one_folder(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
+    with locked(tmp_path, "busy"), pytest.raises(MaisiError, match="Another training is writing to"):
+        run(DiffusionStage(diffusion_run), diffusion_run.loop, diffusion_run, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_training_left_half_written_goes(diffusion_run: DiffusionRun, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000002.safetensors.part-abc").write_bytes(b"half")
+    train(DiffusionStage, diffusion_run, tmp_path, 4)
+    assert not list((tmp_path / "checkpoints").glob("*.part-*"))
+
+
+def test_gradients_that_stay_no_numbers_end_the_training(diffusion_run: DiffusionRun) -> None:
+    trainee = Trainee("unet", torch.nn.Linear(2, 2), diffusion_run.optimizer, 1000)
+
+    def step(number: int, loss: float) -> None:
+        (trainee.module(torch.ones(1, 2)).sum() * loss).backward()
+        trainee.apply(number)
+
+    nan = float("nan")
+    for number in range(2 * MOST_SKIPPED):
+        step(number, 1.0 if number % 9 == 0 else nan)  # a bad batch now and then is skipped
+    for number in range(MOST_SKIPPED - 1):
+        step(number, nan)
+    with pytest.raises(MaisiError, match=f"{MOST_SKIPPED} steps in a row are not finite"):
+        step(MOST_SKIPPED, nan)
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_is_one_sentence(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(MaisiError, match=r"Cannot write .*: File too large; choose a disk"):
+            save_checkpoint(tmp_path, 3, Checkpoint({"a": torch.zeros(10_000)}, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_the_optimizers_state_keeps_the_layout_of_the_weights(kind: Any) -> None:
+    def trained() -> Trainee:
+        torch.manual_seed(0)
+        net = torch.nn.Conv3d(4, 8, 3).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return Trainee("net", net, OptimizerConfig(kind=kind), 10)
+
+    first, second = trained(), trained()
+    first.module(torch.ones(1, 4, 3, 3, 3)).sum().backward()
+    first.apply(0)
+    second.restore({name: tensor.contiguous().clone() for name, tensor in first.tensors().items()})
+    for weight, fields in second.optimizer.state.items():
+        for value in fields.values():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                assert value.stride() == weight.stride()

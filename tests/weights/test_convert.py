@@ -269,3 +269,26 @@ def test_names_that_only_resemble_the_table_are_refused(name: str, network: str)
     for direction in ("to_ours", "to_released"):
         with pytest.raises(MaisiError, match="is no tensor"):
             rename(network, {name: (3,)}, direction, "file")
+
+
+def test_weights_that_are_no_numbers_are_not_converted(tmp_path: Path) -> None:
+    path, _ = narrow_unet(tmp_path)
+    content = torch.load(path)
+    next(iter(content["unet_state_dict"].values())).view(-1)[3] = float("inf")
+    torch.save(content, tmp_path / "broken.pt")
+    with pytest.raises(MaisiError, match="has numbers that are not finite; get a fresh file"):
+        convert(tmp_path / "broken.pt", tmp_path / "made.safetensors", settings=SETTINGS)
+    assert not (tmp_path / "made.safetensors").exists()
+
+
+def test_a_full_disk_while_exporting_is_one_sentence(tmp_path: Path) -> None:
+    narrow_unet(tmp_path)
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(MaisiError, match=r"Cannot write .*again\.pt: File too large; choose a disk"):
+            export_official(tmp_path / "narrow.safetensors", tmp_path / "again.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("again*"))

@@ -229,3 +229,18 @@ def test_steps_of_another_shape_are_refused(stored: Path) -> None:
     save_file(tensors, stored, metadata)
     with pytest.raises(MaisiError, match=r"1 tensors do not fit .*\(3, 2\) in place of"):
         load_network(stored)
+
+
+@pytest.mark.parametrize("storage", [None, *STORAGES])
+def test_no_storage_takes_weights_that_are_no_numbers(storage: Storage | None, tmp_path: Path) -> None:
+    broken = Autoencoder(AutoencoderConfig(channels=(4, 8), num_res_blocks=(1, 1), norm_groups=4))
+    next(p for p in broken.parameters() if p.dim() == 1).data[0] = float("nan")  # in 16 bits where others have 8
+    with pytest.raises(MaisiError, match="numbers that are not finite"):
+        save_network(tmp_path / "a.safetensors", broken, storage=storage)
+    assert not list(tmp_path.glob("a.*"))
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_weights_beyond_16_bits_are_told(storage: Storage) -> None:
+    with pytest.raises(MaisiError, match=f"too large to be stored as {storage}; choose float32"):
+        packed({"w": torch.full((4,), 1e5)}, storage)

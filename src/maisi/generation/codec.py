@@ -270,11 +270,29 @@ def normalised(array: NDArray[Any], modality: str) -> NDArray[np.float32]:
 
 
 def intensities(values: NDArray[np.float32], modality: str) -> NDArray[np.int16]:
-    """The networks' values to int16: HU for CT, `MR_UNIT` times the value (not below 0) for MR."""
+    """The networks' values to int16: HU for CT, `MR_UNIT` times the value (not below 0) for MR.
+
+    Raises:
+        MaisiError: some are no numbers; rounded to int16 they would be 0, which is water.
+    """
+    require_numbers(bool(np.isfinite(values).all()))
     if is_mr(modality):
         stored: NDArray[np.int16] = np.rint(np.clip(values * MR_UNIT, 0, np.iinfo(np.int16).max)).astype(np.int16)
         return stored
     return unwindow_ct(values)
+
+
+def require_numbers(finite: bool) -> None:
+    """Refuse what networks gave where not all of it is finite.
+
+    Raises:
+        MaisiError: so.
+    """
+    if not finite:
+        raise MaisiError(
+            "What the networks gave is no number (NaN): their weights are damaged, or the arithmetic overflowed; "
+            "try --precision fp32, or get fresh weights."
+        )
 
 
 def is_mr(modality: str) -> bool:

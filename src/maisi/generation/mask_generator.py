@@ -335,7 +335,7 @@ def decode_classes(
     autoencoder: Autoencoder, latent: Tensor, never: tuple[int, ...], plan: Plan | None = None
 ) -> NDArray[np.uint8]:
     """Latent `1 C X/4 Y/4 Z/4` (unscaled) -> each voxel's most likely class but for those of `never`, (X, Y, Z)."""
-    from maisi.generation.codec import layout_of, place_of
+    from maisi.generation.codec import layout_of, place_of, require_numbers
     from maisi.splitting.autoencoder import decoded
     from maisi.splitting.execution import Execution
 
@@ -344,6 +344,7 @@ def decode_classes(
     latent = latent.to(device, dtype).contiguous(memory_format=layout_of(autoencoder))
     classes = np.empty([n * autoencoder.config.compression for n in latent.shape[2:]], np.uint8)
     for start, stop, scores in decoded(autoencoder, latent, execution, axis):
+        require_numbers(bool(scores.isfinite().all()))
         scores[:, list(never)] = -float("inf")
         place = (*[slice(None)] * axis, slice(start, stop))
         classes[place] = scores[0].argmax(0).cpu().numpy()

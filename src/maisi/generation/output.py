@@ -18,7 +18,7 @@ from typing import Any
 from maisi.anatomy import label_name, label_names, modality_name
 from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
-from maisi.io.files import locked, new_folder, write_json
+from maisi.io.files import locked, new_folder, remove, write_json
 from maisi.io.nifti import write_volume
 from maisi.io.record import write_record
 from maisi.request import Request
@@ -135,7 +135,7 @@ class Destination:
             if _read_order(self.folder) != dict(self.order):
                 write_json(self.folder / REQUEST_FILE, dict(self.order))
             for leftover in self.folder.glob("*.part-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
             yield
 
     def withdraw(self) -> None:

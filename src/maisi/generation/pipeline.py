@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from maisi.anatomy import label_name
 from maisi.conditions import MASK_BITS, Conditions, mask_bits, stack
 from maisi.config import Config, parse_config
-from maisi.cuda_graph import CudaGraphs
+from maisi.cuda_graph import CudaGraphs, GraphMemory
 from maisi.device import feature_layout, parse_memory, peak_memory, resolve_device, resolve_precision
 from maisi.diffusion.guidance import guided, noisier
 from maisi.diffusion.process import Process, process_from_config
@@ -303,22 +303,23 @@ class Model:
         """The networks with everything they are told, guided if the request (or `guidance`) says so."""
         scale = job.request.guidance if guidance is None else guidance
         told = self._mask(job.padded_labels(), known)
-        conditional = self._conditioned(job.conditions, told)
+        memory = GraphMemory()
+        conditional = self._conditioned(job.conditions, told, memory)
         weaker = noisier(conditional, float(self.process.sampling_times(1, 1)[0]))
         others = [(weaker, job.self_guidance)]
         if told is None:
             modality = "unknown" if codec.is_mr(job.conditions.modality) else job.conditions.modality
             nothing = Conditions(job.conditions.spacing_mm, (), modality)
-            return guided(conditional, *others, (self._conditioned(nothing, None), scale))
-        others.append((self._conditioned(job.conditions, None), job.mask_guidance))
+            return guided(conditional, *others, (self._conditioned(nothing, None, memory), scale))
+        others.append((self._conditioned(job.conditions, None, memory), job.mask_guidance))
         healthy = None if scale == 0 else self._mask(job.padded_labels_without_tumors(), known)
         if healthy is not None:
-            others.append((self._conditioned(job.conditions, healthy), scale))
+            others.append((self._conditioned(job.conditions, healthy, memory), scale))
         for strength in sorted(set(job.strengthened.values())):
             ids = [id for id, own in job.strengthened.items() if own == strength]
             lacking = self._mask(job.padded_labels_without(ids), known)
             if lacking is not None:
-                others.append((self._conditioned(job.conditions, lacking), strength))
+                others.append((self._conditioned(job.conditions, lacking, memory), strength))
         return guided(conditional, *others)
 
     def item(self, job: Job, plan: Plan, number: int, progress: Progress) -> Item:
@@ -391,7 +392,7 @@ class Model:
             custom_labels=job.custom_labels,
         )
 
-    def _conditioned(self, conditions: Conditions, mask: Tensor | None) -> Denoiser:
+    def _conditioned(self, conditions: Conditions, mask: Tensor | None, memory: GraphMemory) -> Denoiser:
         """The U-Net (and the ControlNet, with what it is told) as a function of the noisy latent and the time."""
         arrays = stack([conditions])
         told = {name: torch.from_numpy(value).to(self.device) for name, value in vars(arrays).items()}
@@ -403,7 +404,7 @@ class Model:
             prediction: Tensor = self.unet(x, times, **told, residuals=residuals)
             return prediction.float()
 
-        return CudaGraphs(denoise)
+        return CudaGraphs(denoise, memory)
 
     def _mask(self, labels: np.ndarray[Any, np.dtype[np.uint8]] | None, known: Known | None) -> Tensor | None:
         """What the ControlNet is told: label bits, and the known image if it looks at one."""

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -37,6 +38,10 @@ _MENDS = {
     errno.ENOTDIR: "a file is in the place of a folder; choose another place",
 }
 """Faults of the place, not of the program: what the user can do about them."""
+
+
+_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors, which has no exception of the system's, tells that the disk is full."""
 
 
 def is_volume(path: Path) -> bool:
@@ -156,6 +161,15 @@ def locked(path: Path, held: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens where that cannot be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Say in a sentence that a file or folder cannot be written to, where that is a fault of the place.
@@ -201,8 +215,12 @@ def _require_parent(path: Path) -> None:
 
 def _raise_as_maisi(error: BaseException, path: Path) -> None:
     """Raise a MaisiError where `error` is a fault of the place that `path` is in; else return."""
-    if isinstance(error, OSError) and error.errno in _MENDS:
-        raise MaisiError(f"Cannot write {path}: {error.strerror}; {_MENDS[error.errno]}.") from error
+    fault = error if isinstance(error, OSError) else error.__context__  # PyTorch fails once more while it gives up
+    number = fault.errno if isinstance(fault, OSError) else None
+    if number is None and (told := _RUST.search(str(error))):
+        number = int(told[1])
+    if number is not None and number in _MENDS:
+        raise MaisiError(f"Cannot write {path}: {os.strerror(number)}; {_MENDS[number]}.") from error
 
 
 def _sync(path: Path) -> None:
@@ -210,5 +228,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise  # else one of the file systems that sync no folders
     finally:
         os.close(descriptor)

@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from shutil import rmtree
 from threading import Lock
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -38,6 +37,7 @@ from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
 from maisi.generation.output import IMAGE, LABELS, PREVIEW, RECORD
 from maisi.io.files import make_folder
+from maisi.io.files import remove as remove_path
 from maisi.io.nifti import read_header, read_labels, read_volume
 from maisi.io.preview import BONE, LUNG, PLANES, SOFT_TISSUE, label_color, rgb, slice_png
 from maisi.request import Request
@@ -112,7 +112,7 @@ def make_app(settings: Settings, jobs: Jobs) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)
     volumes = _Volumes()
     for leftover in (settings.folder / FILES).glob("*/.part-*"):
-        rmtree(leftover.parent, ignore_errors=True)  # what a stop cut off has no name that a request could use
+        remove_path(leftover.parent)  # what a stop cut off has no name that a request could use
     _describe_parts(app)
 
     @app.middleware("http")

@@ -152,7 +152,8 @@ class OnDisk:
         # rows first, channels last: of a map that is channels-last and cut along X not a value changes its place
         self.order = (dim, 0, *(d for d in range(FIRST_SPATIAL_DIM, 5) if d != dim), 1)
         self.shape, self.dim, self.dtype = tensor.shape, dim, tensor.dtype
-        values = tensor.permute(self.order).contiguous().cpu().view(torch.uint8).numpy().data
+        # flat: an axis of one value may keep any stride, which a view of bytes does not take
+        values = tensor.permute(self.order).contiguous().cpu().flatten().view(torch.uint8).numpy().data
         with writing(folder):
             file = tempfile.NamedTemporaryFile(dir=folder, suffix=".rows", delete=False)  # noqa: SIM115
         self.path = Path(file.name)
@@ -184,7 +185,7 @@ class OnDisk:
         made = _space(self.shape, self.dim, stop - start, self.dtype)
         stored = made.permute(self.order)
         read = stored if stored.is_contiguous() else torch.empty(stored.shape, dtype=self.dtype)
-        space = read.view(torch.uint8).numpy().data
+        space = read.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb") as file:
             file.seek(start * stored[0].numel() * self.dtype.itemsize)
             if file.readinto(space) != space.nbytes:

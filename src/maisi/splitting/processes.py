@@ -144,21 +144,22 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Proce
         MaisiError: not all of them come, or one is lost on the way; more of them than GPUs.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
+    device = _own_gpu(int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else torch.device("cpu")
     with _together():
         dist.init_process_group(backend, timeout=timeout)
     try:
-        yield Processes(device if device.type == "cuda" else torch.device("cpu"))
+        yield Processes(device)
     finally:
         dist.destroy_process_group()
 
 
-def _take_gpu(number: int) -> None:
+def _own_gpu(number: int) -> torch.device:
+    """Make a GPU the current one, and return it by its number: `cuda` alone may have been numbered before."""
     there = torch.cuda.device_count()
     if number >= there:
         raise MaisiError(f"There are more processes than GPUs here ({there}); start one for each GPU, or --device cpu.")
     torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 @contextmanager

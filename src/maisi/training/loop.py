@@ -24,7 +24,7 @@ from pydantic import Field
 from maisi.config import Config
 from maisi.device import keep_freed_memory
 from maisi.errors import MaisiError
-from maisi.io.files import make_folder, write_json
+from maisi.io.files import locked, make_folder, remove, write_json
 from maisi.training.state import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
 FREE_SETTINGS = ("loop.", "splitting.")
@@ -100,12 +100,19 @@ def run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int
     Raises:
         KeyboardInterrupt: so it ended, with a checkpoint.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     make_folder(folder)
+    with locked(folder, f"Another training is writing to {folder}; wait for its end, or choose another folder."):
+        for leftover in (folder / "checkpoints").glob("*.part-*"):  # of a training that was killed
+            remove(leftover)
+        return _run(stage, config, resolved, folder)
+
+
+def _run(stage: Stage, config: LoopConfig, resolved: Config, folder: Path) -> int:
+    from torch.utils.tensorboard import SummaryWriter
+
     step = _resume(stage, resolved, folder / "checkpoints")
     write_json(folder / "run.json", resolved.model_dump(mode="json"))
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)

@@ -10,8 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from maisi.config import Config
+from maisi.errors import MaisiError
 from maisi.training.muon import MuonAdam
 from maisi.training.state import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
+
+MOST_SKIPPED = 50
+"""Steps in a row whose gradients may not be finite."""
 
 
 class OptimizerConfig(Config):
@@ -63,11 +67,15 @@ class Trainee:
         else:
             self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, betas=config.betas)
         self.ema = ExponentialMovingAverage(module, config.ema_decay)
+        self._skipped = 0
 
     def apply(self, step: int) -> float:
         """Use the gradients that are there for one optimizer step; return their norm before clipping.
 
         A step whose gradients are not finite is skipped, so that one bad batch cannot destroy the weights.
+
+        Raises:
+            MaisiError: so were those of `MOST_SKIPPED` steps in a row.
         """
         rate = self.config.rate(step, self.steps)
         for group in self.optimizer.param_groups:
@@ -77,6 +85,12 @@ class Trainee:
         if math.isfinite(norm):
             self.optimizer.step()
             self.ema.update(self.module, step)
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+        if self._skipped == MOST_SKIPPED:
+            raise MaisiError(
+                f"Gradients of {MOST_SKIPPED} steps in a row are not finite (network '{self.name}', step {step + 1}); "
+                "look for such numbers in the data, or begin anew with a smaller learning rate or precision fp32."
+            )
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -79,6 +79,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         index, field = name.split(".", 1)
         state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, fields in optimizer.state.items():  # files know no layout; steps are quickest in the weights' own
+        for field, value in fields.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                fields[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int = 2) -> Path:

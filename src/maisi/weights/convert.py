@@ -138,8 +138,8 @@ def export_official(path: Path, out: Path) -> dict[str, Any]:
     content: dict[str, Any] = official if container is None else {container: official}
     if container is not None and header.scale_factor is not None:
         content["scale_factor"] = torch.tensor(header.scale_factor)
-    with atomic_path(out) as part:
-        torch.save(content, part)
+    with atomic_path(out) as part, part.open("wb") as file:
+        torch.save(content, file)
     return _unsaid(header, module)
 
 
@@ -232,8 +232,13 @@ def _fill_published(
 
 
 def _built(network: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    import torch
+
     module = build_network(network, config, str(path))
     require_shapes(module, _shapes(state), path)
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise MaisiError(f"{path}: {name} has numbers that are not finite; get a fresh file.")
     module.load_state_dict(dict(state), strict=True, assign=True)
     return module
 

@@ -18,12 +18,12 @@ from maisi.config import Config, parse_config
 from maisi.device import numbered
 from maisi.errors import MaisiError
 from maisi.io.files import sha256
-from maisi.weights.storage import Storage, packed, unpacked, without_scales
+from maisi.weights.storage import Storage, packed, require_finite, unpacked, without_scales
 from maisi.weights.tensor_file import DTYPE_WORDS, read_tensor_header, write_tensors
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = [
     "CUSTOM_LABELS_KEY",
@@ -192,7 +192,7 @@ def save_network(
         storage: how to store the weights; None for the types that they are.
 
     Raises:
-        MaisiError: the place cannot be written to; weights to be stored in 8 bits are not finite.
+        MaisiError: the place cannot be written to; weights are not finite.
         ValueError: the module is of another class.
     """
     names = [name for name, (_, module_type) in network_types().items() if type(module) is module_type]
@@ -200,7 +200,9 @@ def save_network(
         raise ValueError(f"{type(module).__name__} is none of the networks {', '.join(network_types())}")
     config: Any = module.config
     own = {"maisi.network": names[0], "maisi.config": config.model_dump_json()}
-    tensors = module.state_dict() if storage is None else packed(module.state_dict(), storage)
+    tensors: Mapping[str, Tensor] = module.state_dict()
+    require_finite(tensors)
+    tensors = tensors if storage is None else packed(tensors, storage)
     write_tensors(path, tensors, {**(metadata or {}), **own})
 
 

@@ -72,22 +72,42 @@ def packed(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
     """Return what a file of that storage holds, by name.
 
     Raises:
-        MaisiError: a tensor that would be rounded to steps has numbers that are not finite.
+        MaisiError: a tensor has numbers that are not finite, or would not be in that storage.
     """
     import torch
 
+    require_finite(tensors)
     if storage != "int8":
         dtype = torch.float32 if storage == "float32" else torch.float16
-        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        return _still_finite({name: tensor.to(dtype) for name, tensor in tensors.items()}, storage)
     held: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         narrow = tensor.dim() > 2 and min(tensor.shape[:2]) <= NARROW
         if tensor.dim() < 2 or tensor.numel() < MIN_ELEMENTS or narrow:
             held[name] = tensor.to(torch.float16)
-            continue
-        if not torch.isfinite(tensor).all():
+        else:
+            held[name], held[name + SCALE] = quantise(tensor)
+    return _still_finite(held, storage)
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        MaisiError: so; the message names the first.
+    """
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise MaisiError(f"{name} has numbers that are not finite; train or convert the network again.")
-        held[name], held[name + SCALE] = quantise(tensor)
+
+
+def _still_finite(held: dict[str, Tensor], storage: Storage) -> dict[str, Tensor]:
+    try:
+        require_finite(held)
+    except MaisiError:
+        raise MaisiError(f"Some weights are too large to be stored as {storage}; choose float32.") from None
     return held
 
 
