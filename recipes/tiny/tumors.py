@@ -21,7 +21,7 @@ from maisi.anatomy import ANY_BONE, LUNGS
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import crop_or_pad, resample
 from maisi.data.tumor_masks import equivalent_diameter_mm
-from maisi.data.tumor_texture import Contrast, contrast, unlikeness
+from maisi.data.tumor_texture import Contrast, contrasts, unlikeness
 from maisi.errors import MaisiError
 from maisi.generation.inpaint import MARGIN_MM, inpaint
 from maisi.generation.output import Item
@@ -121,7 +121,7 @@ def measured(item: Item, before: Volume) -> dict[str, Any]:
     (placed,) = item.details["tumors"]
     kind = KINDS[placed["kind"]]
     new = (labels.array == kind.id) & (before.array != kind.id)
-    found = contrast(item.image.array, labels.array, kind.id, labels.spacing_mm)
+    found = next(iter(contrasts(item.image.array, labels.array, kind.id, labels.spacing_mm, new)), None)
     row: dict[str, Any] = {
         "diameter_mm": placed["diameter_mm"],
         "within_host": bool(np.isin(before.array[new], kind.hosts).all()),

@@ -52,6 +52,7 @@ class TumorKind(Config):
         diameter_mm: smallest and largest usual equivalent diameter.
         elongation: largest ratio of the longest to the shortest axis.
         roughness: 0 draws ellipsoids, 0.3 clearly irregular outlines; the range drawn from.
+        apart: whether its hosts end where the next begins, as bones do at a joint; else it grows across.
         looks: see `Look`.
     """
 
@@ -60,6 +61,7 @@ class TumorKind(Config):
     diameter_mm: Range
     elongation: float = Field(ge=1)
     roughness: Range
+    apart: bool = False
     looks: tuple[Look, ...] = Field(min_length=1)
 
     @property

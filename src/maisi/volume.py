@@ -83,6 +83,24 @@ class Volume:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], [1])).reshape(4, -1)
         return bool(np.abs((self.affine - other.affine) @ corners).max() <= tolerance_mm)
 
+    def axes_only(self) -> Volume:
+        """The grid with its axes along RAS+, without the values."""
+        return Volume(np.broadcast_to(np.uint8(0), self.shape), self.affine).to_ras()
+
+    @property
+    def grid(self) -> str:
+        """The grid in words: voxels, their size, where the first one is and where the axes point."""
+        size = " x ".join(str(n) for n in self.shape)
+        origin = ", ".join(f"{mm:.4g}" for mm in self.affine[:3, 3])
+        spacing = " x ".join(f"{s:.4g}" for s in self.spacing_mm)
+        return f"{size} voxels of {spacing} mm from {origin}, {self.axes}"
+
+    @property
+    def axes(self) -> str:
+        """Where the axes mostly point, such as 'RAS'."""
+        rows = np.abs(self.affine[:3, :3]).argmax(axis=0)
+        return "".join(("LR", "PA", "IS")[row][int(self.affine[row, axis] > 0)] for axis, row in enumerate(rows))
+
     def to_ras(self) -> Volume:
         """Reorder and flip the axes so that they run closest to Right, Anterior, Superior; no resampling."""
         turn = turn_to_ras(self.shape, self.affine)

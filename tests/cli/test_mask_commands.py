@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from maisi import cli
-from maisi.data.phantom import phantom_labels
+from maisi.data.phantom import phantom, phantom_labels
 from maisi.io.nifti import read_label_names, read_labels, write_volume
+from maisi.volume import Volume
 
 
 @pytest.fixture
@@ -87,3 +91,70 @@ def test_a_search_that_says_nothing(masks, tmp_path, capsys, wish, word) -> None
     run("library", "build", masks, "-o", tmp_path / "library")
     assert run("library", "search", tmp_path / "library", *wish) == 2
     assert word in capsys.readouterr().err
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A label map in TotalSegmentator's ids, which says so."""
+    labels = phantom_labels((40, 32, 24), (9, 9, 9), ("abdomen",), seed=1)
+    theirs = {1: 5, 3: 1, 14: 3}  # liver, spleen, a kidney
+    array = np.select([labels.array == ours for ours in theirs], list(theirs.values()), 0).astype(np.uint8)
+    path = tmp_path / "masks" / "foreign.nii.gz"
+    path.parent.mkdir()
+    write_volume(path, labels.with_array(array), names={5: "liver", 1: "spleen", 3: "kidney_left"})
+    return path
+
+
+def test_label_maps_of_others_are_told_by_every_command(foreign: Path, tmp_path: Path, capsys) -> None:
+    labels = read_labels(foreign)
+    image = tmp_path / "ct.nii.gz"
+    write_volume(image, labels.with_array(np.where(labels.array > 0, 40, -1000).astype(np.int16)), synthetic=False)
+    cases = tmp_path / "cases.json"
+    case = {"id": "a", "patient": "p", "image": str(image), "labels": str(foreign), "split": "train"}
+    cases.write_text(json.dumps({"cases": [case]}))
+    for command in (
+        ["mask", "library", "build", str(foreign.parent), "-o", str(tmp_path / "library")],
+        ["mask", "deform", str(foreign), "-o", str(tmp_path / "deformed.nii.gz")],
+        ["quality", "check", str(image), str(foreign)],
+        ["quality", "learn", str(cases), "-o", str(tmp_path / "ranges.json")],
+        ["prepare", str(cases), "-o", str(tmp_path / "prepared")],
+        ["inpaint", str(image), "--labels", str(foreign), "--tumor", "liver:20mm", "-o", str(tmp_path / "out")],
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        code = cli.run(command)
+        error = capsys.readouterr().err
+        assert code == 2, (command, error)
+        assert "names its classes as totalsegmentator does, not maisi" in error, (command, error)
+        if command[0] != "prepare":
+            assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_prepare_refuses_labels_on_the_wrong_side(tmp_path: Path, capsys) -> None:
+    image, labels = phantom((40, 32, 24), (9, 9, 9), ("abdomen",), seed=1)
+    mirrored = labels.with_array(np.ascontiguousarray(labels.array[::-1]))
+    write_volume(tmp_path / "ct.nii.gz", image)
+    write_volume(tmp_path / "labels.nii.gz", mirrored)
+    case = {"id": "a", "patient": "p", "image": "ct.nii.gz", "labels": "labels.nii.gz", "split": "train"}
+    (tmp_path / "cases.json").write_text(json.dumps({"cases": [case]}))
+    assert cli.run(["prepare", str(tmp_path / "cases.json"), "-o", str(tmp_path / "prepared")]) == 2
+    assert "Case a: The mask" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path: Path, capsys, monkeypatch) -> None:
+    image, _ = phantom((24, 20, 16), (16, 16, 16), ("chest",), seed=1)
+    write_volume(tmp_path / "ct.nii.gz", image)
+    (tmp_path / "annexed.nii.gz").symlink_to(tmp_path / "nowhere")
+    assert cli.run(["segment", str(tmp_path / "ct.nii.gz"), "-o", str(tmp_path / "annexed.nii.gz")]) == 2
+    assert "exists; choose another name" in capsys.readouterr().err
+    assert (tmp_path / "annexed.nii.gz").is_symlink()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert cli.run(["segment", str(tmp_path / "none.nii.gz"), "-o", str(tmp_path / "new.nii.gz")]) == 2
+    assert "is not writable" in capsys.readouterr().err
+
+
+def test_segmenting_nobody_is_refused(tmp_path: Path, capsys) -> None:
+    empty = Volume.from_spacing(np.full((20, 20, 10), -1024, np.int16), (4, 4, 4))
+    write_volume(tmp_path / "air.nii.gz", empty)
+    assert cli.run(["segment", str(tmp_path / "air.nii.gz"), "-o", str(tmp_path / "labels.nii.gz")]) == 2
+    assert "No body is found" in capsys.readouterr().err
+    assert not (tmp_path / "labels.nii.gz").exists()

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maisi.anatomy import BODY, LUNGS, OPPOSITE, label_id
-from maisi.data.label_maps import custom_vocabulary, translated, vocabulary
-from maisi.data.mask_import import GROWN_MM, Source, census, hull, import_masks
+from maisi.anatomy import BODY, LUNGS, OPPOSITE, label_id, label_names
+from maisi.data.label_maps import custom_vocabulary, ids_in, translated, vocabulary
+from maisi.data.mask_import import GROWN_MM, Source, census, hull, import_masks, read_our_labels, sides_fault
 from maisi.data.phantom import phantom
 from maisi.data.preprocess import hu_fault
 from maisi.data.segmentation import body_envelope, envelope
 from maisi.errors import MaisiError
-from maisi.io.nifti import read_label_names, read_labels, read_volume
+from maisi.io.nifti import read_label_names, read_labels, read_volume, write_volume
 from maisi.volume import Volume
 
 SPACING = (5.0, 5.0, 5.0)
@@ -377,3 +377,21 @@ def test_a_real_abdomen_with_61_classes() -> None:
     for said in ("vista3d", "maisi", "openkbp"):
         with pytest.raises(MaisiError, match="totalsegmentator"):
             import_masks([source(labels, said)], ct)
+
+
+def test_a_body_that_stands_on_its_head_is_refused(torso: tuple[Volume, Volume]) -> None:
+    labels = torso[1]
+    reversed_ = labels.with_array(np.ascontiguousarray(labels.array[:, :, ::-1]))
+    assert sides_fault(labels) is None
+    assert "stands on its head" in str(sides_fault(reversed_))
+    assert sides_fault(Volume(reversed_.array, reversed_.affine @ np.diag([1, 1, -1, 1]))) is None
+
+
+def test_our_labels_are_read_and_others_told(torso: tuple[Volume, Volume], tmp_path: Path) -> None:
+    labels = torso[1]
+    write_volume(tmp_path / "ours.nii.gz", labels, names=label_names(ids_in(labels.array)))
+    assert (read_our_labels(tmp_path / "ours.nii.gz").array == labels.array).all()
+    theirs = labels.with_array(np.where(labels.array == 1, 5, np.where(labels.array == 3, 1, 0)).astype(np.uint8))
+    write_volume(tmp_path / "theirs.nii.gz", theirs, names={5: "liver", 1: "spleen"})
+    with pytest.raises(MaisiError, match="names its classes as totalsegmentator does, not maisi"):
+        read_our_labels(tmp_path / "theirs.nii.gz")

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maisi.data.phantom import phantom
 from maisi.data.preprocess import (
     crop_or_pad,
+    hu_fault,
     pad_to_multiple,
+    padding_of,
     resample,
     resample_to_grid,
     unwindow_ct,
@@ -199,3 +204,53 @@ def test_impossible_sizes_are_refused() -> None:
         resample(volume, size=(0, 4, 4))
     with pytest.raises(MaisiError, match="size"):
         crop_or_pad(volume, (4, -1, 4))
+
+
+@pytest.fixture(scope="module")
+def scan() -> np.ndarray:
+    """A body with lungs in air, with noise."""
+    image, _ = phantom((84, 60, 72), (5.0, 5.0, 5.0), ("chest",), seed=1)
+    return image.array
+
+
+@pytest.mark.parametrize("padding", [None, -1024, -2000, -3024, -32768])
+@pytest.mark.parametrize("part", [slice(None), slice(30, 60)])
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        (lambda hu: hu, None),
+        (lambda hu: hu + 1024, "offset by 1024"),
+        (lambda hu: hu + 1024 - 180 * (np.arange(hu.size).reshape(hu.shape) % 997 == 0), "offset by 1024"),
+        (lambda hu: hu + 1000, "offset by 1024"),
+        (lambda hu: hu / 1000, "scaled"),
+        (lambda hu: np.clip((hu + 160) / 400, 0, 1) * 255, "grey values"),
+        (lambda hu: np.where(hu < -500, 80, 400 + hu * 0.5), "a CT .MR has no HU."),
+    ],
+)
+def test_values_that_are_no_hu_are_seen_whatever_pads_them(scan, values, word, part, padding) -> None:
+    array = np.asarray(values(scan.astype(float)))[part]
+    if padding is not None:
+        array[:, :12] = padding
+    fault = hu_fault(array)
+    assert fault is None if word is None else re.search(word, str(fault)), fault
+
+
+def test_a_crop_without_air_is_hu_and_one_that_is_offset_is_not(scan) -> None:
+    brain = np.random.default_rng(0).normal(35, 12, (20, 20, 20))
+    bone = np.where(np.arange(20) < 5, 700, brain)
+    fat = np.where(np.arange(20) < 4, -100, brain)
+    for crop in (brain, bone, fat):
+        assert hu_fault(crop) is None
+    for crop in (bone, fat):
+        assert "offset by 1024" in str(hu_fault(crop + 1024))
+    assert hu_fault(np.full((8, 8, 8), -1024)) is None
+    assert hu_fault(np.full((8, 8, 8), 1000)) is None
+
+
+def test_padding_is_one_lowest_value_that_nobody_measures(scan) -> None:
+    assert padding_of(scan) is None
+    noisy = np.where(np.arange(scan.size).reshape(scan.shape) % 5000 == 0, -1060, scan)
+    assert padding_of(noisy) is None
+    padded = scan.copy()
+    padded[:, :12] = -3024
+    assert (padding_of(padded) == (padded == -3024)).all()

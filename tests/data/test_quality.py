@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from maisi.anatomy import LUNGS, SKELETON, TUMORS, label_id, label_name
 from maisi.data import quality
@@ -22,7 +23,9 @@ from maisi.data.quality import (
     medians,
     read_ranges,
 )
+from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
+from maisi.tumors import parse_tumors
 from maisi.volume import Volume
 
 PAPER = {  # median HU of the major organs in MAISI's training data: percentile 0.5, 99.5, sigma 6 low, high
@@ -319,3 +322,17 @@ def test_ranges_are_read_back_and_checked(tmp_path: Path) -> None:
         read_ranges(file)
     with pytest.raises(MaisiError, match="maisi quality learn"):
         read_ranges(tmp_path / "none.json")
+
+
+def test_a_tumour_that_is_missing_is_found_beside_one_that_is_there(trunk) -> None:
+    image, labels = trunk
+    grown, _ = grow_tumors(labels, parse_tumors(["lung:40mm", "lung:15mmx2"]), np.random.default_rng(0))
+    pieces, count = ndimage.label(grown.array == 23, np.ones((3, 3, 3)))
+    assert count == 3
+    largest = np.bincount(pieces.ravel())[1:].argmax() + 1
+    all_there = check(changed(image, grown.array == 23, 850), grown)
+    one_there = check(changed(image, pieces == largest, 850), grown)
+    assert found(all_there, "contrast", "lung tumor").passed
+    finding = found(one_there, "contrast", "lung tumor")
+    assert not finding.passed
+    assert "the least of 3" in finding.sentence

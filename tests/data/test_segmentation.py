@@ -8,6 +8,7 @@ import pytest
 
 from maisi.anatomy import ANY_BONE, BODY, UNNAMED_BONE
 from maisi.data.phantom import phantom
+from maisi.data.preprocess import resample
 from maisi.data.segmentation import AIRWAY, LEFT_LUNG, RIGHT_LUNG, envelope, segment, with_organs
 from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Volume
@@ -163,3 +164,25 @@ def test_bones_and_lungs_of_a_real_abdomen_agree_with_a_trained_segmenter() -> N
     truth = apply_map(read_labels(folder / "abdomen_pelvis_labels.nii.gz").array, label_table("totalsegmentator"))
     assert dice(found == UNNAMED_BONE, np.isin(truth, ANY_BONE)) > 0.7
     assert dice(np.isin(found, (LEFT_LUNG, RIGHT_LUNG)), np.isin(truth, (*LEFT_LOBES, *RIGHT_LOBES))) > 0.7
+
+
+@pytest.mark.parametrize("scale", [0.55, 0.65, 1.0])
+def test_lungs_of_children_are_lungs(chest: tuple[Volume, Volume], scale: float) -> None:
+    image, labels = (Volume(v.array, v.affine @ np.diag([scale, scale, scale, 1])) for v in chest)
+    made = segment(image).array
+    assert dice(np.isin(made, (LEFT_LUNG, RIGHT_LUNG)), np.isin(labels.array, LEFT_LOBES + RIGHT_LOBES)) > 0.93
+    assert np.count_nonzero(made == AIRWAY) < 0.1 * np.count_nonzero(np.isin(made, (LEFT_LUNG, RIGHT_LUNG)))
+
+
+@pytest.mark.parametrize("padding", [-2000, -3024, -32768])
+def test_what_pads_a_scan_does_not_matter(padding: int) -> None:
+    image, _ = phantom((160, 110, 24), (2.2, 2.2, 5.0), ("chest",), seed=1)
+    fine = resample(image, (1.2, 1.2, 5.0))
+    x, y, _ = np.indices(fine.shape)
+    middle = np.array(fine.shape) / 2
+    outside = (x - middle[0]) ** 2 + (y - middle[1]) ** 2 > (0.48 * fine.shape[1]) ** 2
+    first, second = (
+        fine.with_array(np.where(outside, value, fine.array).astype(np.int16)) for value in (-1024, padding)
+    )
+    assert np.array_equal(segment(first).array, segment(second).array)
+    assert np.array_equal(envelope(first).array, envelope(second).array)

@@ -182,3 +182,65 @@ def test_tumours_of_every_kind_are_deformed(torso) -> None:
         assert np.isin(grown.array[after], ids).all()
     elsewhere = ~np.isin(grown.array, [id for ids in hosts.values() for id in ids])
     np.testing.assert_array_equal(deformed.array[elsewhere], grown.array[elsewhere])
+
+
+@pytest.mark.parametrize("wish", ["liver:10mmx3@0,0,0", "liver:12mmx4"])
+def test_tumours_at_one_place_stay_apart(wish) -> None:
+    for seed in range(8):
+        grown, placed = grow_tumors(ball_host(), parse_tumors([wish]), np.random.default_rng(seed))
+        assert ndimage.label(grown.array == 26, np.ones((3, 3, 3)))[1] == len(placed)
+
+
+def test_a_place_far_from_any_host_is_refused() -> None:
+    host = ball_host(20)
+    with pytest.raises(
+        MaisiError, match=r"From the place @36,30,30 it is \d+ mm to where a liver tumour of 10 mm could"
+    ):
+        grow_tumors(host, parse_tumors(["liver:10mm@36,30,30"]), np.random.default_rng(0))
+    _, (placed,) = grow_tumors(host, parse_tumors(["liver:10mm@24,0,0"]), np.random.default_rng(0))
+    assert placed.centre_mm[0] == pytest.approx(14, abs=4)  # beside the liver: the nearest place inside
+
+
+def test_a_bone_tumour_ends_at_the_joint_and_a_lung_tumour_not_at_a_fissure() -> None:
+    array = np.full((40, 24, 24), BODY, np.uint8)
+    array[4:36, 6:18, 6:18] = 93  # two bones that touch
+    array[20:36, 6:18, 6:18] = 95
+    bones = Volume.from_spacing(array, (2.0, 2.0, 2.0))
+    lungs = bones.with_array(np.where(array == 93, 28, np.where(array == 95, 29, array)).astype(np.uint8))
+    across = []
+    for kind, host, other in (("bone", bones, (93, 95)), ("lung", lungs, (28, 29))):
+        together = []
+        for seed in range(12):
+            grown, _ = grow_tumors(host, parse_tumors([f"{kind}:16mm@0,0,0"]), np.random.default_rng(seed))
+            new = host.array[grown.array != host.array]
+            together.append(len({*new.tolist()} & {*other}) == 2)
+        across.append(sum(together))
+    assert across[0] == 0
+    assert across[1] > 6
+
+
+def lesions(labels: np.ndarray, tumor: int = 26) -> list[np.ndarray]:
+    parts, count = ndimage.label(labels == tumor, np.ones((3, 3, 3)))
+    return [parts == number for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_of_several_tumours_is_deformed_by_itself(seed: int) -> None:
+    grown, _ = grow_tumors(ball_host(), parse_tumors(["liver:24mm", "liver:8mmx3"]), np.random.default_rng(seed))
+    deformed = deform_tumors(grown, np.random.default_rng([seed, 1])).array
+    before, after = lesions(grown.array), lesions(deformed)
+    assert len(before) == len(after) == 4
+    for old in before:  # each keeps its place and its volume, whichever other moved
+        nearest = max(after, key=lambda new: np.count_nonzero(new & old))
+        assert np.count_nonzero(nearest & old)
+        assert np.count_nonzero(nearest) >= KEPT * np.count_nonzero(old)
+    assert (deformed != grown.array).any()
+
+
+def test_what_a_tumour_without_a_host_leaves_is_body_or_nothing() -> None:
+    array = np.full((30, 30, 30), BODY, np.uint8)
+    array[10:20, 10:20, 10:20] = 128
+    made = deform_tumor(array, 128, (128, *KINDS["bone"].hosts), (2.0, 2.0, 2.0), np.random.default_rng(0))
+    assert set(np.unique(made)) == {128, BODY}
+    bare = deform_tumor(np.where(array == 128, array, 0), 128, (128,), (2.0, 2.0, 2.0), np.random.default_rng(0))
+    assert set(np.unique(bare)) == {0, 128}

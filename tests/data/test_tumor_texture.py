@@ -7,7 +7,7 @@ from maisi.data.label_variants import vary_names
 from maisi.data.phantom import phantom
 from maisi.data.tumor_examples import inpainting_region, with_tumors
 from maisi.data.tumor_masks import grow_tumors
-from maisi.data.tumor_texture import Contrast, contrast, draw_look, paint_tumors, unlikeness
+from maisi.data.tumor_texture import Contrast, contrasts, draw_look, paint_tumors, unlikeness
 from maisi.tumors import KINDS, parse_tumors
 
 
@@ -23,8 +23,7 @@ def test_a_painted_tumour_looks_as_its_kind(torso, wish) -> None:
     kind = KINDS[parsed.kind]
     grown, _ = grow_tumors(labels, [parsed], np.random.default_rng(1))
     painted = paint_tumors(image, grown, np.random.default_rng(4))
-    measured = contrast(painted.array, grown.array, kind.id, labels.spacing_mm)
-    assert measured is not None
+    (measured,) = contrasts(painted.array, grown.array, kind.id, labels.spacing_mm)
     look = draw_look(kind, np.random.default_rng(4))
     low, high = look.contrast_hu or tuple(v - measured.host_hu for v in look.hu)
     # the mean without the border: partial volume and texture leave some room
@@ -47,11 +46,10 @@ def test_contrast_is_that_of_a_planted_step() -> None:
     labels = np.full((40, 40, 40), 1, np.uint8)
     labels[15:25, 15:25, 15:25] = 26
     image = np.where(labels == 26, 60, 100).astype(np.int16)
-    measured = contrast(image, labels, 26, (1.0, 1.0, 1.0))
-    assert measured is not None
+    (measured,) = contrasts(image, labels, 26, (1.0, 1.0, 1.0))
     assert (measured.tumor_hu, measured.host_hu, measured.hu) == (60, 100, -40)
-    assert contrast(image, labels, 24, (1, 1, 1)) is None
-    assert contrast(image, np.where(labels == 26, 26, 0).astype(np.uint8), 26, (1, 1, 1)) is None
+    assert contrasts(image, labels, 24, (1, 1, 1)) == []
+    assert contrasts(image, np.where(labels == 26, 26, 0).astype(np.uint8), 26, (1, 1, 1)) == []
 
 
 def test_examples_have_tumours_in_image_and_labels_and_keep_the_rest(torso) -> None:
@@ -122,3 +120,19 @@ def test_names_vary_but_not_what_they_stand_for() -> None:
 )
 def test_a_contrast_is_like_that_of_the_kind_or_not(kind, tumor, host, like) -> None:
     assert (unlikeness(Contrast(tumor, host), KINDS[kind]) == 0) is like
+
+
+def test_each_tumour_is_measured_alone() -> None:
+    labels = np.full((60, 40, 40), 1, np.uint8)
+    labels[8:18, 15:25, 15:25] = 26
+    labels[40:46, 17:23, 17:23] = 26
+    labels[30, 20, 20] = 26  # a speck, which is no tumour to be seen
+    image = np.full(labels.shape, 100, np.int16)
+    image[8:18, 15:25, 15:25] = 60
+    spacing = (1.0, 1.0, 1.0)
+    assert [one.hu for one in contrasts(image, labels, 26, spacing)] == [-40, 0]
+    among = np.zeros(labels.shape, bool)
+    among[41, 18, 18] = True
+    assert [one.hu for one in contrasts(image, labels, 26, spacing, among)] == [0]
+    alone = np.where(np.arange(60)[:, None, None] == 30, labels, 1).astype(np.uint8)
+    assert len(contrasts(image, alone, 26, spacing)) == 1

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from scipy import ndimage
 
 from maisi.data.phantom import phantom
 from maisi.data.quality import carried_ranges
+from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation.inpaint import (
     MARGIN_MM,
     Crop,
     _blend,
+    _matched,
     changed_parts,
     inpaint_item,
     make_crop,
@@ -25,6 +29,7 @@ from maisi.generation.inpaint_job import make_inpaint_job
 from maisi.generation.tumor_contrast import GUIDANCE_RANGE, Setting
 from maisi.networks.controlnet import ControlNet, inpainting_mask, with_image_input
 from maisi.request import Request
+from maisi.tumors import parse_tumors
 from maisi.volume import Volume
 
 
@@ -247,3 +252,116 @@ def test_ranges_of_real_tumours_decide_on_attempts_too(model, abdomen, tmp_path)
     assert finding["value"] == pytest.approx(told.details["contrast_hu"]["26"], abs=0.1)
     free = made(0)
     assert (free.details["attempts"], free.details["quality"]["findings"]) == (1, [])
+
+
+def test_labels_whose_sides_are_swapped_are_refused(model, abdomen) -> None:
+    image, labels = abdomen
+    mirrored = labels.with_array(np.ascontiguousarray(labels.array[::-1]))
+    with pytest.raises(MaisiError, match=r"mirrored|swapped"):
+        job_of(model, (image, mirrored))
+
+
+def test_labels_stored_along_other_axes_are_brought_to_the_ct(model, abdomen) -> None:
+    image, labels = abdomen
+    turned = labels.to_ras()
+    assert not turned.same_grid(image)
+    assert (job_of(model, (image, turned)).labels.array == labels.array).all()
+    shifted = Volume(labels.array, labels.affine + np.array([[0, 0, 0, 2.0]] + [[0.0] * 4] * 3))
+    with pytest.raises(MaisiError, match=r"CT \(.*from 140, 130, 50, LPS\) and labels \(.*from 142, 130, 50, LPS\)"):
+        job_of(model, (image, shifted))
+
+
+def test_a_ct_that_its_file_cannot_hold_is_refused_before_any_network(model, abdomen) -> None:
+    image, labels = abdomen
+    array = image.array.astype(np.int32)
+    array[3, 3, 3] = 60_000
+    with pytest.raises(MaisiError, match=r"from -\d+ to 60000, more than files of CT"):
+        job_of(model, (image.with_array(array), labels))
+
+
+def padded(image: Volume, labels: Volume, value: int) -> Volume:
+    """The CT with its scan cut through the body, a third of the way into it."""
+    columns = np.flatnonzero((labels.array > 0).any(axis=(1, 2)))
+    array = image.array.copy()
+    array[: columns[0] + (columns[-1] - columns[0]) // 3] = value
+    return image.with_array(array)
+
+
+@pytest.mark.parametrize("by", ["network", "rules"])
+def test_padding_is_left_alone_and_does_not_matter(model, abdomen, by) -> None:
+    image, labels = abdomen
+    made = {}
+    for value in (-1100, -3024, -32768):
+        job = job_of(model, (padded(image, labels, value), labels), by=by)
+        assert any("padding" in note for note in job.notes)
+        item = inpaint_item(model if by == "network" else None, job, 0, silent)
+        padding = job.image.array == value
+        assert (item.image.array[padding] == value).all()
+        assert not (item.labels.array[padding] > 0).any()
+        made[value] = np.where(padding, 0, item.image.array)
+    assert np.array_equal(made[-1100], made[-3024])
+    assert np.array_equal(made[-1100], made[-32768])
+
+
+def test_metal_beside_what_is_painted_stays(model, abdomen) -> None:
+    image, labels = abdomen
+    tumor = new_labels(job_of(model, abdomen), 0)[0].array == 26
+    beside = ~tumor & (ndimage.distance_transform_edt(~tumor, sampling=image.spacing_mm) < 14)
+    metal = beside & (np.indices(image.shape).sum(axis=0) % 3 == 0)
+    job = job_of(model, (image.with_array(np.where(metal, np.int16(3071), image.array)), labels))
+    made = inpaint_item(model, job, 0, silent).image.array
+    assert (made[metal] == 3071).all()
+    assert (made[tumor] != image.array[tumor]).mean() > 0.5
+
+
+@pytest.mark.parametrize("disturbance", [3071, 20_000, -3024, -32768])
+def test_what_networks_cannot_know_shifts_nothing(model, abdomen, disturbance) -> None:
+    """Networks that are right as far as their window reaches are not corrected."""
+    _, labels = abdomen
+    job = job_of(model, abdomen)
+    new, _ = new_labels(job, 0)
+    (part,) = changed_parts(new.array != labels.array, MARGIN_MM, labels.spacing_mm)
+    crop = make_crop(model, job, new, part, MARGIN_MM)
+    known = crop.image.array.copy()
+    known[~crop.region & (np.indices(known.shape).sum(axis=0) % 4 == 0)] = disturbance
+    crop = replace(crop, image=crop.image.with_array(known))
+    decoded = np.clip(known, -1000, 1000)
+    assert np.abs(_matched(decoded, crop) - decoded)[crop.region].max() < 1e-3
+    assert _matched(decoded - 30, crop)[crop.region] == pytest.approx(decoded[crop.region], abs=1)
+
+
+def test_a_tumour_smaller_than_the_crops_voxels_is_in_the_crop(model) -> None:
+    config = model.folder.config.model_copy(update={"crop_spacing_mm": (4.0, 8.0)})
+    shown = SimpleNamespace(folder=SimpleNamespace(config=config))
+    labels = Volume.from_spacing(np.ones((40, 36, 30), np.uint8), (1.0, 1.0, 1.2))
+    image = labels.with_array(np.full(labels.shape, 60, np.int16))
+    for number in range(8):
+        x, y, z = 9 + number, 12 + number, 8 + 2 * number
+        array = labels.array.copy()
+        array[x, y, z] = 26
+        (part,) = changed_parts(array == 26, MARGIN_MM, labels.spacing_mm)
+        job = job_of(model, (image, labels), tumor="liver:4mm")
+        crop = make_crop(shown, job, labels.with_array(array), part, MARGIN_MM)
+        seen = np.argwhere(crop.job.labels.array == 26)
+        assert len(seen) == 1
+        there = crop.image.affine[:3, :3] @ seen[0] + crop.image.affine[:3, 3]
+        wanted = labels.affine[:3, :3] @ (x, y, z) + labels.affine[:3, 3]
+        assert np.abs(there - wanted).max() <= 2.001
+        assert crop.region[tuple(seen[0])]
+
+
+def test_contrast_is_that_of_the_new_tumour_alone(model, abdomen) -> None:
+    image, labels = abdomen
+    old, _ = grow_tumors(labels, parse_tumors(["liver:30mm"]), np.random.default_rng(3))
+    job = job_of(model, (image, old), tumor="liver:15mm", by="rules", retries=2)  # the old one looks like the liver
+    item = inpaint_item(None, job, 0, silent)
+    assert item.details["contrast_as_usual"]
+    assert item.details["attempts"] == 1
+    assert item.details["contrast_hu"]["26"] < -15
+
+
+def test_painted_voxels_are_those_that_differ_in_the_file(model, abdomen) -> None:
+    image, labels = abdomen
+    exact = image.with_array(image.array.astype(np.float32))
+    item = inpaint_item(None, job_of(model, (exact, labels), by="rules"), 0, silent)
+    assert item.details["painted_voxels"] == np.count_nonzero(np.rint(item.image.array) != image.array)

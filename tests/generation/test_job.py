@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from maisi.anatomy import BODY, label_id
+from maisi.anatomy import BODY, label_id, regions_present
+from maisi.data.label_maps import ids_in
 from maisi.data.mask_library import build
 from maisi.data.phantom import DESCRIPTION, phantom_labels
 from maisi.errors import MaisiError
@@ -188,3 +189,54 @@ def test_phantoms_are_followed_without_guidance_unless_it_is_asked_for(config, c
     ):
         job = make_job(Request.parse(**wishes), guided)
         assert (job.mask_guidance, job.self_guidance) == expected
+
+
+def library_of(folder, *volumes):
+    for number, labels in enumerate(volumes):
+        write_volume(folder / f"{number}.nii.gz", labels, names={150: "stent"} if (labels.array == 150).any() else None)
+    build([folder / f"{number}.nii.gz" for number in range(len(volumes))], folder / "library")
+    return folder / "library"
+
+
+def test_each_item_is_told_what_its_own_mask_shows(config, tmp_path) -> None:
+    masks = [phantom_labels((40, 32, 20), (9, 9, 9), (region,), seed=2) for region in ("head-neck", "chest")]
+    library = library_of(tmp_path, *masks)
+    request = Request.parse(structure="spinal cord", size=(40, 32, 20), spacing=(9, 9, 9), library=library)
+    job = make_job(request, config)
+    seen = set()
+    for number in range(12):
+        own = job.of_item(number)
+        assert own.conditions.regions == regions_present(ids_in(own.labels.array))
+        seen.add(own.conditions.regions)
+    assert len(seen) > 1
+
+
+def test_guidance_of_an_item_is_that_of_its_own_mask(config, tmp_path, monkeypatch) -> None:
+    guided = config.model_copy(update={"mask_guidance": 1.5, "mask_self_guidance": 0.5})
+    labels = phantom_labels((40, 32, 32), (9, 9, 9), ("chest",), seed=2)
+    sources = {0: "a phantom", 1: "library"}
+    monkeypatch.setattr("maisi.generation.job._found", lambda *a: (labels, sources[a[3]]))
+    monkeypatch.setattr("maisi.generation.job.PHANTOM", "a phantom")
+    job = make_job(Request.parse(structure="heart", size=(40, 32, 32), spacing=(9, 9, 9)), guided)
+    assert [(own.mask_guidance, own.self_guidance) for own in map(job.of_item, (0, 1))] == [(0, 0), (1.5, 0.5)]
+
+
+def test_an_organ_made_smaller_in_a_mask_without_a_body_leaves_no_body(config, chest_labels) -> None:
+    bare = chest_labels.with_array(np.where(chest_labels.array == BODY, 0, chest_labels.array).astype(np.uint8))
+    job = make_job(Request.parse(anatomy_size={"left lung upper lobe": 0.7}), config, bare).of_item(0)
+    assert (job.labels.array == 28).sum() < (bare.array == 28).sum()
+    assert not (job.labels.array == BODY).any()
+    image = job.labels.with_array(np.full(bare.shape, 40, np.int16))
+    assert (job.outside_body(image).array == 40).all()
+
+
+def test_classes_of_a_library_that_the_model_does_not_know_count_as_body(config, tmp_path) -> None:
+    labels = phantom_labels((40, 32, 32), (9, 9, 9), ("chest",), seed=2)
+    labels.array[labels.array == 115] = 150
+    library = library_of(tmp_path, labels)
+    request = Request.parse(structure="spinal cord", size=(32, 32, 32), spacing=(9, 9, 9), library=library)
+    job = make_job(request, config)
+    assert not (job.of_item(0).labels.array == 150).any()
+    assert job.mask_source.endswith("its own classes 150 as body")
+    knows = make_job(request, config.model_copy(update={"custom_labels": {150: "stent"}}))
+    assert (knows.of_item(0).labels.array == 150).any()

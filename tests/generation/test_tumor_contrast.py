@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from maisi.data.phantom import phantom
 from maisi.data.tumor_masks import grow_tumors
-from maisi.data.tumor_texture import contrast, unlikeness, usual_contrast_hu
+from maisi.data.tumor_texture import contrasts, unlikeness, usual_contrast_hu
 from maisi.generation.tumor_contrast import GUIDANCE_RANGE, Contrasts, Setting
 from maisi.tumors import KINDS, parse_tumor
 from maisi.volume import Volume
@@ -26,16 +26,15 @@ def shown(abdomen: tuple[Volume, Volume], hu: float) -> Volume:
     """The phantom with its tumour set to so many HU against the liver around it."""
     image, labels = abdomen
     tumor = labels.array == LIVER.id
-    found = contrast(image.array, labels.array, LIVER.id, labels.spacing_mm)
-    assert found is not None
+    (found,) = contrasts(image.array, labels.array, LIVER.id, labels.spacing_mm)
     return image.with_array(np.where(tumor, found.host_hu + hu, image.array))
 
 
 def test_a_contrast_is_brought_to_where_it_is_usual(abdomen) -> None:
     weak, strong, wrong = (Contrasts.of(shown(abdomen, hu), abdomen[1], {LIVER.id}) for hu in (-10, -400, 60))
-    for contrasts in (weak, strong):
-        assert contrasts.shortfall > 0
-        mended = Contrasts.of(shown(abdomen, contrasts.hu[LIVER.id] * contrasts.ratio), abdomen[1], {LIVER.id})
+    for each in (weak, strong):
+        assert each.shortfall > 0
+        mended = Contrasts.of(shown(abdomen, each.hu[LIVER.id] * each.ratio), abdomen[1], {LIVER.id})
         assert mended.shortfall == 0
         assert mended.ratio == 1
     assert weak.ratio > 1 > strong.ratio
@@ -45,8 +44,7 @@ def test_a_contrast_is_brought_to_where_it_is_usual(abdomen) -> None:
 def test_it_is_the_measure_of_the_tumour_table(abdomen) -> None:
     image, labels = shown(abdomen, -12), abdomen[1]
     found = Contrasts.of(image, labels, {LIVER.id, 23})  # no lung tumour is there
-    one = contrast(image.array, labels.array, LIVER.id, labels.spacing_mm)
-    assert one is not None
+    (one,) = contrasts(image.array, labels.array, LIVER.id, labels.spacing_mm)
     assert found.hu == {LIVER.id: one.hu}
     assert found.shortfall == unlikeness(one, LIVER)
     assert found.ratio == pytest.approx(usual_contrast_hu(one, LIVER) / one.hu)

@@ -424,3 +424,18 @@ def test_real_ct_as_nibabel_reads_it():
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.array, np.asarray(image.dataobj))
     np.testing.assert_array_equal(volume.affine, image.affine)
+
+
+def test_a_file_that_says_nowhere_how_it_lies_is_refused(tmp_path) -> None:
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([-1, 1, 1, 1.0]))
+    image.header.set_sform(None, 0)
+    image.header.set_qform(None, 0)
+    for codes in ((0, 0), (1, 0), (0, 1)):
+        image.header["sform_code"], image.header["qform_code"] = codes
+        data = image.header.binaryblock + b"\0" * 4 + np.zeros((4, 5, 6), np.int16).tobytes()
+        (tmp_path / "a.nii").write_bytes(data)
+        if any(codes):
+            read_volume(tmp_path / "a.nii")
+        else:
+            with pytest.raises(MaisiError, match="says nowhere how it lies in the patient"):
+                read_volume(tmp_path / "a.nii")

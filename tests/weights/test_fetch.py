@@ -119,6 +119,7 @@ def hub(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     pytest.importorskip("huggingface_hub")
     server = FakeHub(release)
     monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server

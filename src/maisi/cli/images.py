@@ -183,6 +183,8 @@ def segment(ct: Path, output: Path) -> None:
     from maisi.data.segmentation import segment as segment_volume
 
     labels = segment_volume(volume)
+    if not labels.array.any():
+        raise MaisiError(f"No body is found in {ct}: hardly anything in it is denser than air; give a CT of a body.")
     names = label_names(ids_in(labels.array))
     write_volume(output, labels, description="labels made by maisi", synthetic=False, names=names)
     click.echo(str(output))

@@ -103,6 +103,7 @@ def deform(
         scale_organs,
     )
     from maisi.data.mask_deform import deform as deform_labels
+    from maisi.data.mask_import import read_our_labels
     from maisi.data.tumor_masks import deform_tumors
     from maisi.io.nifti import write_volume
     from maisi.request import parse_anatomy_sizes
@@ -111,7 +112,7 @@ def deform(
     sizes = {label_id(name): factor for name, factor in parse_anatomy_sizes(anatomy_size).items()}
     given = {"elastic_mm": elastic, "rotate_degrees": rotate, "zoom": _pair(zoom)}
     ranges = DeformationRanges(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    labels = checked_mask(mask)
+    labels = checked_mask(read_our_labels(mask), source=str(mask))
     check_sizes(labels, sizes)
     moved = deform_labels(labels, draw_deformation(np.random.default_rng(seed), ranges, labels))
     result = scale_organs(moved, sizes)

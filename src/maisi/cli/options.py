@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -176,10 +177,12 @@ def require_new(path: Path, *endings: str) -> None:
         from maisi.io.zarr_store import require_package
 
         require_package()
-    if path.exists():
+    if os.path.lexists(path):
         raise MaisiError(f"{path} exists; choose another name or remove it.")
     if not path.parent.is_dir():
         raise MaisiError(f"The folder {path.parent} does not exist; make it first or choose another place.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise MaisiError(f"The folder {path.parent} is not writable; choose a place you may write to.")
 
 
 def require_first(first: int) -> None:

@@ -49,9 +49,11 @@ def check(
     context: click.Context, image: Path, labels: Path, ranges: Path | None, model: str | None, as_json: bool
 ) -> None:
     """Judge IMAGE (CT in HU) by LABELS; exit code 0 if all passes, 1 if not, 2 if they cannot be compared."""
+    from maisi.anatomy import CUSTOM_IDS
+    from maisi.data.mask_import import read_our_labels
     from maisi.data.quality import carried_ranges, read_ranges
     from maisi.data.quality import check as check_volumes
-    from maisi.io.nifti import read_labels, read_volume
+    from maisi.io.nifti import read_volume
 
     if model is not None and ranges is not None:
         raise MaisiError("Both --ranges and --model say what passes; leave one of them out.")
@@ -62,7 +64,7 @@ def check(
         from maisi.weights.registry import find_model
 
         normal = ranges_of(find_model(model))
-    report = check_volumes(read_volume(image), read_labels(labels), normal)
+    report = check_volumes(read_volume(image), read_our_labels(labels, CUSTOM_IDS), normal)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else _table(report))
     context.exit(0 if report.passed else NOT_PASSED)
 

@@ -316,7 +316,8 @@ def _shrunk(labels: Labels, spacing_mm: Spacing, id: int, want: int) -> Labels:
             f"'{label_name(id)}' is too thin in this mask to shrink so far; the smallest factor is {least / have:.2f}."
         )
     kept = _connected_first(relative, own, want)
-    part[own & ~kept] = BODY
+    # what is left of a map without a body stays without: else all around it would be taken for air
+    part[own & ~kept] = BODY if (labels == BODY).any() else BACKGROUND
     return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from maisi.data.label_maps import VOCABULARIES, Vocabulary, counts, ids_in, merg
 from maisi.data.preprocess import edged, hu_fault, resample, resample_to_grid
 from maisi.data.segmentation import envelope, with_organs
 from maisi.errors import MaisiError
+from maisi.io.nifti import read_label_names, read_labels
 from maisi.volume import Volume
 
 Array = NDArray[Any]
@@ -41,6 +43,9 @@ GRID_TOLERANCE_MM = 0.05
 
 VERTEBRAE = (127, *range(33, 57))
 """S1, then L5 to C1: from below to above."""
+
+_UPRIGHT = 3
+"""Pairs of vertebrae that must be there to tell above from below."""
 
 LEFT_OF = ((3, 1), (12, 1), (6, 7))
 """Organs that are not paired, and which lies to the left of which: spleen and stomach of liver, aorta of vena cava."""
@@ -261,10 +266,43 @@ def sides_fault(labels: Volume) -> str | None:
     mask = Source(labels, vocabulary("maisi"), "The mask")
     known = {id: one for id, one in census(labels).items() if id in mask.vocabulary.to}
     try:
+        _require_upright(mask, known)
         _check_sides(mask, known, {}, swap=False)
     except MaisiError as error:
         return f"{str(error).rstrip('.')} (`maisi mask import`)."
     return None
+
+
+def read_our_labels(path: Path, custom: Container[int] = ()) -> Volume:
+    """Read a label map in maisi's ids.
+
+    Args:
+        path: the file.
+        custom: ids that mean something beside maisi's own.
+
+    Raises:
+        MaisiError: it cannot be read, or makes sense in another vocabulary than maisi's and none in that.
+    """
+    labels = read_labels(path)
+    if labels.array.dtype.kind in "iub":
+        require_our_ids(labels, str(path), read_label_names(path), custom)
+    return labels
+
+
+def _require_upright(source: Source, found: Mapping[int, Found]) -> None:
+    """Refuse a body that stands on its head.
+
+    Raises:
+        MaisiError: so.
+    """
+    ours = _ours(found, source.vocabulary.to)
+    spine = [ours[id].centre[2] for id in VERTEBRAE if id in ours]
+    reversed_ = [low > high for low, high in pairwise(spine)]
+    if len(reversed_) >= _UPRIGHT and sum(reversed_) > len(reversed_) / 2:
+        raise MaisiError(
+            f"{source.name} stands on its head: {sum(reversed_)} of {len(reversed_)} vertebrae lie above the next; "
+            "mend the affine in its header (and the CT's, if that is so, too)."
+        )
 
 
 def census(labels: Volume, name: str = "The mask") -> dict[int, Found]:
@@ -341,6 +379,7 @@ def _translate(
     if not found:
         raise MaisiError(f"{source.name} is empty (all 0); give a mask with labels in it.")
     _check_vocabulary(source, found)
+    _require_upright(source, found)
     to = {id: words.to[id] for id in (BACKGROUND, *found)}
     swapped = _check_sides(source, found, custom, swap_sides)
     if swapped:
@@ -367,24 +406,13 @@ def _aligned(labels: Volume, grid: Volume, name: str, to_grid: bool) -> tuple[Vo
     """Return labels on the grid, and whether that took more than turning the axes."""
     if labels.same_grid(grid, GRID_TOLERANCE_MM):
         return labels, False
-    turned = _axes_only(labels).same_grid(_axes_only(grid), GRID_TOLERANCE_MM)
+    turned = labels.axes_only().same_grid(grid.axes_only(), GRID_TOLERANCE_MM)
     if not (turned or to_grid):
         raise MaisiError(
-            f"{name} ({_geometry(labels)}) lies on another grid than what it goes with ({_geometry(grid)}); "
+            f"{name} ({labels.grid}) lies on another grid than what it goes with ({grid.grid}); "
             "add --resample to bring it there, if both show the same body."
         )
     return resample_to_grid(labels, grid, order=0, fill=BACKGROUND), not turned
-
-
-def _axes_only(volume: Volume) -> Volume:
-    """The grid with its axes along RAS+, without the values."""
-    return Volume(np.broadcast_to(np.uint8(0), volume.shape), volume.affine).to_ras()
-
-
-def _geometry(volume: Volume) -> str:
-    size = " x ".join(str(n) for n in volume.shape)
-    origin = ", ".join(f"{mm:.4g}" for mm in volume.affine[:3, 3])
-    return f"{size} voxels of {' x '.join(f'{s:.4g}' for s in volume.spacing_mm)} mm from {origin}"
 
 
 def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:

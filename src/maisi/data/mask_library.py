@@ -21,6 +21,7 @@ from maisi.anatomy import BACKGROUND, BODY, CUSTOM_IDS, TUMORS, label_name
 from maisi.config import Config, parse_config
 from maisi.data.label_maps import checked_mask, counts
 from maisi.data.mask_deform import DeformationRanges, deform, draw_deformation
+from maisi.data.mask_import import read_our_labels
 from maisi.data.preprocess import resample_to_grid
 from maisi.data.regions import regions_of
 from maisi.errors import MaisiError
@@ -109,7 +110,7 @@ def build(source: Path | Sequence[Path], out: Path, note: str = "") -> MaskIndex
         (part / "masks").mkdir()
         for number, file in enumerate(files, start=1):
             names = {id: name for id, name in read_label_names(file).items() if id in CUSTOM_IDS}
-            mask = _cropped(checked_mask(file, names).to_ras())
+            mask = _cropped(checked_mask(read_our_labels(file, names), names, str(file)).to_ras())
             path = part / "masks" / f"{number:04d}.nii.gz"
             said = "label map of a library, made by maisi"
             write_volume(path, mask, description=said, synthetic=False, names=names or None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from maisi.anatomy import BACKGROUND
 from maisi.data.label_maps import apply_map, label_table, merge
 from maisi.data.manifest import Case, CaseList
+from maisi.data.mask_import import read_our_labels, sides_fault
 from maisi.data.prepared import PreparedCase, PreparedIndex
 from maisi.data.preprocess import HU_MIN, STORED_HU, hu_fault, window_mr
 from maisi.data.regions import regions_of
@@ -90,7 +91,7 @@ def _kept_row(path: Path, digest: str) -> PreparedCase | None:
         return None
 
 
-def prepare_case(case: Case, split: str, out: Path, custom: Iterable[int] = ()) -> PreparedCase:
+def prepare_case(case: Case, split: str, out: Path, custom: Collection[int] = ()) -> PreparedCase:
     """Prepare one case: `ID.npy` (int16 HU for CT, float32 in [0, 1] for MR) and `ID-labels.npy` (uint8).
 
     `custom` are ids of classes of the user's own.
@@ -129,7 +130,7 @@ def prepare_case(case: Case, split: str, out: Path, custom: Iterable[int] = ()) 
     )
 
 
-def label_map(case: Case, ct: Volume, custom: Iterable[int] = ()) -> NDArray[np.uint8]:
+def label_map(case: Case, ct: Volume, custom: Collection[int] = ()) -> NDArray[np.uint8]:
     """Given labels in maisi's ids over rule-based ones over the body, on the grid of `ct`."""
     rules = segment(ct).array
     given = _given_labels(case, ct, custom)
@@ -138,17 +139,21 @@ def label_map(case: Case, ct: Volume, custom: Iterable[int] = ()) -> NDArray[np.
     return merge([given, rules], body=with_organs(ct, rules != BACKGROUND, given))
 
 
-def _given_labels(case: Case, image: Volume, custom: Iterable[int]) -> NDArray[np.uint8] | None:
+def _given_labels(case: Case, image: Volume, custom: Collection[int]) -> NDArray[np.uint8] | None:
     if case.labels is None:
         return None
-    labels = read_labels(case.labels).to_ras()
+    ours = case.vocabulary == "maisi"
+    labels = (read_our_labels(case.labels, custom) if ours else read_labels(case.labels)).to_ras()
     if not labels.same_grid(image, tolerance_mm=GRID_TOLERANCE_MM):
         raise MaisiError(
-            f"Case {case.id}: labels {labels.shape} and image {image.shape} lie on different grids; "
+            f"Case {case.id}: labels ({labels.grid}) and image ({image.grid}) lie on different grids; "
             "resample the labels to the image first."
         )
-    own = {id: id for id in custom} if case.vocabulary == "maisi" else {}
-    return apply_map(labels.array, {**label_table(case.vocabulary), **own})
+    own = {id: id for id in custom} if ours else {}
+    mapped = apply_map(labels.array, {**label_table(case.vocabulary), **own})
+    if fault := sides_fault(labels.with_array(mapped)):
+        raise MaisiError(f"Case {case.id}: {fault}")
+    return mapped
 
 
 def body_box(inside: NDArray[np.bool_]) -> tuple[slice, slice, slice]:

@@ -29,6 +29,11 @@ STORED_HU = (-1024, 3071)
 MR_PERCENTILES = (0.0, 99.5)
 LARGEST_SIZE = 4096  # voxels per axis that resampling will make
 OFFSET_HU = 1024  # what scanners add to HU to store them unsigned
+MANY_VOXELS = 1_000_000
+OFFSET_SHARE = 0.1  # of the values, which soft tissue has at least and dense bone has not
+AIR_BELOW_HU = -200.0  # what is lower is air or lung
+BELOW_AIR_HU = -1100  # noise in air does not go below
+PADDING_SHARE = 0.01  # of one lowest value, from which on it is padding
 
 
 def window_ct(hu: Array) -> NDArray[np.float32]:
@@ -58,20 +63,38 @@ def window_mr(values: Array) -> NDArray[np.float32]:
     return scaled
 
 
-def hu_fault(array: Array) -> str | None:
-    """Say why the values of a CT can't be HU, and the mend; None where they can. Looks at every fourth voxel."""
-    values = array[::4, ::4, ::4]
-    low, high = float(values.min()), float(values.max())
-    if high <= 1.5 and low >= -1.5:
-        return f"its values run from {low:g} to {high:g}, so they were scaled; give the CT before that"
-    if low < -100:
+def padding_of(array: Array) -> NDArray[np.bool_] | None:
+    """Voxels of a CT that pad it around its scan: one lowest value that scanners do not measure; None without such."""
+    low = array.min()
+    if low >= STORED_HU[0]:
         return None
-    dark = values[values < 300]
-    if low >= 0 and dark.size > 0.02 * values.size and high > 300 and float(np.median(dark)) <= 60:
-        air = float(np.median(dark))
-        return f"all values are at least 0 and air has {air:g}, so they are offset by {OFFSET_HU}; subtract that"
+    padding: NDArray[np.bool_] = array == low
+    return padding if float(padding.mean()) >= PADDING_SHARE else None
+
+
+def hu_fault(array: Array) -> str | None:
+    """Say why the values of a CT can't be HU, and the mend; None where they can. Of large ones looks at every fourth.
+
+    HU have air below -200, or else are soft tissue for the most part. Padding, whatever its value, says nothing.
+    """
+    step = 4 if array.size > MANY_VOXELS else 1
+    values = array[::step, ::step, ::step].ravel()
+    lowest = values.min()
+    if lowest <= STORED_HU[0]:
+        values = values[(values > lowest) & (values >= BELOW_AIR_HU)]
+    if not values.size:
+        return None
+    low, high, middle = float(values.min()), float(values.max()), float(np.median(values))
+    if low >= -5 and high <= 5:
+        return f"its values run from {low:g} to {high:g}, so they were scaled; give the CT before that"
+    if float(np.percentile(values, 0.5)) < AIR_BELOW_HU or high - low < 50:
+        return None  # there is air, or nothing to tell by
+    if float(((values > OFFSET_HU - 124) & (values < OFFSET_HU + 176)).mean()) >= OFFSET_SHARE:
+        return f"soft tissue has about {OFFSET_HU}, so all values are offset by {OFFSET_HU}; subtract that"
     if low >= 0 and high <= 255:
         return f"its values run from {low:g} to {high:g}, which are grey values; give the CT before that"
+    if middle > 300 or (low >= 0 and float((values > 300).mean()) >= OFFSET_SHARE):
+        return f"hardly a value is below {AIR_BELOW_HU:g}, as air is, and many are above 300; give a CT (MR has no HU)"
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -22,9 +22,9 @@ from pydantic import Field, field_validator, model_validator
 from maisi.anatomy import ANY_BONE, BODY, KNOWN_IDS, LUNGS, TUMORS, label_id, label_name
 from maisi.config import Config, parse_config
 from maisi.data.agreement import STRUCTURES
-from maisi.data.preprocess import HU_MAX, STORED_HU, robust_deviation
+from maisi.data.preprocess import HU_MAX, STORED_HU, padding_of, robust_deviation
 from maisi.data.quality_measures import agreement, label_medians, seam, select, stray_share
-from maisi.data.tumor_texture import contrast
+from maisi.data.tumor_texture import contrasts
 from maisi.errors import MaisiError
 from maisi.volume import Array, Volume
 
@@ -54,8 +54,8 @@ NAMES = {
 }
 """Kind of a finding -> what it is called; the braces stand for what it is of."""
 
-PADDING_SHARE, METAL_SHARE = 0.01, 0.001
-"""From this share of one lowest value on that is padding around the scan; up to this share the highest are metal."""
+METAL_SHARE = 0.001
+"""Up to this share values beyond what scanners measure are metal."""
 
 WORST = 10.0
 """A finding counts no more than this in the score, however far out it lies."""
@@ -336,8 +336,7 @@ def judge(
 def _value_findings(hu: Array, ranges: QualityRanges) -> Iterator[Finding]:
     """Are the values those of a CT? Scanners pad with less than they can measure, and metal is beyond it."""
     below, above = float((hu < STORED_HU[0]).mean()), float((hu > STORED_HU[1]).mean())
-    padded = below > 0 and float((hu == hu.min()).mean()) >= PADDING_SHARE
-    outside = (0.0 if padded else below) + (0.0 if above <= METAL_SHARE else above)
+    outside = (0.0 if padding_of(hu) is not None else below) + (0.0 if above <= METAL_SHARE else above)
     yield Finding("not HU", "", outside, high=0.0)
     yield Finding("saturated", "", float((hu >= HU_MAX).mean()), high=ranges.saturated_share)
 
@@ -378,9 +377,10 @@ def _air_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Itera
 def _tumor_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:
     """Do tumours stand out from their hosts?"""
     for name in ranges.tumors:
-        measured = contrast(image.array, labels.array, label_id(name), image.spacing_mm)
-        if measured is not None:
-            yield ranges.contrast(name, measured.hu)
+        measured = contrasts(image.array, labels.array, label_id(name), image.spacing_mm)
+        if measured:
+            worst = max((ranges.contrast(name, one.hu) for one in measured), key=lambda found: found.violation)
+            yield worst if len(measured) == 1 else replace(worst, detail=f"the least of {len(measured)}")
 
 
 def _agreement_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:
@@ -442,7 +442,7 @@ def _require_comparable(image: Volume, labels: Volume) -> None:
     """
     if not image.same_grid(labels, tolerance_mm=0.5):
         raise MaisiError(
-            f"The image ({_size(image)}) and the label map ({_size(labels)}) lie on different grids; "
+            f"The image ({image.grid}) and the label map ({labels.grid}) lie on different grids; "
             "resample the label map to the image first."
         )
     ids = np.unique(labels.array)
@@ -465,11 +465,6 @@ def _require_comparable(image: Volume, labels: Volume) -> None:
             f"The image's values ({low:.4g} to {high:.4g}, {middle:.4g} in the middle of the body) are no HU; "
             "give a CT with air at -1000 and water at 0."
         )
-
-
-def _size(volume: Volume) -> str:
-    spacing = " x ".join(f"{s:.3g}" for s in volume.spacing_mm)
-    return f"{' x '.join(map(str, volume.shape))} voxels of {spacing} mm"
 
 
 def _known(entries: dict[str, Any], names: list[str]) -> dict[str, Any]:

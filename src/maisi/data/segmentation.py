@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from maisi.anatomy import BACKGROUND, BODY, LUNGS, TARGET_VOLUME, UNNAMED_BONE, label_id
 from maisi.data.label_maps import counts
-from maisi.data.preprocess import edged, resample, resample_to_grid, wider_box
+from maisi.data.preprocess import STORED_HU, edged, resample, resample_to_grid, wider_box
 from maisi.volume import Volume
 
 Array = NDArray[Any]
@@ -52,6 +52,9 @@ APEX_BELOW_NECK_MM = 180.0  # the top of a lung lies within that, bowel does not
 TUBE_AREA_MM2 = 700.0  # in-plane area up to which a pocket of gas may be a trachea or a bronchus
 TUBE_LENGTH_MM = 25.0
 MARROW_AREA_MM2 = 1_000.0
+LUNG_ML = 300.0
+SMALL_LUNG_ML = 30.0  # of a child
+PARENCHYMA_ML, PARENCHYMA_HU = 100.0, -905.0  # no mouth or sinus is so large and so dense throughout
 
 ABOUT_ORGANS_MM = 20.0
 """So far from an organ that lies outside the envelope tissue is body, too."""
@@ -73,11 +76,16 @@ def segment(ct: Volume) -> Volume:
         uint8 labels on the grid of `ct`: 200 body, `LEFT_LUNG`, `RIGHT_LUNG`, `AIRWAY`, `UNNAMED_BONE`, 0 air.
         "Left" and "right" are the patient's, from the affine.
     """
-    ras = ct.to_ras()
+    ras = _without_padding(ct.to_ras())
     x, y, z = (max(s, WORKING_SPACING_MM) for s in ras.spacing_mm)
     work = resample(ras, (x, y, z)) if (x, y, z) != ras.spacing_mm else ras
     labels = work.with_array(_segment_ras(work.array, work.spacing_mm))
     return resample_to_grid(labels if work is ras else edged(labels), ct, order=0)
+
+
+def _without_padding(ct: Volume) -> Volume:
+    """The same with padding at the lowest HU that scanners measure, so that its value does not matter."""
+    return ct.with_array(np.maximum(ct.array, STORED_HU[0])) if ct.array.min() < STORED_HU[0] else ct
 
 
 def _segment_ras(hu: Array, spacing: Spacing) -> NDArray[np.uint8]:
@@ -103,7 +111,7 @@ def envelope(ct: Volume) -> Volume:
     Returns:
         bool on the grid of `ct`.
     """
-    ras = ct.to_ras()
+    ras = _without_padding(ct.to_ras())
     target = max(WORKING_SPACING_MM, float(np.prod(ras.spacing_mm) * ras.array.size / ENVELOPE_VOXELS) ** (1 / 3))
     x, y, z = (max(s, target) for s in ras.spacing_mm)
     work = resample(ras, (x, y, z)) if (x, y, z) != ras.spacing_mm else ras
@@ -219,7 +227,10 @@ def _air_spaces(hu: Array, body: Mask, spacing: Spacing) -> tuple[Mask, Mask, Ma
     air = body & (hu < LUNG_HU)
     neck = _neck_slice(body, spacing)
     tubes = _tubes(hu, air, spacing)
-    lungs = _lungs(hu, air & ~tubes, neck, spacing)
+    least_ml = LUNG_ML
+    if neck is not None and _has_parenchyma(hu, air & ~tubes, neck, spacing):
+        neck, least_ml = None, SMALL_LUNG_ML  # a chest whose sections are as small as a neck's: a child's, or a crop
+    lungs = _lungs(hu, air & ~tubes, neck, spacing, least_ml)
     airway = _airway(air & ~lungs, tubes, lungs, neck, spacing)
     room = body & ~airway
     left, right = (_with_vessels(side, room, spacing) for side in _sides(lungs, body))
@@ -263,7 +274,18 @@ def _tubes(hu: Array, air: Mask, spacing: Spacing) -> Mask:
     return _dilate(keep[parts], 2.0, spacing) & air
 
 
-def _lungs(hu: Array, air: Mask, neck: int | None, spacing: Spacing) -> Mask:
+def _has_parenchyma(hu: Array, air: Mask, start: int, spacing: Spacing) -> bool:
+    """Whether a space above a slice is as large and as dense as only a lung is; a mouth has up to 70 ml."""
+    parts, _ = ndimage.label(_erode(air, 1.5, spacing))
+    sizes = _volumes_ml(parts, spacing)
+    for i, box in enumerate(ndimage.find_objects(parts), 1):
+        middle = (box[2].start + box[2].stop) / 2
+        if sizes[i] > PARENCHYMA_ML and middle >= start and np.median(hu[box][parts[box] == i]) > PARENCHYMA_HU:
+            return True
+    return False
+
+
+def _lungs(hu: Array, air: Mask, neck: int | None, spacing: Spacing, least_ml: float = LUNG_ML) -> Mask:
     """Air spaces with the HU of parenchyma: large, or cut by the top of the scan, or close below the neck."""
     core = _erode(air, 1.5, spacing)
     parts, count = ndimage.label(core)
@@ -279,7 +301,7 @@ def _lungs(hu: Array, air: Mask, neck: int | None, spacing: Spacing) -> Mask:
         median = np.median(hu[box][parts[box] == i])
         below = neck is None or (low + high) / 2 < neck
         apex = neck is not None and high > neck - APEX_BELOW_NECK_MM / spacing[2]
-        keep[i] = median > GAS_HU and below and (apex or high == air.shape[2] or sizes[i] > 300)
+        keep[i] = median > GAS_HU and below and (apex or high == air.shape[2] or sizes[i] > least_ml)
     return _dilate(keep[parts], 3.0, spacing) & air
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import TUMORS, label_name
+from maisi.anatomy import BACKGROUND, BODY, TUMORS, label_name
 from maisi.data.augment import SpatialRanges, apply, draw
 from maisi.data.preprocess import wider_box
 from maisi.errors import MaisiError
@@ -38,6 +38,12 @@ TOLERANCE = 0.03
 
 KEPT = 0.8
 """Least share of its volume that a deformed tumour keeps (paper's augmentation of real tumour masks)."""
+
+ASTRAY_MM = 10.0
+"""A place that lies farther than a tumour's diameter and this from where it could grow is a mistake."""
+
+_TOUCHING = np.ones((3, 3, 3), np.bool_)
+"""Voxels that share a corner touch."""
 
 _NEAR_MM = 20.0
 """Around a tumour hosts are looked for within this, then four times as far, and so on."""
@@ -80,7 +86,8 @@ def grow_tumors(
             labels.
 
     Raises:
-        MaisiError: a host is not in the map, or too small (the message says what fits), or there is no room left.
+        MaisiError: a host is not in the map, or too small (the message says what fits), or there is no room left; or a
+            place lies far from every host.
     """
     array = labels.array.copy()
     placed = []
@@ -90,7 +97,7 @@ def grow_tumors(
             low, high = wish.diameter_mm or kind.diameter_mm
             diameter = float(rng.uniform(low, high))
             fixed = wish.diameter_mm is not None
-            found = _hosts(array, kind.hosts, anywhere)
+            found = _hosts(array, kind, anywhere)
             inside, box, reached = _grow(found, labels, kind, diameter, fixed, wish.centre_mm, rng)
             array[box][inside] = kind.id
             placed.append(_described(kind, reached, inside, box, labels))
@@ -100,20 +107,36 @@ def grow_tumors(
 def deform_tumor(
     labels: Labels, tumor: int, hosts: Sequence[int], spacing_mm: Spacing, rng: np.random.Generator
 ) -> Labels:
-    """Deform the tumours of one id inside their hosts: turned, zoomed, bent, closed; (X, Y, Z) in and out.
+    """Deform each tumour of one id inside its hosts: turned, zoomed, bent, closed; (X, Y, Z) in and out.
 
-    What a tumour leaves becomes the nearest host. At least `KEPT` of the volume stays; of `TRIES` draws the first that
-    does so is taken.
+    What a tumour leaves becomes the nearest host. At least `KEPT` of its volume stays, in one piece that touches no
+    other tumour; of `TRIES` draws the first that does so is taken, and one that none suits stays as it is.
 
     Raises:
-        MaisiError: there is no such tumour, or no draw fits the host.
+        MaisiError: there is no such tumour, or no draw fits the host of any.
     """
-    inside = labels == tumor
-    if not inside.any():
+    pieces, count = ndimage.label(labels == tumor, _TOUCHING)
+    if not count:
         raise MaisiError(f"The label map has no {label_name(tumor)} to deform; give one that has.")
-    box = wider_box(ndimage.find_objects(inside.view(np.uint8))[0], labels.shape, 20.0, spacing_mm)
-    before, seen = inside[box], labels[box]
-    room = np.isin(seen, (*hosts, tumor))
+    result = labels.copy()
+    boxes = ndimage.find_objects(pieces)
+    deformed = [_deform_piece(result, pieces[box] == n, box, hosts, spacing_mm, rng) for n, box in enumerate(boxes, 1)]
+    if not any(deformed):
+        raise MaisiError(f"The {label_name(tumor)} fits its host in none of {TRIES} deformations; leave it as it is.")
+    return result
+
+
+def _deform_piece(
+    labels: Labels, own: Mask, box: Slices, hosts: Sequence[int], spacing_mm: Spacing, rng: np.random.Generator
+) -> bool:
+    """Deform one tumour (`own` is where it lies in its box) in `labels`; False where no draw suits."""
+    wide = wider_box(box, labels.shape, 20.0, spacing_mm)
+    seen = labels[wide]
+    before = np.zeros(seen.shape, np.bool_)
+    before[tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))] = own
+    tumor = seen[before][0]
+    others = np.isin(seen, list(TUMORS)) & ~before
+    room = (np.isin(seen, hosts) | before) & ~ndimage.binary_dilation(others, _TOUCHING)
     ranges = SpatialRanges(
         rotate_degrees=(25.0, 25.0, 25.0), zoom=(0.9, 1.2), zoom_axes=(0.15,) * 3, elastic_mm=4.0, elastic_grid_mm=15.0
     )
@@ -121,12 +144,12 @@ def deform_tumor(
         parameters = draw(rng, ranges, seen.shape, spacing_mm)
         moved = apply(before.astype(np.uint8), parameters, order=0) > 0
         moved = ndimage.binary_closing(np.pad(moved, 2), iterations=2)[2:-2, 2:-2, 2:-2] & room
-        if moved.sum() >= KEPT * before.sum():
-            result = labels.copy()
-            result[box] = with_hosts(seen, before, hosts, spacing_mm, hosts[0])
-            result[box][moved] = tumor
-            return result
-    raise MaisiError(f"The {label_name(tumor)} fits its host in none of {TRIES} deformations; leave it as it is.")
+        if moved.sum() >= KEPT * before.sum() and ndimage.label(moved, _TOUCHING)[1] == 1:
+            left = BODY if (labels == BODY).any() else BACKGROUND
+            labels[wide] = with_hosts(seen, before, hosts, spacing_mm, left)
+            labels[wide][moved] = tumor
+            return True
+    return False
 
 
 def deform_tumors(labels: Volume, rng: np.random.Generator) -> Volume:
@@ -170,7 +193,7 @@ def _fits(depth: NDArray[np.float32]) -> float:
 
 
 def _grow(
-    found: tuple[Slices, Mask] | None,
+    found: tuple[Slices, NDArray[np.int16]] | None,
     grid: Volume,
     kind: TumorKind,
     diameter: float,
@@ -187,9 +210,14 @@ def _grow(
         )
     if centre_mm is not None:
         _require_inside(grid, centre_mm)
-    box, host = found
+    box, organs = found
     spacing = grid.spacing_mm
-    depth = _depth(host, spacing)
+    depth = np.zeros(organs.shape, np.float32)
+    for organ, place in enumerate(ndimage.find_objects(organs), start=1):
+        if place is not None:
+            around = tuple(slice(max(0, p.start - 1), p.stop + 1) for p in place)
+            own = organs[around] == organ
+            depth[around][own] = _depth(own, spacing)[own]
     fits = _fits(depth)
     if not fixed:
         diameter = min(diameter, 0.9 * fits)
@@ -205,9 +233,13 @@ def _grow(
             f"{spacing[2]:.3g} mm; ask for a larger one or a finer mask."
         )
     centres = _centres(depth, DEPTH * diameter / 2, grid, box, centre_mm, rng)
+    if centre_mm is not None:
+        _require_near(grid, box, centres[0], centre_mm, kind, diameter)
     for centre in centres:
-        part, level = _field(host, centre, diameter, kind, spacing, rng)
-        inside = _lowest(level, host[part], tuple(c - p.start for c, p in zip(centre, part, strict=True)), voxels)
+        part, level = _field(organs.shape, centre, diameter, kind, spacing, rng)
+        inside = _lowest(
+            level, organs[part] == organs[centre], tuple(c - p.start for c, p in zip(centre, part, strict=True)), voxels
+        )
         if inside is not None:
             offset = tuple(slice(p.start + b.start, p.stop + b.start) for p, b in zip(part, box, strict=True))
             return inside, offset, diameter
@@ -232,8 +264,37 @@ def _require_inside(grid: Volume, centre_mm: tuple[float, float, float]) -> None
         raise MaisiError(f"The place @{place} lies outside the mask, which reaches from {reach} mm; give one inside.")
 
 
-def _hosts(array: Labels, hosts: Sequence[int], anywhere: Mask | None = None) -> tuple[Slices, Mask] | None:
-    """The smallest box around the hosts with a layer of other voxels around it, and where in it they are."""
+def _require_near(
+    grid: Volume,
+    box: Slices,
+    centre: tuple[int, ...],
+    centre_mm: tuple[float, float, float],
+    kind: TumorKind,
+    diameter: float,
+) -> None:
+    """Refuse a place that is nowhere near where such a tumour could grow.
+
+    Raises:
+        MaisiError: so; it says where the nearest one is.
+    """
+    index = [c + part.start for c, part in zip(centre, box, strict=True)]
+    there = grid.affine[:3, :3] @ index + grid.affine[:3, 3]
+    distance = float(np.linalg.norm(there - np.array(centre_mm)))
+    if distance > diameter + ASTRAY_MM:
+        place, nearest = (",".join(f"{v:.0f}" for v in point) for point in (centre_mm, there))
+        raise MaisiError(
+            f"From the place @{place} it is {distance:.0f} mm to where a {kind.name} tumour of {diameter:.3g} mm could "
+            f"grow, @{nearest}; places are mm in the mask's world, RAS+ (x to the patient's right)."
+        )
+
+
+def _hosts(array: Labels, kind: TumorKind, anywhere: Mask | None = None) -> tuple[Slices, NDArray[np.int16]] | None:
+    """The smallest box around the hosts with a layer of other voxels around it, and which host is where in it.
+
+    Hosts are numbered from 1, all with the same number where a tumour may grow from one into the other; 0 is none of
+    them, nor is what touches a tumour of the kind.
+    """
+    hosts = kind.hosts
     found = [box for id, box in enumerate(ndimage.find_objects(array), start=1) if id in hosts and box is not None]
     free = None
     if anywhere is not None:
@@ -245,8 +306,14 @@ def _hosts(array: Labels, hosts: Sequence[int], anywhere: Mask | None = None) ->
         slice(max(0, min(b[a].start for b in found) - 1), min(n, max(b[a].stop for b in found) + 1))
         for a, n in enumerate(array.shape)
     )
-    inside = np.isin(array[box], hosts)
-    return box, inside if free is None else inside | free[box]
+    seen = array[box]
+    inside = np.isin(seen, hosts) if free is None else np.isin(seen, hosts) | free[box]
+    for there in ndimage.find_objects((seen == kind.id).view(np.uint8)):
+        around = tuple(slice(max(0, p.start - 1), p.stop + 1) for p in there)
+        inside[around] &= ~ndimage.binary_dilation(seen[around] == kind.id, _TOUCHING)
+    if kind.apart and free is None:
+        return box, np.where(inside, seen, 0).astype(np.int16)
+    return box, inside.astype(np.int16)
 
 
 def _depth(host: Mask, spacing: Spacing) -> NDArray[np.float32]:
@@ -277,7 +344,12 @@ def _centres(
 
 
 def _field(
-    host: Mask, centre: tuple[int, ...], diameter: float, kind: TumorKind, spacing: Spacing, rng: np.random.Generator
+    shape: tuple[int, ...],
+    centre: tuple[int, ...],
+    diameter: float,
+    kind: TumorKind,
+    spacing: Spacing,
+    rng: np.random.Generator,
 ) -> tuple[Slices, NDArray[np.float32]]:
     """A box around the centre and the field in it: 1 on the surface of an ellipsoid of the diameter, roughened."""
     axes = rng.uniform(1.0, kind.elongation, 3)
@@ -286,7 +358,7 @@ def _field(
     roughness = rng.uniform(*kind.roughness)
     reach = 2.0 * float(axes.max()) + 2 * max(spacing)
     middle = tuple(slice(c, c + 1) for c in centre)
-    part = wider_box(middle, host.shape, reach, spacing)
+    part = wider_box(middle, shape, reach, spacing)
     steps = [(np.arange(p.start, p.stop) - c) * s for p, c, s in zip(part, centre, spacing, strict=True)]
     places = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1) @ turn
     level = np.linalg.norm(places / axes, axis=-1)

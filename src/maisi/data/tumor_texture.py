@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from maisi.anatomy import TUMORS
-from maisi.data.preprocess import robust_deviation, wider_box
+from maisi.data.preprocess import STORED_HU, robust_deviation, wider_box
 from maisi.data.tumor_masks import equivalent_diameter_mm, smooth_noise
 from maisi.tumors import Look, TumorKind, kind_of
 from maisi.volume import Array, Volume
@@ -29,6 +29,10 @@ MOST_GRAIN_HU = 30.0
 
 SHELL_MM = (2.0, 10.0)
 """A host is measured this far from its tumour: not in the blurred border, not beyond its neighbourhood."""
+
+
+SPECK_ML = 0.03
+"""What is smaller, beside something larger, is no tumour to be seen: a ball of 4 mm."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,41 @@ def draw_look(kind: TumorKind, rng: np.random.Generator) -> Look:
     return kind.looks[int(rng.choice(len(shares), p=shares / shares.sum()))]
 
 
-def contrast(image: Array, labels: NDArray[np.uint8], tumor: int, spacing_mm: Spacing) -> Contrast | None:
-    """Measure the tumours of one id against their hosts; None where either is absent. (X, Y, Z) arrays."""
+def contrasts(
+    image: Array, labels: NDArray[np.uint8], tumor: int, spacing_mm: Spacing, among: Mask | None = None
+) -> list[Contrast]:
+    """Measure each tumour of one id against its host. (X, Y, Z) arrays.
+
+    Args:
+        image: HU.
+        labels: with tumours and hosts.
+        tumor: the id.
+        spacing_mm: of the voxels.
+        among: measure those alone that have a voxel here.
+
+    Returns:
+        One for each that has a host around it; specks beside others that are not are left out.
+    """
     box = ndimage.find_objects((labels == tumor).view(np.uint8))
     if not box:
-        return None
-    wide = wider_box(box[0], labels.shape, SHELL_MM[1], spacing_mm)
-    hu, seen = image[wide], labels[wide]
-    inside = seen == tumor
-    around = _shell(inside, _host(seen, tumor), spacing_mm)
-    if not around.any():
-        return None
-    core = ndimage.binary_erosion(inside)
-    return Contrast(float(hu[core if core.any() else inside].mean()), float(np.median(hu[around])))
+        return []
+    room = wider_box(box[0], labels.shape, SHELL_MM[1], spacing_mm)
+    image, labels, among = image[room], labels[room], None if among is None else among[room]
+    pieces, count = ndimage.label(labels == tumor, np.ones((3, 3, 3)))
+    ml = np.bincount(pieces.ravel())[1:] * float(np.prod(spacing_mm)) / 1000
+    wanted = range(1, count + 1) if among is None else np.unique(pieces[among & (pieces > 0)]).tolist()
+    boxes, found = ndimage.find_objects(pieces), []
+    for number in wanted:
+        if ml[number - 1] < min(SPECK_ML, ml.max()):
+            continue
+        wide = wider_box(boxes[number - 1], labels.shape, SHELL_MM[1], spacing_mm)
+        hu, inside = image[wide], pieces[wide] == number
+        around = _shell(inside, _host(labels[wide], tumor), spacing_mm)
+        if around.any():
+            core = ndimage.binary_erosion(inside)
+            values = hu[core if core.any() else inside]
+            found.append(Contrast(float(values.mean()), float(np.median(hu[around]))))
+    return found
 
 
 def unlikeness(measured: Contrast, kind: TumorKind) -> float:
@@ -132,6 +158,7 @@ def _painted(
     texture = look.texture_hu * smooth_noise(hu.shape, scale, spacing, rng)
     texture = texture + grain * smooth_noise(hu.shape, 0.6, spacing, rng)
     weight = ndimage.gaussian_filter(inside.astype(np.float32), [EDGE_MM / s for s in spacing], truncate=3.0)
+    weight[hu < STORED_HU[0]] = 0  # padding is no tissue
     return (hu + weight * (level + texture - hu)).astype(np.float32)
 
 

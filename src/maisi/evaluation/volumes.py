@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from maisi.anatomy import CUSTOM_IDS
 from maisi.data.manifest import Case, read_cases
+from maisi.data.mask_import import read_our_labels
 from maisi.data.prepare import GRID_TOLERANCE_MM, label_map
 from maisi.data.prepared import PreparedCase, PreparedFolder
 from maisi.data.preprocess import hu_fault
@@ -164,7 +166,10 @@ class Entry:
     def _stored_labels(self) -> Volume | None:
         if self.labels is None:
             return None
-        return read_labels(self.labels) if self.affine is None else self._mapped(self.labels)
+        if self.affine is not None:
+            return self._mapped(self.labels)
+        ours = self.case is None or self.case.vocabulary == "maisi"
+        return read_our_labels(self.labels, CUSTOM_IDS) if ours else read_labels(self.labels)
 
     def _mapped(self, path: Path) -> Volume:
         try:

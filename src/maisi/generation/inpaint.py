@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from maisi.anatomy import TUMORS, label_name, regions_present
 from maisi.conditions import Conditions
 from maisi.data.label_maps import ids_in
-from maisi.data.preprocess import HU_MIN, resample_to_grid, robust_deviation, wider_box
+from maisi.data.preprocess import HU_MAX, HU_MIN, STORED_HU, resample_to_grid, robust_deviation, wider_box
 from maisi.data.quality import QualityRanges, QualityReport, carried_ranges
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.data.tumor_texture import MOST_GRAIN_HU, paint_tumors
@@ -145,7 +145,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
             image = paint_tumors(job.image, _only(labels, changed), _rng(job, number, attempt, 2))
         else:
             image = painted(model, job, labels, changed, number, setting, progress)
-        attempts.append(_measured(image, labels, placed, setting, ranges))
+        attempts.append(_measured(image, labels, changed, placed, setting, ranges))
         if attempts[-1].shortfall == 0:
             break
         setting = attempts[-1].contrasts.next(setting)
@@ -161,7 +161,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         "quality": {**best.report.as_json(), "ranges": ranges.source},
         "attempts": len(attempts),
         "painted_by": "rules" if model is None else "network",
-        "painted_voxels": int((best.image.array != job.image.array).sum()),
+        "painted_voxels": int((np.rint(best.image.array) != np.rint(job.image.array)).sum()),
         "notes": list(job.notes),
     }
     return Item(
@@ -253,10 +253,14 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
     middle = directions @ ((local.max(axis=1) + local.min(axis=1)) / 2)
     affine[:3, 3] = middle - affine[:3, :3] @ ((np.array(size) - 1) / 2)
     like = Volume(np.broadcast_to(np.uint8(0), size), affine)
-    image = resample_to_grid(job.image, like, order=1, fill=HU_MIN)
+    # padding is air here: blurred, it would be no tissue's HU
+    known = job.image.with_array(np.maximum(job.image.array, STORED_HU[0]))
+    image = resample_to_grid(known, like, order=1, fill=HU_MIN)
     image = image.with_array(image.array.astype(np.float32))
     seen = resample_to_grid(labels, like, order=0, fill=0)
-    region = _distance(resample_to_grid(part.place(labels), like, order=0, fill=0).array > 0, spacing) <= margin
+    inside = resample_to_grid(part.place(labels), like, order=0, fill=0).array > 0
+    seen, inside = _with_small(labels, part, seen, inside)
+    region = _distance(inside, spacing) <= margin
     regions = job.request.region or regions_present(ids_in(seen.array)) or regions_present(ids_in(labels.array))
     inner = Job(
         request=job.request,
@@ -268,6 +272,26 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
         solver=job.solver,
     )
     return Crop(inner, image, region)
+
+
+def _with_small(labels: Volume, part: Part, seen: Volume, inside: Mask) -> tuple[Volume, Mask]:
+    """Labels and changed voxels of a crop, those of a part so small that the crop misses it put into the nearest."""
+    own = np.argwhere(part.inside) + [side.start for side in part.box]
+    tumor = np.isin(labels.array[tuple(own.T)], list(TUMORS))
+    if tumor.any():  # else tumours are taken away here
+        own = own[tumor]
+        found = inside & np.isin(seen.array, list(TUMORS))
+    else:
+        found = inside
+    if found.any():
+        return seen, inside
+    world = own @ labels.affine[:3, :3].T + labels.affine[:3, 3]
+    index = np.rint((world - seen.affine[:3, 3]) @ np.linalg.inv(seen.affine[:3, :3]).T).astype(int)
+    places = tuple(np.clip(index, 0, np.array(seen.shape) - 1).T)
+    array, there = seen.array.copy(), inside.copy()
+    array[places] = labels.array[tuple(own.T)]
+    there[places] = True
+    return seen.with_array(array), there
 
 
 @torch.inference_mode()
@@ -309,9 +333,11 @@ def _paint_crop(model: Model, crop: Crop, seed: int, guidance: float, progress: 
 def _matched(decoded: NDArray[np.float32], crop: Crop) -> NDArray[np.float32]:
     """Shift what was decoded by how far it is off around the region, smoothly."""
     spacing = crop.job.conditions.spacing_mm
-    outside = (~crop.region).astype(np.float32)
+    known = crop.image.array
+    # of air, dense bone and metal the networks know that they are beyond their window, not how far
+    outside = (~crop.region & (known >= STORED_HU[0])).astype(np.float32)
     sigma = [6.0 / s for s in spacing]
-    off = np.clip(crop.image.array - decoded, -100, 100) * outside
+    off = np.clip(np.clip(known, HU_MIN, HU_MAX) - decoded, -100, 100) * outside
     weight = ndimage.gaussian_filter(outside, sigma)
     return (decoded + ndimage.gaussian_filter(off, sigma) / np.maximum(weight, 1e-3)).astype(np.float32)
 
@@ -328,12 +354,14 @@ def _blend(
     """Write a repainted part into `result`: fully inside, less and less towards the region's border, with the grain."""
     like = part.place(original)
     old = original.array[part.box].astype(np.float32)
+    tissue = np.maximum(old, STORED_HU[0])
     new = resample_to_grid(Volume(values, crop.image.affine), like, order=1, fill=HU_MIN).array
     seen = resample_to_grid(crop.image, like, order=1, fill=HU_MIN).array
     t = np.clip(_distance(part.inside, original.spacing_mm) / margin, 0, 1)
     weight = 1 - t * t * (3 - 2 * t)
+    weight[(old < STORED_HU[0]) | ((old > HU_MAX) & ~part.inside)] = 0  # padding, and bone and metal that networks clip
     # what the crop's coarser grid and the networks leave out is grain: noise that belongs to this scan
-    fine = old - seen
+    fine = tissue - seen
     sigma = min(robust_deviation(fine), MOST_GRAIN_HU)
     grain = sigma * rng.standard_normal(new.shape).astype(np.float32)
     painted = old + weight * (new + grain - old)
@@ -344,10 +372,15 @@ def _blend(
 
 
 def _measured(
-    image: Volume, labels: Volume, placed: tuple[PlacedTumor, ...], made_with: Setting, ranges: QualityRanges
+    image: Volume,
+    labels: Volume,
+    changed: Mask,
+    placed: tuple[PlacedTumor, ...],
+    made_with: Setting,
+    ranges: QualityRanges,
 ) -> Attempt:
     """An attempt with the contrast of each kind that was placed, and in which range it lies."""
-    contrasts = Contrasts.of(image, labels, {KINDS[tumor.kind].id for tumor in placed})
+    contrasts = Contrasts.of(image, labels, {KINDS[tumor.kind].id for tumor in placed}, changed)
     names = {id: label_name(id) for id in contrasts.hu}
     known = {name for name, entry in ranges.tumors.items() if entry.cases}
     judged = [ranges.contrast(names[id], hu) for id, hu in contrasts.hu.items() if names[id] in known]

@@ -10,7 +10,8 @@ import numpy as np
 
 from maisi.anatomy import TUMORS
 from maisi.data.label_maps import ids_in
-from maisi.data.preprocess import hu_fault
+from maisi.data.mask_import import sides_fault
+from maisi.data.preprocess import hu_fault, padding_of, resample_to_grid
 from maisi.data.quality import QualityRanges, read_ranges
 from maisi.data.segmentation import segment
 from maisi.data.tumor_masks import grow_tumors
@@ -20,6 +21,9 @@ from maisi.io.nifti import read_volume
 from maisi.request import Request
 from maisi.volume import Volume
 from maisi.weights.registry import ModelConfig
+
+TOLERANCE_MM = 0.05
+"""By which the grids of a CT and its labels may differ."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,13 @@ def make_inpaint_job(
         notes.append("Without labels, lungs, airway, bone and body were found by rules; other organs are unknown.")
         mask = segment(ct)
     else:
-        mask = read_mask(given, model.custom_labels)
-    if not ct.same_grid(mask, tolerance_mm=0.05):
-        raise MaisiError(
-            f"CT ({_shape(ct)}) and labels ({_shape(mask)}) lie on different grids; resample the labels to the CT's."
-        )
+        mask = _on_grid(read_mask(given, model.custom_labels), ct)
+        if fault := sides_fault(mask):
+            raise MaisiError(fault)
+    padding = padding_of(ct.array)
+    if padding is not None and (mask.array[padding] > 0).any():
+        notes.append("Where the CT is padding its labels are left out: nothing was scanned there.")
+        mask = mask.with_array(np.where(padding, np.uint8(0), mask.array))
     if request.removal:
         if not TUMORS.keys() & set(ids_in(mask.array)):
             raise MaisiError("The labels hold no tumour to remove; give labels with one.")
@@ -105,13 +111,29 @@ def make_inpaint_job(
 
 
 def _image(request: Request, image: Volume | None) -> Volume:
-    if image is not None:
-        return image
-    if request.image is None:
+    """The CT, which must fit into the int16 that it is written as again."""
+    if image is None and request.image is None:
         raise MaisiError("There is no CT to paint into; give one.")
-    return read_volume(Path(request.image))
+    ct = read_volume(Path(request.image)) if image is None else image  # type: ignore[arg-type]
+    low, high = float(ct.array.min()), float(ct.array.max())
+    limits = np.iinfo(np.int16)
+    if low < limits.min or high > limits.max:
+        raise MaisiError(
+            f"The CT holds values from {low:.6g} to {high:.6g}, more than files of CT (int16) can; clip it before."
+        )
+    return ct
 
 
-def _shape(volume: Volume) -> str:
-    voxels = " x ".join(str(n) for n in volume.shape)
-    return f"{voxels} voxels of {' x '.join(f'{s:.3g}' for s in volume.spacing_mm)} mm"
+def _on_grid(mask: Volume, ct: Volume) -> Volume:
+    """Labels on the CT's grid; their axes may be turned otherwise.
+
+    Raises:
+        MaisiError: they lie on another grid.
+    """
+    if mask.same_grid(ct, TOLERANCE_MM):
+        return mask
+    if mask.axes_only().same_grid(ct.axes_only(), TOLERANCE_MM):
+        return resample_to_grid(mask, ct, order=0)
+    raise MaisiError(
+        f"CT ({ct.grid}) and labels ({mask.grid}) lie on different grids; resample the labels to the CT's."
+    )

@@ -8,7 +8,7 @@ to what was asked for. Without a mask the volume's centre is the world's origin;
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maisi.anatomy import BODY, TUMORS, label_id, regions_present
+from maisi.anatomy import BODY, KNOWN_IDS, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
 from maisi.data.label_maps import ids_in
 from maisi.data.mask_deform import scale_organs
@@ -59,6 +59,7 @@ class Job:
         mask_guidance: away from what the networks make without the mask; 0 is off.
         self_guidance: away from what the U-Net makes when it takes its input to be noisier than it is; 0 is off.
         strengthened: label id -> how far away from what the networks make with a mask that lacks it.
+        usual_guidance: the model's `mask_guidance` and `self_guidance` where it follows a mask.
         notes: sentences for the user: what was filled in, what the model does not know.
     """
 
@@ -78,6 +79,7 @@ class Job:
     mask_guidance: float = 0.0
     self_guidance: float = 0.0
     strengthened: Mapping[int, float] = field(default_factory=dict)
+    usual_guidance: tuple[float, float] = (0.0, 0.0)
 
     def of_item(self, number: int) -> Job:
         """The job of one item: its own mask where masks are found, organs of the sizes asked for, its own tumours.
@@ -89,12 +91,22 @@ class Job:
         if labels is None:
             return self
         seed = item_seed(request.seed, number)
+        job = self
         if source and number:
-            labels, source = _found(request, self.size, self.conditions.spacing_mm, number, self.carried)
+            place = (self.size, self.conditions.spacing_mm, number, self.carried, self.custom_labels)
+            labels, source = _found(request, *place)
+            regions, _ = _regions(request, labels)
+            mask_guidance, self_guidance = _guidance(request, self.usual_guidance, source.startswith(PHANTOM))
+            job = replace(
+                self,
+                conditions=replace(self.conditions, regions=regions),
+                mask_guidance=mask_guidance,
+                self_guidance=self_guidance,
+            )
         labels = scale_organs(labels, {label_id(name): factor for name, factor in request.anatomy_size.items()})
         labels, placed = grow_tumors(labels, request.tumor, np.random.default_rng([seed, 1]))
         strengthened = {id: scale for id, scale in self.strengthened.items() if (labels.array == id).any()}
-        return replace(self, labels=labels, mask_source=source, placed=placed, strengthened=strengthened)
+        return replace(job, labels=labels, mask_source=source, placed=placed, strengthened=strengthened)
 
     def kept_labels(self) -> Volume | None:
         """The labels to write: those the image follows, filtered to the structures to `keep` (see `masks.only`)."""
@@ -188,7 +200,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     labels = None if given is None else read_mask(given, model.custom_labels)
     if labels is None and wishes:
         size, spacing = _grid(request, adviser)
-        labels, source = _found(request, size, spacing, 0, carried)
+        labels, source = _found(request, size, spacing, 0, carried, model.custom_labels)
     if labels is None:
         regions, notes = request.region, list[str]()
         size, spacing = _grid(request, adviser)
@@ -206,10 +218,14 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     steps = usual if labels is not None else _steps_beyond(usual, adviser.beyond(regions, size, spacing), model.process)
     if steps != usual and request.steps is None:
         notes.append(f"{steps} steps in place of {usual}, for so large a field of view.")
-    # shapes unlike all that was trained on, which guidance only exaggerates
-    drawn = source.startswith(PHANTOM) or is_phantom(given)
-    self_guidance = 0.0 if drawn else model.usual_self_guidance(masked=labels is not None)
-    mask_guidance = 0.0 if drawn else model.mask_guidance
+    usual_guidance = (model.mask_guidance, model.usual_self_guidance(masked=True))
+    if labels is None:
+        _require_mask(request.mask_guidance)
+        mask_guidance, own = 0.0, model.usual_self_guidance(masked=False)
+        self_guidance = own if request.self_guidance is None else request.self_guidance
+    else:
+        drawn = source.startswith(PHANTOM) or is_phantom(given)
+        mask_guidance, self_guidance = _guidance(request, usual_guidance, drawn)
     job = Job(
         request=request,
         conditions=Conditions(spacing, regions, request.modality),
@@ -222,8 +238,9 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         mask_source=source,
         custom_labels=model.custom_labels,
         carried=carried,
-        mask_guidance=_mask_guidance(request.mask_guidance, mask_guidance, labels is not None),
-        self_guidance=self_guidance if request.self_guidance is None else request.self_guidance,
+        mask_guidance=mask_guidance,
+        self_guidance=self_guidance,
+        usual_guidance=usual_guidance,
         strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
@@ -253,14 +270,22 @@ def _steps_beyond(usual: int, beyond: float, process: Mapping[str, Any]) -> int:
     return max(usual, min(math.ceil(usual * beyond), times))
 
 
-def _mask_guidance(asked: float | None, usual: float, masked: bool) -> float:
-    """What is asked for, or the model's usual; 0 without a mask, and asking for it there is refused."""
-    if asked and not masked:
+def _guidance(request: Request, usual: tuple[float, float], drawn: bool) -> tuple[float, float]:
+    """Guidance by a mask and by itself: what is asked for, or the model's usual.
+
+    Masks that were drawn have shapes unlike all that was trained on, which guidance only exaggerates: none is usual.
+    """
+    mask, own = (0.0, 0.0) if drawn else usual
+    asked = (request.mask_guidance, request.self_guidance)
+    return (mask if asked[0] is None else asked[0], own if asked[1] is None else asked[1])
+
+
+def _require_mask(asked: float | None) -> None:
+    """Refuse guidance by a mask where there is none."""
+    if asked:
         raise MaisiError(
             "Mask guidance strengthens a label map and there is none; give a mask or a structure, or leave it out."
         )
-    wanted = usual if asked is None else asked
-    return wanted if masked else 0.0
 
 
 def _strengthened(asked: Mapping[str, float], usual: Mapping[str, float], masked: bool) -> dict[int, float]:
@@ -271,12 +296,22 @@ def _strengthened(asked: Mapping[str, float], usual: Mapping[str, float], masked
     return {label_id(name): scale for name, scale in {**usual, **asked}.items() if scale} if masked else {}
 
 
-def _found(request: Request, size: Triple, spacing: Spacing, number: int, carried: Path | None) -> tuple[Volume, str]:
-    """A mask for an item that has none, with what is to be in it, and where it is from."""
+def _found(
+    request: Request, size: Triple, spacing: Spacing, number: int, carried: Path | None, custom: Container[int]
+) -> tuple[Volume, str]:
+    """A mask for an item that has none, with what is to be in it, and where it is from.
+
+    Classes of a library that the model was not trained on count as body.
+    """
     hosts = tuple(KINDS[wish.kind].hosts for wish in request.tumor)
     ids = tuple(label_id(name) for name in (*request.structure, *request.anatomy_size))
     seed = item_seed(request.seed, number)
-    return find_mask(request.region, ids, hosts, size, spacing, seed, request.library, carried)
+    labels, source = find_mask(request.region, ids, hosts, size, spacing, seed, request.library, carried)
+    unknown = [id for id in ids_in(labels.array) if id not in KNOWN_IDS and id not in custom]
+    if unknown:
+        labels = labels.with_array(np.where(np.isin(labels.array, unknown), np.uint8(BODY), labels.array))
+        source += f", its own classes {', '.join(map(str, unknown))} as body"
+    return labels, source
 
 
 def padded_size(size: Triple, multiple: int) -> Triple:

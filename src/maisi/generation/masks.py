@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from maisi.anatomy import BODY, TUMORS
 from maisi.data.label_maps import checked_mask, ids_in
-from maisi.data.mask_import import require_our_ids
+from maisi.data.mask_import import read_our_labels
 from maisi.data.phantom import DESCRIPTION
 from maisi.data.tumor_masks import with_hosts
-from maisi.io.nifti import read_description, read_label_names, read_labels
+from maisi.io.nifti import read_description
 from maisi.volume import Volume
 
 Labels = NDArray[np.uint8]
@@ -54,7 +54,4 @@ def read_mask(mask: Volume | Path, custom: Container[int] = ()) -> Volume:
     """
     if isinstance(mask, Volume):
         return checked_mask(mask, custom)
-    labels = read_labels(mask)
-    if labels.array.dtype.kind in "iub":
-        require_our_ids(labels, str(mask), read_label_names(mask), custom)
-    return checked_mask(labels, custom, str(mask))
+    return checked_mask(read_our_labels(mask, custom), custom, str(mask))

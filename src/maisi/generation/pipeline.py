@@ -331,7 +331,7 @@ class Model:
             job.request.retries,
             ranges,
             job.request.guidance,
-            job.mask_guidance,
+            own.mask_guidance,
             halving=job.request.mask_guidance is None,
         )
         return replace(best, labels=own.kept_labels())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from maisi.data.tumor_texture import contrast, unlikeness, usual_contrast_hu
+from maisi.data.tumor_texture import Mask, contrasts, unlikeness, usual_contrast_hu
 from maisi.tumors import kind_of
 from maisi.volume import Volume
 
@@ -37,7 +37,7 @@ class Contrasts:
     """The tumours of an attempt against their hosts.
 
     Attributes:
-        hu: id of a tumour -> its contrast.
+        hu: id of a tumour -> its contrast; of several that of the one that is least like its kind.
         shortfall: 0 where every tumour has the contrast of its kind (see `unlikeness`).
         ratio: what the contrasts should be multiplied by to be usual; 0 where one has the wrong sign.
     """
@@ -47,19 +47,19 @@ class Contrasts:
     ratio: float
 
     @classmethod
-    def of(cls, image: Volume, labels: Volume, ids: Collection[int]) -> Contrasts:
-        """Measure the tumours `ids` in an image (HU) with labels on the same grid."""
+    def of(cls, image: Volume, labels: Volume, ids: Collection[int], among: Mask | None = None) -> Contrasts:
+        """Measure each of the tumours `ids` (of those with a voxel `among` these) in an image (HU) by its labels."""
         found: dict[int, float] = {}
         shortfall, ratios = 0.0, []
         for id in sorted(ids):
-            measured = contrast(image.array, labels.array, id, labels.spacing_mm)
-            if measured is not None:
-                kind = kind_of(id)
-                found[id] = measured.hu
-                unlike = unlikeness(measured, kind)
-                shortfall += unlike
-                if unlike:
-                    ratios.append(max(usual_contrast_hu(measured, kind) / measured.hu, 0.0) if measured.hu else 0.0)
+            kind = kind_of(id)
+            measured = contrasts(image.array, labels.array, id, labels.spacing_mm, among)
+            if measured:
+                found[id] = max(measured, key=lambda one: (unlikeness(one, kind), -abs(one.hu))).hu
+            for one in measured:
+                if unlike := unlikeness(one, kind):
+                    shortfall += unlike
+                    ratios.append(max(usual_contrast_hu(one, kind) / one.hu, 0.0) if one.hu else 0.0)
         return cls(found, shortfall, math.prod(ratios) ** (1 / len(ratios)) if ratios else 1.0)
 
     def next(self, made_with: Setting) -> Setting:

@@ -381,6 +381,11 @@ def _shape(path: Path, fields: Any) -> tuple[int, int, int]:
 
 
 def _affine(path: Path, fields: Any) -> NDArray[np.float64]:
+    if not (int(fields["sform_code"]) or int(fields["qform_code"])):
+        raise MaisiError(
+            f"{path} says nowhere how it lies in the patient (its qform and sform codes are 0), so left and right are "
+            "unknown; set one of them, with nibabel's set_sform for instance."
+        )
     unit = fields.get_xyzt_units()[0]
     affine = np.array(fields.get_best_affine(), dtype=np.float64)
     affine[:3] *= _MILLIMETRES[unit]
