@@ -87,12 +87,12 @@ def hu_fault(array: Array) -> str | None:
     low, high, middle = float(values.min()), float(values.max()), float(np.median(values))
     if low >= -5 and high <= 5:
         return f"its values run from {low:g} to {high:g}, so they were scaled; give the CT before that"
+    if low >= 0 and high <= 255:
+        return f"its values run from {low:g} to {high:g}, which are grey values; give the CT before that"
     if float(np.percentile(values, 0.5)) < AIR_BELOW_HU or high - low < 50:
         return None  # there is air, or nothing to tell by
     if float(((values > OFFSET_HU - 124) & (values < OFFSET_HU + 176)).mean()) >= OFFSET_SHARE:
         return f"soft tissue has about {OFFSET_HU}, so all values are offset by {OFFSET_HU}; subtract that"
-    if low >= 0 and high <= 255:
-        return f"its values run from {low:g} to {high:g}, which are grey values; give the CT before that"
     if middle > 300 or (low >= 0 and float((values > 300).mean()) >= OFFSET_SHARE):
         return f"hardly a value is below {AIR_BELOW_HU:g}, as air is, and many are above 300; give a CT (MR has no HU)"
     return None
