@@ -334,7 +334,7 @@ def test_a_tumour_smaller_than_the_crops_voxels_is_in_the_crop(model) -> None:
     config = model.folder.config.model_copy(update={"crop_spacing_mm": (4.0, 8.0)})
     shown = SimpleNamespace(folder=SimpleNamespace(config=config))
     labels = Volume.from_spacing(np.ones((40, 36, 30), np.uint8), (1.0, 1.0, 1.2))
-    image = labels.with_array(np.full(labels.shape, 60, np.int16))
+    image = labels.with_array(np.where(np.arange(30) < 2, -1000, 60) + np.zeros(labels.shape, np.int16))
     for number in range(8):
         x, y, z = 9 + number, 12 + number, 8 + 2 * number
         array = labels.array.copy()
