@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from maisi.splitting import plan as planning
 from maisi.splitting.autoencoder import decode, encode
 from maisi.splitting.execution import Recomputed
 from maisi.splitting.maps import Storage, Store, Waiting
-from maisi.splitting.plan import CUDA_VALUES, FIXED_BYTES, Plan, foreseen, largest_tensor, make_plan
+from maisi.splitting.plan import CUDA_VALUES, FIXED_BYTES, Plan, foreseen, free_on_disk, largest_tensor, make_plan
 
 CPU = torch.device("cpu")
 CONFIG = AutoencoderConfig(channels=(8, 16, 16), num_res_blocks=(1, 1, 1), norm_groups=4, upsampling="nearest")
@@ -235,3 +236,17 @@ def test_the_forecast_counts_what_lives_at_once() -> None:
     voxels = 32**3 * 4
     # latents; after the first convolution two maps of 4 channels or 4 and 8; the widest moment is norm input and output
     assert 2 * 8 * voxels <= made.peak_bytes - FIXED_BYTES <= 4 * 8 * voxels
+
+
+def test_a_folder_in_memory_is_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mounted(kind: str) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(mountpoint="/", fstype="ext4"),
+            SimpleNamespace(mountpoint=str(tmp_path), fstype=kind),
+            SimpleNamespace(mountpoint=f"{tmp_path}/other", fstype="tmpfs"),
+        ]
+
+    (tmp_path / "below").mkdir()
+    for kind, room in (("ext4", True), ("tmpfs", False), ("ramfs", False)):
+        monkeypatch.setattr("psutil.disk_partitions", lambda all, kind=kind: mounted(kind))
+        assert (free_on_disk(tmp_path / "below") > 0) == room

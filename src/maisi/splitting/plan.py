@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from maisi.device import feature_layout, free_memory, used_memory
@@ -216,9 +217,19 @@ def budget_beside(taken: int, memory: int | None, device: torch.device, processe
     return (int(CUDA_SHARE * free) if device.type == "cuda" else free // processes) - taken
 
 
+def free_on_disk(folder: Path) -> int:
+    """Bytes that are free in a folder; none where it lies in memory, which systems do with that of temporary files."""
+    place = folder.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if place.is_relative_to(m.mountpoint)]
+    nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
+    if nearest is not None and nearest.fstype in ("tmpfs", "ramfs"):
+        return 0
+    return shutil.disk_usage(place).free
+
+
 def waiting_room(processes: int = 1) -> dict[Storage, int]:
     """Bytes that each process may let wait: in memory that is free, and in the system's folder for temporary files."""
-    free = {"host": free_memory(torch.device("cpu")), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
+    free = {"host": free_memory(torch.device("cpu")), "disk": free_on_disk(Path(tempfile.gettempdir()))}
     return {"host": free["host"] // processes, "disk": free["disk"] // processes}
 
 
