@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -12,6 +13,7 @@ from maisi.data.mask_deform import DeformationRanges
 from maisi.data.mask_library import MARGIN_MM, MaskLibrary, _row, build
 from maisi.data.phantom import phantom_labels
 from maisi.errors import MaisiError
+from maisi.io.files import tree_sha256
 from maisi.io.nifti import read_label_names, read_labels, write_volume
 from maisi.volume import Volume
 
@@ -210,3 +212,38 @@ def test_a_zarr_among_the_files_is_one_mask(folder, tmp_path) -> None:
     build(tmp_path / "masks", tmp_path / "library")
     build([folder / "Patient_Secret_2.nii.gz"], tmp_path / "other")
     assert MaskLibrary(tmp_path / "library").rows == MaskLibrary(tmp_path / "other").rows
+
+
+@pytest.fixture
+def nested(tmp_path, folder):
+    """Masks in folders of folders, beside items and a file that is no mask."""
+    source = tmp_path / "source"
+    for place in ("first", "second/deeper"):
+        (source / place).mkdir(parents=True)
+    shutil.copy(folder / "Patient_Secret_1.nii.gz", source / "first" / "b.nii.gz")
+    shutil.copy(folder / "Patient_Secret_2.nii.gz", source / "second" / "deeper" / "a.nii.gz")
+    (source / "second" / "broken.nii.gz").write_bytes(b"no mask")
+    item = source / "out" / "0000"
+    item.mkdir(parents=True)
+    for name in ("image", "labels"):
+        shutil.copy(folder / "Patient_Secret_2.nii.gz", item / f"{name}.nii.gz")
+    return source
+
+
+def test_folders_of_folders_are_looked_through_and_what_is_no_mask_is_left_out(nested, tmp_path) -> None:
+    with pytest.raises(MaisiError, match="broken"):
+        build(nested, tmp_path / "library")
+    assert not (tmp_path / "library").exists()
+    told = []
+    built = build(nested, tmp_path / "one", skip_unreadable=True, report=lambda *counts: told.append(counts))
+    assert [row.id for row in built.index.masks] == ["0001", "0002", "0004"]  # first, the item's labels, deeper
+    assert len(built.left_out) == 1
+    assert "broken.nii.gz" in built.left_out[0]
+    assert told[-1] == (4, 4)
+    build(nested, tmp_path / "two", skip_unreadable=True, workers=2)
+    assert tree_sha256(tmp_path / "one") == tree_sha256(tmp_path / "two")
+    (tmp_path / "bad").mkdir()
+    shutil.copy(nested / "second" / "broken.nii.gz", tmp_path / "bad")
+    with pytest.raises(MaisiError, match="None of 1 files can be used"):
+        build(tmp_path / "bad", tmp_path / "three", skip_unreadable=True)
+    assert not (tmp_path / "three").exists()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
 
-from maisi.cli.options import FILE, output_option, require_new
+from maisi.cli.options import FILE, MOST_TOLD, output_option, progress, require_new, skip_option
 from maisi.io.files import VOLUME_ENDINGS
 
 
@@ -20,12 +21,25 @@ def library() -> None:
 @click.argument("folder", type=FILE)
 @output_option("Library to make, a folder.")
 @click.option("--note", default="", help="Where the masks come from; kept with each. Name no patient here.")
-def build(folder: Path, output: Path, note: str) -> None:
-    """Check the label maps in FOLDER (files, or generated items), crop them to the body and list what each shows."""
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that read and check.")
+@skip_option
+def build(folder: Path, output: Path, note: str, workers: int, skip_unreadable: bool) -> None:
+    """Check the label maps in FOLDER and below, crop them to the body and list what each shows.
+
+    They are files, or the labels of generated items, in maisi's ids (`maisi mask import`).
+    """
     from maisi.data.mask_library import build as build_library
 
-    index = build_library(folder, output, note)
-    click.echo(f"{output}: {len(index.masks)} masks")
+    require_new(output)
+    with progress() as report:
+        tell = partial(report, "library", "masks")
+        built = build_library(folder, output, note, skip_unreadable=skip_unreadable, workers=workers, report=tell)
+    for sentence in built.left_out[:MOST_TOLD]:
+        click.echo(f"Left out: {sentence}", err=True)
+    more = len(built.left_out) - MOST_TOLD
+    if more > 0:
+        click.echo(f"... and {more} more.", err=True)
+    click.echo(f"{output}: {len(built.index.masks)} masks")
 
 
 @library.command()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from maisi.io.nifti import read_label_names, read_labels, write_volume
 from maisi.volume import Volume
 
 Triple = tuple[int, int, int]
+_Job = tuple[Path, Path, int, str]
+"""A file, the folder of the library, the mask's number in it, and the note."""
 Spacing = tuple[float, float, float]
 
 MARGIN_MM = 10.0
@@ -93,44 +96,101 @@ class _Wish:
     miss: Callable[[MaskRow], float]
 
 
-def build(source: Path | Sequence[Path], out: Path, note: str = "") -> MaskIndex:
+@dataclass(frozen=True)
+class Built:
+    """What `build` made: the index, and a sentence for each file that was left out."""
+
+    index: MaskIndex
+    left_out: tuple[str, ...] = ()
+
+
+def build(
+    source: Path | Sequence[Path],
+    out: Path,
+    note: str = "",
+    *,
+    skip_unreadable: bool = False,
+    workers: int = 1,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Built:
     """Make a library of label maps; whole or not at all.
 
     Args:
-        source: a folder (all volumes in it, and the labels of generated items), or files.
+        source: a folder (all volumes in it and in folders below, of generated items their labels), or files.
         out: folder to make.
         note: where the masks come from, kept in each row; name no patient here.
+        skip_unreadable: whether to leave out what is no label map in maisi's ids.
+        workers: processes that read and check; the library is the same.
+        report: told how many files are done, of how many.
 
     Raises:
-        MaisiError: `out` exists, there is no file, or one of them is no label map in maisi's ids.
+        MaisiError: `out` exists, there is no file, or one of them (with `skip_unreadable` all) is no label map in
+            maisi's ids.
     """
     files = _mask_files(source)
-    rows = []
+    rows, left_out = [], []
     with new_folder(out) as part:
         (part / "masks").mkdir()
-        for number, file in enumerate(files, start=1):
-            names = {id: name for id, name in read_label_names(file).items() if id in CUSTOM_IDS}
-            mask = _cropped(checked_mask(read_our_labels(file, names), names, str(file)).to_ras())
-            path = part / "masks" / f"{number:04d}.nii.gz"
-            said = "label map of a library, made by maisi"
-            write_volume(path, mask, description=said, synthetic=False, names=names or None)
-            rows.append(_row(f"{number:04d}", f"masks/{path.name}", mask, note, sha256(path)))
+        jobs = [(file, part, number, note) for number, file in enumerate(files, start=1)]
+        for done, made in enumerate(_mapped(_entry, jobs, workers), start=1):
+            if isinstance(made, MaskRow):
+                rows.append(made)
+            elif skip_unreadable:
+                left_out.append(made)
+            else:
+                raise MaisiError(made)
+            report(done, len(files))
+        if not rows:
+            raise MaisiError(f"None of {len(files)} files can be used; the first: {left_out[0]}")
         index = MaskIndex(masks=tuple(rows))
         write_json(part / INDEX, index.model_dump(mode="json"))
-    return index
+    return Built(index, tuple(left_out))
+
+
+def _mapped(work: Callable[[_Job], MaskRow | str], jobs: Sequence[_Job], workers: int) -> Iterator[MaskRow | str]:
+    """In order, here or in several processes."""
+    if workers <= 1:
+        yield from map(work, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+        yield from pool.imap(work, jobs)
+
+
+def _entry(job: _Job) -> MaskRow | str:
+    """Check a file, write its mask, and describe it; a sentence where it cannot be used."""
+    file, out, number, note = job
+    try:
+        names = {id: name for id, name in read_label_names(file).items() if id in CUSTOM_IDS}
+        mask = _cropped(checked_mask(read_our_labels(file, names), names, str(file)).to_ras())
+    except MaisiError as error:
+        return str(error)
+    path = out / "masks" / f"{number:04d}.nii.gz"
+    said = "label map of a library, made by maisi"
+    write_volume(path, mask, description=said, synthetic=False, names=names or None)
+    return _row(f"{number:04d}", f"masks/{path.name}", mask, note, sha256(path))
 
 
 def _mask_files(source: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(source, (str, Path)):
         files = [Path(file) for file in source]
     elif Path(source).is_dir():
-        files = sorted(filter(is_volume, Path(source).iterdir()))
-        files += sorted(Path(source).glob("*/labels.nii.gz"))
+        files = list(_below(Path(source)))
     else:
         raise MaisiError(f"{source} is not a folder; give a folder of label maps.")
     if not files:
         raise MaisiError(f"There is no label map in {source}; give files that end in {', '.join(VOLUME_ENDINGS)}.")
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Volumes in a folder, then those in each folder below; of an item, which has an image beside them, its labels."""
+    entries = sorted(folder.iterdir())
+    volumes = [path for path in entries if is_volume(path)]
+    named = {path.name.partition(".")[0]: path for path in volumes}
+    yield from [named["labels"]] if named.keys() >= {"image", "labels"} else volumes
+    for path in entries:
+        if path.is_dir() and not is_volume(path):
+            yield from _below(path)
 
 
 def _cropped(mask: Volume) -> Volume:
