@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from maisi.device import (
+    _cores_of_group,
     _left_to_group,
     fault_of,
     free_memory,
@@ -175,3 +176,36 @@ def test_apples_gpu_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
     with pytest.raises(MaisiError, match=r"needs PyTorch 2\.8 or newer"):
         resolve_device("mps")
+
+
+def test_a_containers_cores_are_what_threads_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, top = tmp_path / "own", tmp_path / "groups"
+    own.write_text("0::/job\n")
+    assert _cores_of_group(top, own) == math.inf
+    (top / "job").mkdir(parents=True)
+    (top / "job" / "cpu.max").write_text("max 100000\n")
+    assert _cores_of_group(top, own) == math.inf
+    (top / "cpu.max").write_text("150000 100000\n")
+    assert _cores_of_group(top, own) == 1.5
+    own.write_text("3:cpu,cpuacct:/docker/abc\n")
+    (top / "cpu").mkdir()
+    (top / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    (top / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert _cores_of_group(top, own) == math.inf
+    (top / "cpu" / "cpu.cfs_quota_us").write_text("400000\n")
+    assert _cores_of_group(top, own) == 4
+
+
+def test_pytorch_takes_no_more_threads_than_a_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr("maisi.device._cores_of_group", lambda: 1.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    resolve_device("cpu")
+    assert taken == []  # the user's word counts
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    resolve_device("cpu")
+    monkeypatch.setattr("maisi.device._cores_of_group", lambda: math.inf)
+    resolve_device("cpu")
+    assert taken == [2]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,7 +37,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 def resolve_device(name: str = "auto") -> torch.device:
     """Turn a member of `DEVICES` into a device that is there; `auto` takes CUDA, then the CPU.
 
-    Apple's GPU is taken where it is asked for: nothing here was ever run on one.
+    Apple's GPU is taken where it is asked for: nothing here was ever run on one. PyTorch then computes in no more
+    threads than there are cores for: it counts the machine's, of which a container may have few.
 
     Raises:
         MaisiError: the device is unknown or not there.
@@ -51,6 +54,9 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise MaisiError(f"PyTorch finds no device '{name}' here; choose auto or cpu.")
     if name == "mps" and torch.__version__ < MPS_VERSION:
         raise MaisiError(f"On Apple's GPU this needs PyTorch {MPS_VERSION} or newer; upgrade it, or choose cpu.")
+    cores = _cores_of_group()
+    if cores < torch.get_num_threads() and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, math.ceil(cores)))
     return numbered(torch.device(name))
 
 
@@ -116,24 +122,45 @@ def free_memory(device: torch.device) -> int:
 
 def _left_to_group(mounted: Path = CONTROL_GROUPS, own: Path = OWN_GROUPS) -> float:
     """Bytes that this process's control groups (of containers, of job schedulers) leave it; inf for no limit."""
+    left = math.inf
+    for folder, first in _groups("memory", mounted, own):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+        left = min(left, _limit_less_usage(folder, *names))
+    return left
+
+
+def _cores_of_group(mounted: Path = CONTROL_GROUPS, own: Path = OWN_GROUPS) -> float:
+    """Cores whose time this process's control groups give it; inf for no limit."""
+    cores = math.inf
+    for folder, first in _groups("cpu", mounted, own):
+        try:
+            if first:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            else:
+                quota, period = (folder / "cpu.max").read_text().split()
+            if float(quota) > 0:  # -1 and 'max' are no limit
+                cores = min(cores, float(quota) / float(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return cores
+
+
+def _groups(controller: str, mounted: Path, own: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders of the control groups that this process is in, those around them too; whether of the first version."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:  # another system
-        return math.inf
-    left = math.inf
+        return
     for _, controllers, group in (line for line in lines if len(line) == 3):
-        if controllers == "":
-            top, limit, usage = mounted, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            top, limit, usage = mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
+        first = controllers != ""
+        if first and controller not in controllers.split(","):
             continue
+        top = mounted / controller if first else mounted
         place = top / group.lstrip("/")
         # in a container the path may be the host's: then only the top is there, and is the container's own
         for folder in (place, *place.parents):
             if folder == top or top in folder.parents:
-                left = min(left, _limit_less_usage(folder, limit, usage))
-    return left
+                yield folder, first
 
 
 def _limit_less_usage(folder: Path, limit: str, usage: str) -> float:
