@@ -159,6 +159,14 @@ def test_the_limit_of_a_container_is_what_is_free(tmp_path: Path) -> None:
     assert _left_to_group(top, own) == math.inf
     group(top / "memory", *old, "9000", 9500, "total_inactive_file 0\n")  # the container's own is all that it sees
     assert _left_to_group(top, own) == 0
+    group(
+        top / "memory",
+        *old,
+        "9000",
+        6000,
+        "inactive_file 0\nactive_file 7\ntotal_inactive_file 2000\ntotal_active_file 1000\n",
+    )
+    assert _left_to_group(top, own) == 6000
     assert _left_to_group(top, tmp_path / "none") == math.inf
 
 

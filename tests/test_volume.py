@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from scipy.spatial.transform import Rotation
 
 from maisi.errors import MaisiError
 from maisi.volume import Volume
@@ -115,3 +116,15 @@ def test_with_array_keeps_the_shape():
 def test_it_is_shown_without_its_voxels() -> None:
     shown = repr(Volume.from_spacing(np.zeros((5, 6, 7), np.int16), (1.0, 2.0, 2.5)))
     assert shown == "Volume(5 x 6 x 7 int16, 1 x 2 x 2.5 mm)"
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_axes_are_named_each_once(seed: int) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.random(random_state=seed).as_matrix() @ np.diag([1.0, 2.0, 3.0])
+    axes = Volume(np.zeros((2, 3, 4)), affine).axes
+    assert sorted({"L": "R", "P": "A", "I": "S"}.get(letter, letter) for letter in axes) == ["A", "R", "S"]
+    assert Volume(np.zeros((2, 3, 4)), np.diag([-1.0, -1.0, 1.0, 1.0])).axes == "LPS"
+    permuted = np.array([[0, 0, 2.0, 0], [-1, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1]])
+    assert Volume(np.zeros((2, 3, 4)), permuted).axes == "PSR"

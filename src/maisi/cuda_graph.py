@@ -39,8 +39,8 @@ class CudaGraphs:
 
     With shapes for the first time it is called, in which libraries look for their kernels; the second time it is
     recorded. Recordings share their memory, with those of other functions if they are given the same `memory`; it is
-    held as long as one of them lives. Where nothing is trained and shapes
-    cannot be recorded (memory for a second copy is missing, or a library refuses), it is called as it is.
+    held as long as one of them lives. Where nothing is trained and shapes cannot be recorded (memory for a second copy
+    is missing, or a library refuses), it is called as it is.
     """
 
     def __init__(self, compute: Callable[..., Tensor], memory: GraphMemory | None = None) -> None:

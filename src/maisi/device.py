@@ -164,15 +164,15 @@ def _groups(controller: str, mounted: Path, own: Path) -> Iterator[tuple[Path, b
 
 
 def _limit_less_usage(folder: Path, limit: str, usage: str) -> float:
-    """What a group leaves of its limit, files that the kernel only keeps in memory not counted; inf without a limit."""
+    """What a group leaves of its limit; files that the kernel only keeps in memory are left. inf without a limit."""
     try:
         most = float((folder / limit).read_text())  # 'max' is no number
         used = float((folder / usage).read_text())
         told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return math.inf
-    kept = told.get("inactive_file") or told.get("total_inactive_file") or "0"
-    return max(0.0, most - used + float(kept))
+    kept = sum(float(told.get(f"total_{kind}_file", told.get(f"{kind}_file", 0))) for kind in ("inactive", "active"))
+    return max(0.0, most - used + kept)
 
 
 def used_memory(device: torch.device) -> int:

@@ -98,8 +98,9 @@ class Volume:
     @property
     def axes(self) -> str:
         """Where the axes mostly point, such as 'RAS'."""
-        rows = np.abs(self.affine[:3, :3]).argmax(axis=0)
-        return "".join(("LR", "PA", "IS")[row][int(self.affine[row, axis] > 0)] for axis, row in enumerate(rows))
+        turn = turn_to_ras(self.shape, self.affine)
+        words = {axis: ("RL", "AP", "SI")[world][turn.flipped[world]] for world, axis in enumerate(turn.order)}
+        return "".join(words[axis] for axis in range(3))
 
     def to_ras(self) -> Volume:
         """Reorder and flip the axes so that they run closest to Right, Anterior, Superior; no resampling."""

@@ -224,7 +224,7 @@ def scan() -> np.ndarray:
         (lambda hu: hu + 1000, "offset by 1024"),
         (lambda hu: hu / 1000, "scaled"),
         (lambda hu: np.clip((hu + 160) / 400, 0, 1) * 255, "grey values"),
-        (lambda hu: np.where(hu < -500, 80, 400 + hu * 0.5), "a CT .MR has no HU."),
+        (lambda hu: np.where(hu < -500, 80, 400 + hu * 0.5), "many are above 300"),
     ],
 )
 def test_values_that_are_no_hu_are_seen_whatever_pads_them(scan, values, word, part, padding) -> None:
@@ -254,3 +254,19 @@ def test_padding_is_one_lowest_value_that_nobody_measures(scan) -> None:
     padded = scan.copy()
     padded[:, :12] = -3024
     assert (padding_of(padded) == (padded == -3024)).all()
+
+
+def test_a_small_body_in_much_air_is_told_to_be_offset(scan) -> None:
+    wide = np.full((200, 160, 80), -1000, np.int16)
+    wide[60:144, 50:110, 4:76] = scan
+    for padded in (wide, np.where(np.arange(80) < 30, -1024, wide)):
+        assert hu_fault(padded) is None
+        assert "offset by 1024" in str(hu_fault(padded + 1024))
+
+
+def test_a_heart_full_of_contrast_medium_is_hu() -> None:
+    rng = np.random.default_rng(0)
+    blood, muscle, fat = rng.normal(460, 40, 30_000), rng.normal(120, 30, 15_000), rng.normal(-60, 30, 3_000)
+    crop = np.concatenate([blood, muscle, fat, np.full(100, -800)])
+    rng.shuffle(crop)
+    assert hu_fault(crop[:48_000].reshape(40, 40, 30)) is None

@@ -335,4 +335,13 @@ def test_a_tumour_that_is_missing_is_found_beside_one_that_is_there(trunk) -> No
     assert found(all_there, "contrast", "lung tumor").passed
     finding = found(one_there, "contrast", "lung tumor")
     assert not finding.passed
-    assert "the least of 3" in finding.sentence
+    assert "the worst of 3" in finding.sentence
+
+
+def test_edges_that_were_resampled_overshoot_a_little(trunk) -> None:
+    image, labels = trunk
+    few, many = (image.array.copy() for _ in range(2))
+    few.reshape(-1)[::2000] = -1200
+    many.reshape(-1)[::200] = -1200
+    assert found(check(image.with_array(few), labels), "not HU").passed
+    assert not found(check(image.with_array(many), labels), "not HU").passed

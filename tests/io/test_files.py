@@ -245,3 +245,24 @@ def test_what_is_removed_is_gone_whatever_it_is(tmp_path):
     for name in ("link", "folder/file", "folder", "nothing"):
         remove(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    def unreadable():
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        except OSError:
+            raise MaisiError("Cannot read a: Permission denied; give another.") from None
+
+    for place in (atomic_path(tmp_path / "a"), new_folder(tmp_path / "b")):
+        with pytest.raises(MaisiError, match="Cannot read a"), place:
+            unreadable()
+
+    def faulty():
+        try:
+            raise FULL_DISK
+        except OSError:
+            raise KeyError("a fault of the program, whatever went before") from None
+
+    with pytest.raises(KeyError), atomic_path(tmp_path / "a"):
+        faulty()

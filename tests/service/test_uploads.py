@@ -120,3 +120,25 @@ def test_without_one_series_it_says_so_of_the_zip(series: tuple[Path, np.ndarray
     with pytest.raises(MaisiError, match=r"'ct.zip' .*2 series") as two:
         volume_of_zip(archive, tmp_path / "sent" / "ct.nii.gz", "ct.zip", MOST)
     assert str(tmp_path) not in str(none.value) + str(two.value)
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_damage_is_told_however_it_is_packed(series: tuple[Path, np.ndarray], tmp_path: Path, how: int) -> None:
+    (tmp_path / "sent").mkdir()
+    archive = tmp_path / "sent" / "ct.zip"
+    with zipfile.ZipFile(archive, "w", how) as zipped:
+        for path in sorted(series[0].iterdir()):
+            zipped.write(path, path.name)
+    for place in (60, 90, 150, 300):
+        damaged = bytearray(archive.read_bytes())
+        damaged[place] ^= 255
+        (tmp_path / "sent" / "bad.zip").write_bytes(bytes(damaged))
+        with pytest.raises(MaisiError, match=r"'bad\.zip' is no zip"):
+            volume_of_zip(tmp_path / "sent" / "bad.zip", tmp_path / "sent" / "ct.nii.gz", "bad.zip", MOST)
+
+
+def test_a_name_that_is_no_text_is_told(series: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    archive = zip_of(series[0], tmp_path / "sent" / "ct.zip", lambda path: f"{path.name}\u00e9")
+    spoilt(archive, lambda content: content.__setitem__(slice(None), content.replace("\u00e9".encode(), b"\xff\xff")))
+    with pytest.raises(MaisiError, match=r"'ct\.zip' is no zip"):
+        volume_of_zip(archive, tmp_path / "sent" / "ct.nii.gz", "ct.zip", MOST)

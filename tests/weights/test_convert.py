@@ -276,7 +276,7 @@ def test_weights_that_are_no_numbers_are_not_converted(tmp_path: Path) -> None:
     content = torch.load(path)
     next(iter(content["unet_state_dict"].values())).view(-1)[3] = float("inf")
     torch.save(content, tmp_path / "broken.pt")
-    with pytest.raises(MaisiError, match="has numbers that are not finite; get a fresh file"):
+    with pytest.raises(MaisiError, match="has numbers that are not finite; get a fresh copy of"):
         convert(tmp_path / "broken.pt", tmp_path / "made.safetensors", settings=SETTINGS)
     assert not (tmp_path / "made.safetensors").exists()
 

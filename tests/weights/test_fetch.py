@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -16,9 +18,13 @@ import torch
 
 from maisi.anatomy import MODALITIES
 from maisi.cli import run
+from maisi.errors import MaisiError
 from maisi.generation.fov import RELEASED_MODELS
 from maisi.generation.pipeline import load
 from maisi.presets import PRESETS
+from maisi.weights.fetch import FromFolder
+from maisi.weights.fetch import fetch as fetch_model
+from maisi.weights.hub import Hub
 from maisi.weights.registry import find_model
 from maisi.weights.released_models import released_models
 from tests.weights.conftest import REFERENCES
@@ -248,3 +254,27 @@ def test_the_table_agrees_with_what_else_is_said_of_the_release() -> None:
     assert told == {preset.official_file for preset in PRESETS.values()}
     for model in models.values():
         assert set(model.modalities) <= set(MODALITIES)
+
+
+def test_in_python_a_target_is_looked_at_first(release: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Noted(FromFolder):
+        def sizes(self, wanted: Any) -> Any:
+            asked.append("sizes")
+            return super().sizes(wanted)
+
+    (tmp_path / "there").mkdir()
+    for target, words in ((tmp_path / "there", "exists"), (tmp_path / "no" / "model", "does not exist")):
+        with pytest.raises(MaisiError, match=words):
+            fetch_model("rflow-mr", target, Noted(release))
+    assert asked == []
+
+
+def test_a_full_disk_is_not_the_hubs_fault(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    with pytest.raises(MaisiError, match=r"Cannot write .*cache: No space left on device; free some space"):
+        Hub(cache=tmp_path / "cache").download(released_models()["rflow-mr"].files["unet"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from maisi.errors import MaisiError
+from maisi.io import files
 
 if TYPE_CHECKING:
     from maisi.evaluation.result import Result
@@ -177,12 +177,7 @@ def require_new(path: Path, *endings: str) -> None:
         from maisi.io.zarr_store import require_package
 
         require_package()
-    if os.path.lexists(path):
-        raise MaisiError(f"{path} exists; choose another name or remove it.")
-    if not path.parent.is_dir():
-        raise MaisiError(f"The folder {path.parent} does not exist; make it first or choose another place.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise MaisiError(f"The folder {path.parent} is not writable; choose a place you may write to.")
+    files.require_new(path)
 
 
 def require_first(first: int) -> None:

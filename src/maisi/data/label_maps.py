@@ -259,6 +259,14 @@ def _some(ids: list[int], most: int = 10) -> str:
     return ", ".join(str(i) for i in ids[:most]) + more
 
 
+def rest_of(labels: Array) -> int:
+    """What a voxel becomes that loses its structure: body, in a map that knows where the body is; else nothing.
+
+    A little body in a map that has none would make air of all around it.
+    """
+    return BODY if (labels == BODY).any() else BACKGROUND
+
+
 def rank(ours: int) -> int:
     """Whose word counts for more where structures overlap: tumours, organs, target volumes, the body, nothing."""
     return _RANKS[ours]

@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from maisi.anatomy import ANY_BONE, BACKGROUND, BODY, KNOWN_IDS, TUMORS, label_name
 from maisi.data.augment import rotation, spline_weights
+from maisi.data.label_maps import rest_of
 from maisi.data.preprocess import resample_to_grid
 from maisi.errors import MaisiError
 from maisi.request import ORGAN_SIZE_RANGE
@@ -316,8 +317,7 @@ def _shrunk(labels: Labels, spacing_mm: Spacing, id: int, want: int) -> Labels:
             f"'{label_name(id)}' is too thin in this mask to shrink so far; the smallest factor is {least / have:.2f}."
         )
     kept = _connected_first(relative, own, want)
-    # what is left of a map without a body stays without: else all around it would be taken for air
-    part[own & ~kept] = BODY if (labels == BODY).any() else BACKGROUND
+    part[own & ~kept] = rest_of(labels)
     return result
 
 

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from maisi.anatomy import BACKGROUND, BODY, KNOWN_IDS, LINGULA, OPPOSITE, label_name, name_key, opposite
 from maisi.data.label_maps import VOCABULARIES, Vocabulary, counts, ids_in, merge, translated, vocabulary
-from maisi.data.preprocess import edged, hu_fault, resample, resample_to_grid
+from maisi.data.preprocess import edged, hu_fault, resample, resample_to_grid, turned_onto
 from maisi.data.segmentation import envelope, with_organs
 from maisi.errors import MaisiError
 from maisi.io.nifti import read_label_names, read_labels
@@ -40,6 +40,7 @@ CLEARLY_MM = 10.0
 """A left structure that lies so far to the right of its counterpart is worth a word; parts of vessels cross over."""
 
 GRID_TOLERANCE_MM = 0.05
+"""By which the grids of a CT and its labels may differ."""
 
 VERTEBRAE = (127, *range(33, 57))
 """S1, then L5 to C1: from below to above."""
@@ -404,15 +405,15 @@ def _volume_ml(labels: Volume) -> float:
 
 def _aligned(labels: Volume, grid: Volume, name: str, to_grid: bool) -> tuple[Volume, bool]:
     """Return labels on the grid, and whether that took more than turning the axes."""
-    if labels.same_grid(grid, GRID_TOLERANCE_MM):
-        return labels, False
-    turned = labels.axes_only().same_grid(grid.axes_only(), GRID_TOLERANCE_MM)
-    if not (turned or to_grid):
+    turned = turned_onto(labels, grid, GRID_TOLERANCE_MM)
+    if turned is not None:
+        return turned, False
+    if not to_grid:
         raise MaisiError(
             f"{name} ({labels.grid}) lies on another grid than what it goes with ({grid.grid}); "
             "add --resample to bring it there, if both show the same body."
         )
-    return resample_to_grid(labels, grid, order=0, fill=BACKGROUND), not turned
+    return resample_to_grid(labels, grid, order=0, fill=BACKGROUND), True
 
 
 def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:

@@ -30,7 +30,7 @@ MR_PERCENTILES = (0.0, 99.5)
 LARGEST_SIZE = 4096  # voxels per axis that resampling will make
 OFFSET_HU = 1024  # what scanners add to HU to store them unsigned
 MANY_VOXELS = 1_000_000
-OFFSET_SHARE = 0.1  # of the values, which soft tissue has at least and dense bone has not
+TISSUE_SHARE = 0.1  # of the values, which soft tissue has at least and dense bone has not
 AIR_BELOW_HU = -200.0  # what is lower is air or lung
 BELOW_AIR_HU = -1100  # noise in air does not go below
 PADDING_SHARE = 0.01  # of one lowest value, from which on it is padding
@@ -75,26 +75,34 @@ def padding_of(array: Array) -> NDArray[np.bool_] | None:
 def hu_fault(array: Array) -> str | None:
     """Say why the values of a CT can't be HU, and the mend; None where they can. Of large ones looks at every fourth.
 
-    HU have air below -200, or else are soft tissue for the most part. Padding, whatever its value, says nothing.
+    HU have air below -200, or else some values below 0 and soft tissue about it. Padding, whatever its value, says
+    nothing.
     """
     step = 4 if array.size > MANY_VOXELS else 1
-    values = array[::step, ::step, ::step].ravel()
+    return fault_of_values(array[::step, ::step, ::step])
+
+
+def fault_of_values(values: Array) -> str | None:
+    """As `hu_fault`, of all of some values."""
     lowest = values.min()
     if lowest <= STORED_HU[0]:
         values = values[(values > lowest) & (values >= BELOW_AIR_HU)]
     if not values.size:
         return None
-    low, high, middle = float(values.min()), float(values.max()), float(np.median(values))
+    low, high = float(values.min()), float(values.max())
     if low >= -5 and high <= 5:
         return f"its values run from {low:g} to {high:g}, so they were scaled; give the CT before that"
     if low >= 0 and high <= 255:
         return f"its values run from {low:g} to {high:g}, which are grey values; give the CT before that"
     if float(np.percentile(values, 0.5)) < AIR_BELOW_HU or high - low < 50:
         return None  # there is air, or nothing to tell by
-    if float(((values > OFFSET_HU - 124) & (values < OFFSET_HU + 176)).mean()) >= OFFSET_SHARE:
+    positive = low >= -5  # to rounding: in HU some noise, fat or air is not
+    tissue = (values > OFFSET_HU - 124) & (values < OFFSET_HU + 176)
+    seen = values > low + 200  # not the air around
+    if tissue.mean() >= TISSUE_SHARE or (positive and tissue[seen].size and tissue[seen].mean() >= TISSUE_SHARE):
         return f"soft tissue has about {OFFSET_HU}, so all values are offset by {OFFSET_HU}; subtract that"
-    if middle > 300 or (low >= 0 and float((values > 300).mean()) >= OFFSET_SHARE):
-        return f"hardly a value is below {AIR_BELOW_HU:g}, as air is, and many are above 300; give a CT (MR has no HU)"
+    if positive and float((values > 300).mean()) >= TISSUE_SHARE:
+        return f"none of its values is below {low:g}, and many are above 300; give a CT in HU (MR has none)"
     return None
 
 
@@ -133,6 +141,15 @@ def resample(volume: Volume, spacing_mm: Spacing | None = None, order: int = 1, 
         raise MaisiError(f"A spacing of {wanted} mm makes {x} x {y} x {z} voxels; choose a coarser spacing.")
     result = _resample_centred(volume, (x, y, z), wanted, order)
     return result if size is None else crop_or_pad(result, size)
+
+
+def turned_onto(labels: Volume, grid: Volume, tolerance_mm: float) -> Volume | None:
+    """Labels on the grid of another volume, where that takes no more than turning their axes; else None."""
+    if labels.same_grid(grid, tolerance_mm):
+        return labels
+    if labels.axes_only().same_grid(grid.axes_only(), tolerance_mm):
+        return resample_to_grid(labels, grid, order=0)
+    return None
 
 
 def resample_to_grid(volume: Volume, like: Volume, order: int = 1, fill: float | None = None) -> Volume:

@@ -54,8 +54,8 @@ NAMES = {
 }
 """Kind of a finding -> what it is called; the braces stand for what it is of."""
 
-METAL_SHARE = 0.001
-"""Up to this share values beyond what scanners measure are metal."""
+OVERSHOOT_HU, FEW_SHARE = 300.0, 0.001
+"""Up to this share values a little below what scanners measure are overshoot, those above metal."""
 
 WORST = 10.0
 """A finding counts no more than this in the score, however far out it lies."""
@@ -334,9 +334,14 @@ def judge(
 
 
 def _value_findings(hu: Array, ranges: QualityRanges) -> Iterator[Finding]:
-    """Are the values those of a CT? Scanners pad with less than they can measure, and metal is beyond it."""
-    below, above = float((hu < STORED_HU[0]).mean()), float((hu > STORED_HU[1]).mean())
-    outside = (0.0 if padding_of(hu) is not None else below) + (0.0 if above <= METAL_SHARE else above)
+    """Are the values those of a CT?
+
+    Scanners pad with less than they can measure, metal is beyond it, and edges that were resampled overshoot.
+    """
+    low, high = STORED_HU
+    far = 0.0 if padding_of(hu) is not None else float((hu < low - OVERSHOOT_HU).mean())
+    few = (float(((hu < low) & (hu >= low - OVERSHOOT_HU)).mean()), float((hu > high).mean()))
+    outside = far + sum(share for share in few if share > FEW_SHARE)
     yield Finding("not HU", "", outside, high=0.0)
     yield Finding("saturated", "", float((hu >= HU_MAX).mean()), high=ranges.saturated_share)
 
@@ -380,7 +385,7 @@ def _tumor_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Ite
         measured = contrasts(image.array, labels.array, label_id(name), image.spacing_mm)
         if measured:
             worst = max((ranges.contrast(name, one.hu) for one in measured), key=lambda found: found.violation)
-            yield worst if len(measured) == 1 else replace(worst, detail=f"the least of {len(measured)}")
+            yield worst if len(measured) == 1 else replace(worst, detail=f"the worst of {len(measured)}")
 
 
 def _agreement_findings(image: Volume, labels: Volume, ranges: QualityRanges) -> Iterator[Finding]:

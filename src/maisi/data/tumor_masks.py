@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import BACKGROUND, BODY, TUMORS, label_name
+from maisi.anatomy import TUMORS, label_name
 from maisi.data.augment import SpatialRanges, apply, draw
+from maisi.data.label_maps import rest_of
 from maisi.data.preprocess import wider_box
 from maisi.errors import MaisiError
 from maisi.tumors import KINDS, TumorKind, TumorWish
@@ -120,16 +121,28 @@ def deform_tumor(
         raise MaisiError(f"The label map has no {label_name(tumor)} to deform; give one that has.")
     result = labels.copy()
     boxes = ndimage.find_objects(pieces)
-    deformed = [_deform_piece(result, pieces[box] == n, box, hosts, spacing_mm, rng) for n, box in enumerate(boxes, 1)]
+    rest = rest_of(labels)
+    deformed = [
+        _deform_piece(result, pieces[box] == n, box, hosts, rest, spacing_mm, rng) for n, box in enumerate(boxes, 1)
+    ]
     if not any(deformed):
         raise MaisiError(f"The {label_name(tumor)} fits its host in none of {TRIES} deformations; leave it as it is.")
     return result
 
 
 def _deform_piece(
-    labels: Labels, own: Mask, box: Slices, hosts: Sequence[int], spacing_mm: Spacing, rng: np.random.Generator
+    labels: Labels,
+    own: Mask,
+    box: Slices,
+    hosts: Sequence[int],
+    rest: int,
+    spacing_mm: Spacing,
+    rng: np.random.Generator,
 ) -> bool:
-    """Deform one tumour (`own` is where it lies in its box) in `labels`; False where no draw suits."""
+    """Deform one tumour (`own` is where it lies in its box) in `labels`; False where no draw suits.
+
+    What it leaves becomes the nearest host, or the `rest` where the map has none.
+    """
     wide = wider_box(box, labels.shape, 20.0, spacing_mm)
     seen = labels[wide]
     before = np.zeros(seen.shape, np.bool_)
@@ -145,8 +158,7 @@ def _deform_piece(
         moved = apply(before.astype(np.uint8), parameters, order=0) > 0
         moved = ndimage.binary_closing(np.pad(moved, 2), iterations=2)[2:-2, 2:-2, 2:-2] & room
         if moved.sum() >= KEPT * before.sum() and ndimage.label(moved, _TOUCHING)[1] == 1:
-            left = BODY if (labels == BODY).any() else BACKGROUND
-            labels[wide] = with_hosts(seen, before, hosts, spacing_mm, left)
+            labels[wide] = with_hosts(seen, before, hosts, spacing_mm, rest)
             labels[wide][moved] = tumor
             return True
     return False

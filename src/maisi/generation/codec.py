@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maisi.config import parse_config
 from maisi.data.latents import Latent
-from maisi.data.preprocess import hu_fault, pad_to_multiple, unwindow_ct, window_ct, window_mr
+from maisi.data.preprocess import fault_of_values, pad_to_multiple, unwindow_ct, window_ct, window_mr
 from maisi.device import feature_layout, resolve_device, resolve_precision
 from maisi.errors import MaisiError
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
@@ -129,7 +129,7 @@ def rows_fault(ct: Rows) -> str | None:
     count = ct.shape[2]
     chosen = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int))
     sections = np.concatenate([ct.rows(2, int(z), int(z) + 1) for z in chosen], axis=2)
-    return hu_fault(np.repeat(sections, 4, axis=2))  # which looks at every fourth
+    return fault_of_values(sections)
 
 
 @torch.inference_mode()

@@ -333,11 +333,10 @@ def _paint_crop(model: Model, crop: Crop, seed: int, guidance: float, progress: 
 def _matched(decoded: NDArray[np.float32], crop: Crop) -> NDArray[np.float32]:
     """Shift what was decoded by how far it is off around the region, smoothly."""
     spacing = crop.job.conditions.spacing_mm
-    known = crop.image.array
-    # of air, dense bone and metal the networks know that they are beyond their window, not how far
-    outside = (~crop.region & (known >= STORED_HU[0])).astype(np.float32)
+    outside = (~crop.region).astype(np.float32)
     sigma = [6.0 / s for s in spacing]
-    off = np.clip(np.clip(known, HU_MIN, HU_MAX) - decoded, -100, 100) * outside
+    # of air, dense bone and metal the networks know that they are beyond their window, not how far
+    off = np.clip(np.clip(crop.image.array, HU_MIN, HU_MAX) - decoded, -100, 100) * outside
     weight = ndimage.gaussian_filter(outside, sigma)
     return (decoded + ndimage.gaussian_filter(off, sigma) / np.maximum(weight, 1e-3)).astype(np.float32)
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from maisi.anatomy import TUMORS
 from maisi.data.label_maps import ids_in
-from maisi.data.mask_import import sides_fault
-from maisi.data.preprocess import hu_fault, padding_of, resample_to_grid
+from maisi.data.mask_import import GRID_TOLERANCE_MM, sides_fault
+from maisi.data.preprocess import hu_fault, padding_of, turned_onto
 from maisi.data.quality import QualityRanges, read_ranges
 from maisi.data.segmentation import segment
 from maisi.data.tumor_masks import grow_tumors
@@ -21,9 +21,6 @@ from maisi.io.nifti import read_volume
 from maisi.request import Request
 from maisi.volume import Volume
 from maisi.weights.registry import ModelConfig
-
-TOLERANCE_MM = 0.05
-"""By which the grids of a CT and its labels may differ."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +127,9 @@ def _on_grid(mask: Volume, ct: Volume) -> Volume:
     Raises:
         MaisiError: they lie on another grid.
     """
-    if mask.same_grid(ct, TOLERANCE_MM):
-        return mask
-    if mask.axes_only().same_grid(ct.axes_only(), TOLERANCE_MM):
-        return resample_to_grid(mask, ct, order=0)
-    raise MaisiError(
-        f"CT ({ct.grid}) and labels ({mask.grid}) lie on different grids; resample the labels to the CT's."
-    )
+    turned = turned_onto(mask, ct, GRID_TOLERANCE_MM)
+    if turned is None:
+        raise MaisiError(
+            f"CT ({ct.grid}) and labels ({mask.grid}) lie on different grids; resample the labels to the CT's."
+        )
+    return turned

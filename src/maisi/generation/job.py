@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from maisi.anatomy import BODY, KNOWN_IDS, TUMORS, label_id, regions_present
 from maisi.conditions import Conditions
-from maisi.data.label_maps import ids_in
+from maisi.data.label_maps import ids_in, rest_of
 from maisi.data.mask_deform import scale_organs
 from maisi.data.mask_import import sides_fault
 from maisi.data.mask_sources import PHANTOM, find_mask
@@ -301,7 +301,7 @@ def _found(
 ) -> tuple[Volume, str]:
     """A mask for an item that has none, with what is to be in it, and where it is from.
 
-    Classes of a library that the model was not trained on count as body.
+    Classes of a library that the model was not trained on count as the rest of the body.
     """
     hosts = tuple(KINDS[wish.kind].hosts for wish in request.tumor)
     ids = tuple(label_id(name) for name in (*request.structure, *request.anatomy_size))
@@ -309,8 +309,9 @@ def _found(
     labels, source = find_mask(request.region, ids, hosts, size, spacing, seed, request.library, carried)
     unknown = [id for id in ids_in(labels.array) if id not in KNOWN_IDS and id not in custom]
     if unknown:
-        labels = labels.with_array(np.where(np.isin(labels.array, unknown), np.uint8(BODY), labels.array))
-        source += f", its own classes {', '.join(map(str, unknown))} as body"
+        rest = np.uint8(rest_of(labels.array))
+        labels = labels.with_array(np.where(np.isin(labels.array, unknown), rest, labels.array))
+        source += f", its own classes {', '.join(map(str, unknown))} left out"
     return labels, source
 
 

@@ -119,9 +119,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         MaisiError: `path` exists, its parent is missing or may not be written to, or the disk is full.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise MaisiError(f"{path} exists; choose another folder or remove it.")
-    _require_parent(path)
+    require_new(path, "another folder")
     part = _part(path)
     try:
         part.mkdir()
@@ -205,6 +203,17 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
 
 
+def require_new(path: Path, mend: str = "another name") -> None:
+    """Refuse a file or folder that exists, be it a link that leads nowhere, or that cannot be made.
+
+    Raises:
+        MaisiError: so.
+    """
+    if os.path.lexists(path):
+        raise MaisiError(f"{path} exists; choose {mend} or remove it.")
+    _require_parent(path)
+
+
 def _require_parent(path: Path) -> None:
     parent = path.parent
     if not parent.is_dir():
@@ -215,7 +224,10 @@ def _require_parent(path: Path) -> None:
 
 def _raise_as_maisi(error: BaseException, path: Path) -> None:
     """Raise a MaisiError where `error` is a fault of the place that `path` is in; else return."""
-    fault = error if isinstance(error, OSError) else error.__context__  # PyTorch fails once more while it gives up
+    if isinstance(error, MaisiError):
+        return
+    # PyTorch fails once more while it gives up
+    fault = error.__context__ if isinstance(error, RuntimeError) else error
     number = fault.errno if isinstance(fault, OSError) else None
     if number is None and (told := _RUST.search(str(error))):
         number = int(told[1])

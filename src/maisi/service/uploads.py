@@ -5,6 +5,7 @@ Of the DICOM nothing stays: the volume has its geometry and numbers alone.
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import zipfile
 import zlib
@@ -35,7 +36,7 @@ def volume_of_zip(archive: Path, volume: Path, name: str, most_bytes: int) -> No
         folder = Path(scratch)
         try:
             _unpack(archive, folder, name, most_bytes)
-        except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, zlib.error):
+        except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, zlib.error, lzma.LZMAError):
             raise MaisiError(f"'{name}' is no zip, or is damaged or encrypted; send a plain one.") from None
         archive.unlink()
         try:
@@ -56,4 +57,9 @@ def _unpack(archive: Path, folder: Path, name: str, most_bytes: int) -> None:
         for number, entry in enumerate(files):
             # which ends at the size that the entry tells, whatever comes out
             with zipped.open(entry) as source, (folder / f"{number:05d}").open("wb") as out:
-                shutil.copyfileobj(source, out)
+                try:
+                    shutil.copyfileobj(source, out)
+                except OSError as error:
+                    if error.errno is None:  # bz2's way to say that its data are damaged
+                        raise zipfile.BadZipFile from None
+                    raise

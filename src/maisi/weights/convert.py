@@ -34,6 +34,7 @@ from maisi.weights.load import (
 )
 from maisi.weights.published import Form, form_of, head_names
 from maisi.weights.released import read_released
+from maisi.weights.storage import require_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -232,13 +233,9 @@ def _fill_published(
 
 
 def _built(network: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    import torch
-
     module = build_network(network, config, str(path))
     require_shapes(module, _shapes(state), path)
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise MaisiError(f"{path}: {name} has numbers that are not finite; get a fresh file.")
+    require_finite(state, str(path))
     module.load_state_dict(dict(state), strict=True, assign=True)
     return module
 

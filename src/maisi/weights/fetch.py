@@ -9,7 +9,7 @@ from typing import Protocol
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.io.files import sha256
+from maisi.io.files import require_new, sha256
 from maisi.weights.assemble import assemble
 from maisi.weights.convert import convert
 from maisi.weights.hub import Hub, HubFile
@@ -24,8 +24,8 @@ class Source(Protocol):
     def sizes(self, wanted: Mapping[Part, HubFile]) -> dict[Part, int]:
         """Return the bytes of each file, all of them made sure to be there."""
 
-    def get(self, file: HubFile) -> tuple[Path, str]:
-        """Return where a file is on this machine, and a word for where it is from."""
+    def get(self, file: HubFile) -> tuple[Path, str, str]:
+        """Return where a file is on this machine, a word for where it is from, and its SHA-256."""
 
 
 class FromHub:
@@ -39,9 +39,10 @@ class FromHub:
         """See `Source`."""
         return {part: self._hub.listed(file).size for part, file in wanted.items()}
 
-    def get(self, file: HubFile) -> tuple[Path, str]:
+    def get(self, file: HubFile) -> tuple[Path, str, str]:
         """See `Source`."""
-        return self._hub.download(file), f"{file.repo} at {self._hub.listed(file).commit}"
+        listed = self._hub.listed(file)
+        return self._hub.download(file), f"{file.repo} at {listed.commit}", listed.sha256
 
 
 class FromFolder:
@@ -62,11 +63,11 @@ class FromFolder:
             )
         return {part: path.stat().st_size for part, path in found.items() if path is not None}
 
-    def get(self, file: HubFile) -> tuple[Path, str]:
+    def get(self, file: HubFile) -> tuple[Path, str, str]:
         """See `Source`."""
         path = self._find(file)
         assert path is not None, "sizes() has found it"
-        return path, f"a file of that name ({file.repo} publishes one)"
+        return path, f"a file of that name ({file.repo} publishes one)", sha256(path)
 
     def _find(self, file: HubFile) -> Path | None:
         places = (self._folder / file.path, self._folder / Path(file.path).name)
@@ -89,6 +90,7 @@ def fetch(
         MaisiError: there is no such model, a file cannot be had, or is not the network it should be.
     """
     model = released_model(name)
+    require_new(folder)
     wanted = {part: model.files[part] for part in PARTS if part in model.files}
     sizes = source.sizes(wanted)
     say(f"{name}: {model.about}; {len(sizes)} files, {sum(sizes.values()) / 1e9:.2f} GB.")
@@ -98,10 +100,10 @@ def fetch(
         converted: dict[Part, Path] = {}
         for part, file in wanted.items():
             say(f"{part}: {file.path}, {sizes[part] / 1e6:.0f} MB")
-            path, origin = source.get(file)
+            path, origin, hash = source.get(file)
             converted[part] = Path(scratch) / f"{part}.safetensors"
             convert(path, converted[part])
-            rows.append(f"| {part} | `{file.path}` | {origin} | `{sha256(path)}` |")
+            rows.append(f"| {part} | `{file.path}` | {origin} | `{hash}` |")
         return assemble(
             converted, folder, name, modalities=model.modalities, storage=storage, card=_card(name, model, rows)
         )

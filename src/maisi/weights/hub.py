@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi.errors import MaisiError
-from maisi.io.files import sha256
+from maisi.io.files import sha256, writing
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,14 @@ class Hub:
         """
         listed = self.listed(file)
         try:
-            path = Path(
-                self._library.hf_hub_download(
-                    file.repo, file.path, revision=listed.commit, cache_dir=self._cache, endpoint=self._endpoint
+            with writing(self._cache or Path(self._library.constants.HF_HUB_CACHE)):
+                path = Path(
+                    self._library.hf_hub_download(
+                        file.repo, file.path, revision=listed.commit, cache_dir=self._cache, endpoint=self._endpoint
+                    )
                 )
-            )
+        except MaisiError:  # the disk is full, or may not be written to
+            raise
         except Exception as error:  # which ones depends on the library's version: each has another HTTP client
             raise self._fault(error, file.repo) from None
         if sha256(path) != listed.sha256:

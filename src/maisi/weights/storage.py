@@ -90,8 +90,8 @@ def packed(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
     return _still_finite(held, storage)
 
 
-def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are no numbers.
+def require_finite(tensors: Mapping[str, Tensor], source: str = "") -> None:
+    """Refuse weights that are no numbers; `source` is the file that they are from.
 
     Raises:
         MaisiError: so; the message names the first.
@@ -100,7 +100,8 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
 
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise MaisiError(f"{name} has numbers that are not finite; train or convert the network again.")
+            mend = f"; get a fresh copy of {source}" if source else "; train or convert the network again"
+            raise MaisiError(f"{name} has numbers that are not finite{mend}.")
 
 
 def _still_finite(held: dict[str, Tensor], storage: Storage) -> dict[str, Tensor]:
