@@ -14,6 +14,6 @@ if len(sys.argv) < 2:
 out, name = Path(sys.argv[1]), (sys.argv[2:] or ["tiny"])[0]
 _, labels = phantom((64, 48, 48), (6, 6, 6), ("chest",), seed=0)
 model = maisi.load(name)
-out.mkdir()
+out.mkdir(parents=True, exist_ok=True)
 for item in model.generate_many(2, mask=labels, seed=0):
     print(item.save(out / f"{item.number:04d}"), item.timings_s)

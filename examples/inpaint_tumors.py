@@ -14,7 +14,7 @@ if len(sys.argv) < 2:
 out, name = Path(sys.argv[1]), (sys.argv[2:] or ["tiny"])[0]
 ct, labels = phantom((96, 80, 64), (4, 4, 5), ("chest",), seed=1)
 model = maisi.load(name)
-out.mkdir()
+out.mkdir(parents=True, exist_ok=True)
 for number in range(3):
     item = maisi.inpaint(ct, labels, tumor="lung:15-25mm", model=model, item=number)
     print(item.details["tumors"], item.details["contrast_hu"], item.save(out / f"{number:04d}"))

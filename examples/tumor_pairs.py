@@ -14,7 +14,7 @@ if len(sys.argv) < 2:
     sys.exit(__doc__)
 out, name = Path(sys.argv[1]), (sys.argv[2:] or ["tiny"])[0]
 model = maisi.load(name)
-out.mkdir()
+out.mkdir(parents=True, exist_ok=True)
 wishes = {
     "region": "abdomen",
     "structure": ["liver"],

@@ -153,3 +153,8 @@ def test_words_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize("name", ["lungs", "lung", "Lungs"])
+def test_lungs_are_their_lobes(name) -> None:
+    assert anatomy.named_sides(name) == anatomy.LUNGS

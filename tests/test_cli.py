@@ -554,3 +554,13 @@ def test_coding_obeys_the_memory_and_plans(command, model_folder, tmp_path, caps
     assert cli.run([*order, "--memory", "plenty"]) == 2
     assert "write it like 6GiB" in capsys.readouterr().err
     assert not (tmp_path / out).exists()
+
+
+def test_a_plan_needs_no_place_and_checks_the_solver(model_folder, capsys) -> None:
+    order = ["generate", "--model", str(model_folder), "--region", "chest", "--size", "32,32,32", "--spacing", "8,8,8"]
+    assert cli.run([*order, "--plan"]) == 0
+    assert "decode 32 x 32 x 32" in capsys.readouterr().out
+    assert cli.run([*order, "--plan", "--solver", "foo"]) == 2
+    assert "foo" in capsys.readouterr().err
+    assert cli.run(order) == 2
+    assert "Say where the items go" in capsys.readouterr().err

@@ -196,9 +196,13 @@ LINGULA: Mapping[int, int] = MappingProxyType({31: 28})
 def named_sides(name: str) -> tuple[int, ...]:
     """Return the ids that a name means: its own, or those of its left and right where only these exist ('kidney').
 
+    'lungs' and 'lung' mean their lobes.
+
     Raises:
         MaisiError: nothing has that name.
     """
+    if name_key(name) in ("lungs", "lung"):
+        return LUNGS
     try:
         return (label_id(name),)
     except MaisiError:

@@ -204,3 +204,27 @@ def test_items_of_a_cohort_are_exported(table, tmp_path) -> None:
         assert len(json.loads((tmp_path / name / "datalist.json").read_text())["training"]) == 2
     (tmp_path / "out" / "items.csv").unlink()
     assert run("export", tmp_path / "out", "--to", "monai", "-o", tmp_path / "none") == 2
+
+
+def test_where_the_tumours_are_is_a_table(table, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("cohort", "make", table, "-o", out, "--device", "cpu") == 0
+    with (out / "tumors.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    labels = read_volume(out / "painted/0000/labels.nii.gz")
+    inside = np.argwhere(labels.array == 23)
+    centre = labels.affine[:3, :3] @ inside.mean(axis=0) + labels.affine[:3, 3]
+    assert [float(row[f"{axis}_mm"]) for axis in "xyz"] == pytest.approx(centre, abs=0.01)
+    assert (row["case"], row["folder"], row["kind"], row["label"]) == ("painted", "painted/0000", "lung", "23")
+    assert float(row["volume_ml"]) == pytest.approx(len(inside) * 1.0, rel=1e-3)  # voxels of 1 ml
+    assert float(row["asked_mm"]) == 60
+
+
+def test_rows_that_get_no_label_map_beside_others_that_do_are_told(tmp_path, capsys) -> None:
+    spec = "count: 4\nseed: 0\ncolumns:\n  region: chest\n  size: 32,32,16\n  spacing: 10\n"
+    (tmp_path / "some.yaml").write_text(spec + '  tumor: {choice: ["", "lung:60mm"]}\n')
+    assert run("cohort", "draw", tmp_path / "some.yaml", "-o", tmp_path / "some.csv") == 0
+    assert "ask for no structure, tumour or mask" in capsys.readouterr().err
+    (tmp_path / "all.yaml").write_text(spec + '  structure: heart\n  tumor: {choice: ["", "lung:60mm"]}\n')
+    assert run("cohort", "draw", tmp_path / "all.yaml", "-o", tmp_path / "all.csv") == 0
+    assert "ask for no structure" not in capsys.readouterr().err

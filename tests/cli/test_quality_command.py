@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 
 from maisi import cli
 from maisi.data.phantom import phantom
-from maisi.data.quality import read_ranges
+from maisi.data.quality import carried_ranges, read_ranges
 from maisi.io.nifti import read_volume, write_volume
 from maisi.volume import Volume
+from maisi.weights.registry import find_model
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,19 @@ def test_the_check_needs_no_torch(files) -> None:
     arguments = ["quality", str(files / "image.nii.gz"), str(files / "labels.nii.gz")]
     code = f"import sys; from maisi import cli; sys.exit(cli.run({arguments!r}) or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_an_item_is_judged_by_its_models_ranges(files, tmp_path, capsys) -> None:
+    for name in ("image.nii.gz", "labels.nii.gz"):
+        shutil.copy(files / name, tmp_path / name)
+    assert quality(tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz") in (0, 1)
+    carried = capsys.readouterr().out
+    (tmp_path / "record.json").write_text(json.dumps({"request": {"model": "tiny"}}))
+    quality(tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
+    own = capsys.readouterr().out
+    assert f"Ranges: {read_ranges(find_model('tiny').ranges()).source}" in own
+    assert f"Ranges: {carried_ranges().source}" in carried
+    for broken in ("{", '{"request": {"model": "gone"}}', "[]"):
+        (tmp_path / "record.json").write_text(broken)
+        quality(tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
+        assert capsys.readouterr().out == carried

@@ -365,3 +365,20 @@ def test_painted_voxels_are_those_that_differ_in_the_file(model, abdomen) -> Non
     exact = image.with_array(image.array.astype(np.float32))
     item = inpaint_item(None, job_of(model, (exact, labels), by="rules"), 0, silent)
     assert item.details["painted_voxels"] == np.count_nonzero(np.rint(item.image.array) != image.array)
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"keep": "liver"},
+        {"anatomy_size": {"liver": 0.5}},
+        {"size": (32, 32, 32)},
+        {"mask_guidance": 2.0},
+        {"strengthen": {"liver": 2.0}},
+        {"structure": "liver"},
+        {"fov": "auto", "region": "abdomen"},
+    ],
+)
+def test_wishes_that_inpainting_has_no_use_for_are_refused(model, abdomen, wishes) -> None:
+    with pytest.raises(MaisiError, match=f"Inpainting has no use for {next(iter(wishes))}"):
+        job_of(model, abdomen, **wishes)

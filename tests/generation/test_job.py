@@ -244,3 +244,17 @@ def test_classes_of_a_library_that_the_model_does_not_know_count_as_body(config,
     assert not (make_job(request_bare, config).of_item(0).labels.array == BODY).any()
     knows = make_job(request, config.model_copy(update={"custom_labels": {150: "stent"}}))
     assert (knows.of_item(0).labels.array == 150).any()
+
+
+def test_a_tumour_that_will_hardly_be_seen_is_noted(config, chest_labels) -> None:
+    small = make_job(Request.parse(tumor="lung:20mm"), config, chest_labels)
+    assert any("A tumour of 20 mm has less than 3 voxels of 10 mm across" in note for note in small.notes)
+    assert any("voxels of 6.7 mm would do" in note for note in small.notes)
+    large = make_job(Request.parse(tumor="lung:35mm"), config, chest_labels)
+    assert not any("across" in note for note in large.notes)
+
+
+def test_without_a_region_it_is_said_what_that_means(config) -> None:
+    asked = {"size": (32, 32, 32), "spacing": (8, 8, 8)}
+    assert any("No region is named" in note for note in make_job(Request.parse(**asked), config).notes)
+    assert not any("No region" in note for note in make_job(Request.parse(**asked, region="chest"), config).notes)

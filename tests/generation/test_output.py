@@ -166,3 +166,7 @@ def test_a_title_tells_what_the_picture_shows(item, tmp_path, monkeypatch) -> No
     item.save(tmp_path / "x")
     assert seen == ["Synthetic: chest; 34 x 26 x 20 voxels of 8 x 9 x 10 mm; seed 4, item 2"]
     assert isinstance(item.image, Volume)
+
+
+def test_an_item_is_saved_below_folders_that_are_not_there_yet(item, tmp_path) -> None:
+    assert (item.save(tmp_path / "results" / "run1" / "0") / "image.nii.gz").is_file()

@@ -15,7 +15,7 @@ from maisi.data.tumor_masks import grow_tumors
 from maisi.errors import MaisiError
 from maisi.generation import retry
 from maisi.generation.output import Item
-from maisi.generation.retry import best_of
+from maisi.generation.retry import best_of, count_attempts
 from maisi.generation.tumor_contrast import Contrasts, Setting
 from maisi.request import Request, item_seed
 from maisi.tumors import parse_tumor
@@ -205,3 +205,11 @@ def test_a_model_is_judged_by_its_own_ranges_and_a_file_overrides(model_folder, 
     assert cli.run([*command, "-o", str(tmp_path / "b"), "--ranges", str(folder / "model.json")]) == 2
     assert not (tmp_path / "b").exists()
     assert json.loads((tmp_path / "a/request.json").read_text())["ranges_sha256"] == values["sha256"]["ranges.json"]
+
+
+def test_progress_says_which_attempt_it_is() -> None:
+    told: list[tuple[str, int, int]] = []
+    attempts = count_attempts(lambda *words: told.append(words))
+    for _ in range(3):
+        next(attempts)("denoise", 1, 2)
+    assert told == [("denoise", 1, 2), ("denoise, attempt 2", 1, 2), ("denoise, attempt 3", 1, 2)]

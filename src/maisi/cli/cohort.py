@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ from maisi.errors import MaisiError
 if TYPE_CHECKING:
     from maisi.generation.cohort_table import CohortRow
     from maisi.generation.maker import Maker
+
+LABELLED = ("structure", "tumor", "mask", "image", "library")
+"""Columns that give a row's items a label map, and those that begin with anatomy_size."""
 
 
 @click.group()
@@ -52,6 +56,8 @@ def draw(spec: Path | None, output: Path | None, example: bool) -> None:
     rows = draw_cohort(read_spec(spec), str(spec))
     with atomic_path(output) as part:
         part.write_text(table_text(rows), encoding="utf-8")
+    labelled = [name for name in rows[0] if name in LABELLED or name.startswith("anatomy_size")]
+    _tell_without_labels([str(row["case"]) for row in rows if not any(row[name] for name in labelled)], len(rows))
     click.echo(f"{output}: {len(rows)} rows")
 
 
@@ -97,10 +103,20 @@ def make(table: Path, part: str, device: str, precision: str, memory: str | None
     failed = [row["folder"] for row in told if row["passed"] != "yes"]
     if failed:
         some = ", ".join(failed[:MOST_TOLD]) + (", ..." if len(failed) > MOST_TOLD else "")
-        click.echo(f"Note: {len(failed)} item(s) do not pass their check: {some}; {ITEMS} says why.", err=True)
+        click.echo(f"Note: {len(failed)} of {len(told)} do not pass their check: {some}; {ITEMS} says why.", err=True)
     click.echo(f"{output}: {len(told)} item(s) of {len(rows)} rows")
     if faults:
         raise MaisiError(f"{len(faults)} of {len(rows[first::step])} rows could not be made; the notes above say why.")
+
+
+def _tell_without_labels(cases: Sequence[str], count: int) -> None:
+    """Say which rows of a table, where others have label maps, will have none."""
+    if 0 < len(cases) < count:
+        some = ", ".join(cases[:MOST_TOLD]) + (", ..." if len(cases) > MOST_TOLD else "")
+        click.echo(
+            f"Note: {some} ask for no structure, tumour or mask, so they will have no label map; ask for a structure.",
+            err=True,
+        )
 
 
 def _sentence(error: Exception) -> str:

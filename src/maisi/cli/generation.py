@@ -22,6 +22,7 @@ from maisi.cli.options import (
     say_items,
     set_up_memory,
 )
+from maisi.errors import MaisiError
 
 if TYPE_CHECKING:
     from maisi.request import Request
@@ -51,9 +52,13 @@ if TYPE_CHECKING:
 @click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR the model knows.")
 @running_options
 @budget_options
-@output_option("Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.")
+@click.option(
+    *("-o", "--output"),
+    type=FILE,
+    help="Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.  [required]",
+)
 def generate(
-    output: Path, device: str, precision: str, memory: str | None, only_plan: bool, first: int, **wishes: Any
+    output: Path | None, device: str, precision: str, memory: str | None, only_plan: bool, first: int, **wishes: Any
 ) -> None:
     """Make synthetic volumes.
 
@@ -64,6 +69,8 @@ def generate(
     """
     from maisi.request import Request
 
+    if output is None and not only_plan:
+        raise MaisiError("Say where the items go: -o FOLDER.")
     request = Request.parse(**wishes)
     require_first(first)
     _make(output, request, first, device, precision, memory, only_plan)
@@ -103,7 +110,7 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
 
 
 def _make(
-    output: Path,
+    output: Path | None,
     request: Request,
     first: int,
     device: str,
@@ -118,6 +125,7 @@ def _make(
     place = announced(prepared, output, numbers)
     if only_plan and prepared.plan is not None:
         click.echo(prepared.plan())
+    if only_plan or output is None or place is None:
         return
     if place.missing:
         fill(place, prepared.load())

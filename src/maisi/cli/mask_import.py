@@ -48,11 +48,12 @@ def import_(
 ) -> None:
     """Make one checked mask of SEGMENTATIONS from other programs, the most trusted first.
 
-    They are label maps, or DICOM: SEG, or RTSTRUCT with its CT, where structures are known by their names. Where masks
-    overlap, tumour goes over organ, then earlier over later, in DICOM small over large. The body about them (200) is
-    what the CT shows, or without one a guess from the labels. A table is a JSON file {"their id or name": our id or
-    name, ..., "dropped": {"their id or name": "reason"}}; a class that `maisi labels` lacks is written
-    {"id": 150, "name": "..."}.
+    They are label maps, folders of files that hold one structure each and are called as it is (liver.nii.gz, as
+    TotalSegmentator leaves them without --ml), or DICOM: SEG, or RTSTRUCT with its CT, where structures are known by
+    their names. Where masks overlap, tumour goes over organ, then earlier over later, in DICOM small over large. The
+    body about them (200) is what the CT shows, or without one a guess from the labels. A table is a JSON file
+    {"their id or name": our id or name, ..., "dropped": {"their id or name": "reason"}}; a class that `maisi labels`
+    lacks is written {"id": 150, "name": "..."}.
     """
     from maisi.data.mask_import import import_masks
     from maisi.io.files import write_json
@@ -110,9 +111,18 @@ def _space_of(ct: Path) -> str:
 def _source(path: Path, name: str, table: object, ct: Path | None, image: Volume | None) -> Source:
     from maisi.data.label_maps import custom_vocabulary, named_vocabulary, vocabulary
     from maisi.data.mask_import import Source
+    from maisi.data.structure_files import read_structure_files, structure_files
     from maisi.io.dicom_structures import holds_structures, read_structures
     from maisi.io.nifti import read_label_names, read_labels
 
+    words: Vocabulary
+    if files := structure_files(path, name):
+        labels, names = read_structure_files(files)
+        by_name = table is not None
+        words = (
+            custom_vocabulary(table, name, names, by_name=True) if by_name else named_vocabulary(name, names, str(path))
+        )
+        return Source(labels, vocabulary=words, name=str(path), names=names)
     if holds_structures(path):
         held = read_structures(path, image)
         space = "" if ct is None else _space_of(ct)
@@ -120,7 +130,7 @@ def _source(path: Path, name: str, table: object, ct: Path | None, image: Volume
             click.echo(f"Note: {path} says that it was drawn in another scan's space than this CT's.", err=True)
         if table is None:
             drawn = {number: called for number, called in held.names.items() if number not in held.empty}
-            words: Vocabulary = named_vocabulary(name, drawn, str(path))
+            words = named_vocabulary(name, drawn, str(path))
         else:
             words = custom_vocabulary(table, name, held.names, by_name=True)
         return Source(_painted(held, words, path), vocabulary=words, name=str(path), names=held.names)

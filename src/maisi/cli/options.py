@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import click
 from click.core import ParameterSource
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 MOST_FINISHED = 4
 """Bars of finished stages that stay on the screen."""
+
+MOST_SHOWN = 20
+"""Numbers of an evaluation that are printed."""
 
 MOST_TOLD = 5
 """Items of which a command says what is wrong with them."""
@@ -190,15 +193,27 @@ def require_first(first: int) -> None:
         raise MaisiError(f"The first item cannot be number {first}; items are numbered from 0.")
 
 
-def announced(prepared: Prepared, output: Path, numbers: range, what: str = "") -> Destination:
-    """Look where a request's items go, and print its notes, with `what` before each.
+@overload
+def announced(prepared: Prepared, output: Path, numbers: range, what: str = "") -> Destination: ...
+
+
+@overload
+def announced(prepared: Prepared, output: None, numbers: range, what: str = "") -> None: ...
+
+
+@overload
+def announced(prepared: Prepared, output: Path | None, numbers: range, what: str = "") -> Destination | None: ...
+
+
+def announced(prepared: Prepared, output: Path | None, numbers: range, what: str = "") -> Destination | None:
+    """Look where a request's items go, if anywhere, and print its notes, with `what` before each.
 
     Raises:
         MaisiError: the folder holds something else, or cannot be made.
     """
     from maisi.generation.output import destination
 
-    place = destination(output, prepared.order, numbers)
+    place = None if output is None else destination(output, prepared.order, numbers)
     for note in prepared.notes:
         click.echo(f"Note: {what}{note}", err=True)
     return place
@@ -223,7 +238,8 @@ def say_items(output: Path, numbers: range, place: Destination) -> None:
     """Print how many items a folder has, how many it had before, and what their records say against them."""
     from maisi.generation.output import RECORD, record_in
 
-    click.echo(f"{output}: {len(numbers)} item(s), {len(numbers) - len(place.missing)} of them from before")
+    before = len(numbers) - len(place.missing)
+    click.echo(f"{output}: {len(numbers)} item(s)" + (f", {before} of them from before" if before else ""))
     faults = {}
     for number in numbers:
         told = record_in(place.item_folder(number))
@@ -242,8 +258,10 @@ def say_result(result: Result, output: Path) -> None:
     """Print the numbers of an evaluation, and where it lies."""
     from maisi.evaluation.result import shown
 
-    for name, value in result.summary.items():
+    for name, value in list(result.summary.items())[:MOST_SHOWN]:
         click.echo(f"{name}: {shown(value)}")
+    if len(result.summary) > MOST_SHOWN:
+        click.echo(f"... and {len(result.summary) - MOST_SHOWN} more in {output / 'result.json'}")
     click.echo(str(output))
 
 

@@ -48,7 +48,10 @@ def quality() -> None:
 def check(
     context: click.Context, image: Path, labels: Path, ranges: Path | None, model: str | None, as_json: bool
 ) -> None:
-    """Judge IMAGE (CT in HU) by LABELS; exit code 0 if all passes, 1 if not, 2 if they cannot be compared."""
+    """Judge IMAGE (CT in HU) by LABELS; exit code 0 if all passes, 1 if not, 2 if they cannot be compared.
+
+    An item of `maisi generate` is judged by its model's ranges, all else by those that the package carries.
+    """
     from maisi.anatomy import CUSTOM_IDS
     from maisi.data.mask_import import read_our_labels
     from maisi.data.quality import carried_ranges, read_ranges
@@ -57,6 +60,8 @@ def check(
 
     if model is not None and ranges is not None:
         raise MaisiError("Both --ranges and --model say what passes; leave one of them out.")
+    if model is None and ranges is None:
+        model = _model_of(image)
     if model is None:
         normal = carried_ranges() if ranges is None else read_ranges(ranges)
     else:
@@ -65,8 +70,22 @@ def check(
 
         normal = ranges_of(find_model(model))
     report = check_volumes(read_volume(image), read_our_labels(labels, CUSTOM_IDS), normal)
-    click.echo(json.dumps(report.as_json(), indent=2) if as_json else _table(report))
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else f"{_table(report)}\nRanges: {normal.source}")
     context.exit(0 if report.passed else NOT_PASSED)
+
+
+def _model_of(image: Path) -> str | None:
+    """The model of an item that `maisi generate` made, if this is its image and the model is there."""
+    from maisi.generation.output import IMAGE, RECORD
+    from maisi.weights.registry import find_model
+
+    try:
+        record = json.loads((image.parent / RECORD).read_text(encoding="utf-8")) if image.name == IMAGE else {}
+        model = str(record["request"]["model"])
+        find_model(model)
+    except (OSError, ValueError, KeyError, TypeError, MaisiError):
+        return None
+    return model
 
 
 @quality.command()

@@ -43,6 +43,9 @@ KEPT = 0.8
 ASTRAY_MM = 10.0
 """A place that lies farther than a tumour's diameter and this from where it could grow is a mistake."""
 
+SEEN_VOXELS = 3.0
+"""Across a tumour, at least, for it to be seen."""
+
 _TOUCHING = np.ones((3, 3, 3), np.bool_)
 """Voxels that share a corner touch."""
 
@@ -103,6 +106,17 @@ def grow_tumors(
             array[box][inside] = kind.id
             placed.append(_described(kind, reached, inside, box, labels))
     return labels.with_array(array), tuple(placed)
+
+
+def small_tumors(placed: Sequence[PlacedTumor], spacing_mm: Spacing) -> list[str]:
+    """A sentence where tumours are so small for their voxels that little can be seen of them."""
+    smallest = min((tumor.asked_mm for tumor in placed), default=math.inf)
+    if smallest >= SEEN_VOXELS * max(spacing_mm):
+        return []
+    return [
+        f"A tumour of {smallest:.3g} mm has less than {SEEN_VOXELS:g} voxels of {max(spacing_mm):.3g} mm across; "
+        f"little is seen of it, and voxels of {smallest / SEEN_VOXELS:.2g} mm would do."
+    ]
 
 
 def deform_tumor(

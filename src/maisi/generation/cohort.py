@@ -6,16 +6,17 @@ The folder has one for each row, which is what `maisi generate` (or `inpaint`) m
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import maisi
 from maisi.errors import MaisiError
-from maisi.generation.cohort_table import ITEMS, MARK, OVERVIEW, TABLE, CohortRow, table_text
+from maisi.generation.cohort_table import ITEMS, MARK, OVERVIEW, TABLE, TUMORS, CohortRow, table_text
 from maisi.generation.output import PREVIEW, RECORD, items_in, record_in
 from maisi.io.files import atomic_path, new_folder, write_json
 from maisi.request import Request
+from maisi.tumors import KINDS
 
 _COLUMNS, _WIDTH, _MOST_SHOWN = 6, 300, 60
 
@@ -55,7 +56,25 @@ def finish_cohort(out: Path, rows: Sequence[CohortRow]) -> list[dict[str, Any]]:
         with atomic_path(out / ITEMS) as part:
             part.write_text(table_text(told), encoding="utf-8")
         _draw(out / OVERVIEW, [(str(row["folder"]), row["passed"] == "yes") for row in told])
+    if places := [place for row in told for place in _tumors(out / str(row["folder"]), row)]:
+        with atomic_path(out / TUMORS) as part:
+            part.write_text(table_text(places), encoding="utf-8")
     return told
+
+
+def _tumors(item: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each tumour that was put into an item: where it lies (mm, RAS+), and how large it is."""
+    record, _ = record_in(item) or ({}, [])
+    for number, tumor in enumerate(record.get("tumors") or ()):
+        x, y, z = tumor["centre_mm"]
+        yield {
+            **{name: row[name] for name in ("case", "folder", "passed")},
+            "tumor": number,
+            "kind": tumor["kind"],
+            "label": KINDS[tumor["kind"]].id,
+            **{"x_mm": x, "y_mm": y, "z_mm": z},
+            **{name: tumor[name] for name in ("asked_mm", "diameter_mm", "volume_ml")},
+        }
 
 
 def _told(row: CohortRow, item: Path, out: Path) -> dict[str, Any]:

@@ -36,9 +36,9 @@ REMARK = "#"
 """Columns whose names begin so are for people."""
 
 MOST_ROWS = 100_000
-MARK, TABLE, ITEMS, OVERVIEW = "cohort.json", "cohort.csv", "items.csv", "overview.png"
+MARK, TABLE, ITEMS, OVERVIEW, TUMORS = "cohort.json", "cohort.csv", "items.csv", "overview.png", "tumors.csv"
 """What a cohort's folder holds beside its rows, which can have none of these names: what says that it is one, the last
-table, what came of it."""
+table, what came of it, where tumours lie."""
 
 _LISTS = ("region", "structure", "tumor", "keep")
 _BY_STRUCTURE = ("anatomy_size", "strengthen")
@@ -256,7 +256,7 @@ def parse_rows(rows: Sequence[Row], source: str, folder: Path) -> list[CohortRow
     for place, row in enumerate(rows):
         case = row.get(CASE, "").strip() or f"case-{place:04d}"
         try:
-            if not _NAME.fullmatch(case) or case.lower() in (MARK, TABLE, ITEMS, OVERVIEW):
+            if not _NAME.fullmatch(case) or case.lower() in (MARK, TABLE, ITEMS, OVERVIEW, TUMORS):
                 raise MaisiError(f"'{case}' is no name for a folder; use letters, digits, '.', '_' and '-'.")
             made.append(CohortRow(case, _request(row, place, folder)))
         except MaisiError as error:

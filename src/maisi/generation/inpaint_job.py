@@ -22,6 +22,12 @@ from maisi.request import Request
 from maisi.volume import Volume
 from maisi.weights.registry import ModelConfig
 
+UNUSED = (
+    *("keep", "anatomy_size", "structure", "library", "size", "spacing", "fov"),
+    *("mask_guidance", "self_guidance", "strengthen"),
+)
+"""Attributes of a request that say nothing about tumours in a CT."""
+
 
 @dataclass(frozen=True)
 class InpaintJob:
@@ -69,6 +75,11 @@ def make_inpaint_job(
             room, there is nothing to remove, or rules are to do so, the model follows no masks, or the ranges cannot be
             read.
     """
+    unused = [name for name in UNUSED if getattr(request, name) != Request.model_fields[name].get_default()]
+    if unused:
+        raise MaisiError(
+            f"Inpainting has no use for {unused[0]}: the CT and its labels stay what they are; leave it out."
+        )
     if not request.tumor and not request.removal:
         raise MaisiError(
             "No tumour is asked for; say which, such as --tumor liver:25mm, or --tumor none to remove some."

@@ -25,7 +25,7 @@ from maisi.data.mask_sources import PHANTOM, find_mask
 from maisi.data.preprocess import HU_MIN, resample_to_grid
 from maisi.data.quality import QualityRanges, read_ranges
 from maisi.data.quality_measures import select
-from maisi.data.tumor_masks import PlacedTumor, grow_tumors
+from maisi.data.tumor_masks import PlacedTumor, grow_tumors, small_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
 from maisi.generation.masks import is_phantom, only, read_mask, without_tumors
@@ -204,6 +204,8 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
     if labels is None:
         regions, notes = request.region, list[str]()
         size, spacing = _grid(request, adviser)
+        if not regions:
+            notes.append("No region is named, so what is shown is left to chance; name one (--region).")
     else:
         regions, notes = _regions(request, labels)
         size, spacing = _mask_grid(request, labels)
@@ -244,8 +246,9 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )
-    _require_kept(request.keep, job.of_item(0).labels)
-    return job
+    first = job.of_item(0)
+    _require_kept(request.keep, first.labels)
+    return replace(job, notes=(*job.notes, *small_tumors(first.placed, spacing)))
 
 
 def _require_kept(names: Sequence[str], labels: Volume | None) -> None:

@@ -71,7 +71,11 @@ class Maker:
             return lambda number, report: model.item(job, plan, number, report)
 
         def plan() -> str:
-            return str(self._loaded(request.model, folder).footprint(job))
+            from maisi.diffusion.sampler import require_sampling
+
+            model = self._loaded(request.model, folder)
+            require_sampling(model.process, job.solver, job.steps)
+            return str(model.footprint(job))
 
         return Prepared(order_of(request, first, folder, masked=job.labels is not None), tuple(job.notes), load, plan)
 

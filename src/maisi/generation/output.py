@@ -18,7 +18,7 @@ from typing import Any
 from maisi.anatomy import label_name, label_names, modality_name
 from maisi.data.label_maps import ids_in
 from maisi.errors import MaisiError
-from maisi.io.files import locked, new_folder, remove, write_json
+from maisi.io.files import locked, make_folder, new_folder, remove, write_json
 from maisi.io.nifti import write_volume
 from maisi.io.record import write_record
 from maisi.request import Request
@@ -63,7 +63,8 @@ class Item:
     synthetic: bool = True
 
     def save(self, folder: Path | str) -> Path:
-        """Write the item to a new folder (see `save_item`) and return it."""
+        """Write the item to a new folder (see `save_item`), with those that it lies in, and return it."""
+        make_folder(Path(folder).parent)
         return save_item(Path(folder), self)
 
 

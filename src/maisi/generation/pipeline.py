@@ -32,7 +32,7 @@ from maisi.errors import MaisiError
 from maisi.generation import codec
 from maisi.generation.job import Job, make_job, weights_used
 from maisi.generation.output import Item
-from maisi.generation.retry import best_of, ranges_of
+from maisi.generation.retry import best_of, count_attempts, ranges_of
 from maisi.generation.tumor_contrast import Setting
 from maisi.networks.autoencoder import Autoencoder, AutoencoderConfig
 from maisi.networks.controlnet import ControlNet, inpainting_mask
@@ -326,8 +326,9 @@ class Model:
         """Make one item of a prepared job, the best of its attempts; `plan` is how `prepare` said it is decoded."""
         own = job.of_item(number)
         ranges = job.ranges or self.ranges
+        told = count_attempts(progress)
         best = best_of(
-            lambda setting: self._attempt(own, plan, number, setting, progress),
+            lambda setting: self._attempt(own, plan, number, setting, next(told)),
             job.request.retries,
             ranges,
             job.request.guidance,

@@ -9,8 +9,9 @@ Without a mask there is nothing that other noise would have to follow: it is jud
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 from maisi.anatomy import TUMORS
 from maisi.data.label_maps import ids_in
@@ -73,6 +74,13 @@ def best_of(
     quality = {**best.report.as_json(), "attempts": len(attempts), "kept": kept, "ranges": ranges.source}
     details = {**best.item.details, "quality": quality, **best.contrasts.as_details(best.made_with)}
     return replace(best.item, timings_s={**best.item.timings_s, "quality": judging}, details=details)
+
+
+def count_attempts(progress: Callable[[str, int, int], None]) -> Iterator[Callable[[str, int, int], None]]:
+    """What each attempt tells its progress to: after the first its stages say which attempt it is."""
+    yield progress
+    for number in count(2):
+        yield lambda stage, done, total, number=number: progress(f"{stage}, attempt {number}", done, total)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

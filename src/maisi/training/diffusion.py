@@ -13,9 +13,9 @@ from maisi.training.losses import weighted_mean
 
 
 class DiffusionRun(DenoisingRun):
-    """A complete training of the diffusion U-Net."""
+    """A complete training of the diffusion U-Net, told regions and spacing unless `model` says otherwise."""
 
-    model: UNetConfig = UNetConfig()
+    model: UNetConfig = UNetConfig(region_input=True, spacing_input=True)
 
 
 def soften_conditions(unet: UNet) -> None:

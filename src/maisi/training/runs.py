@@ -113,10 +113,16 @@ def _example_lines(cls: type[pydantic.BaseModel], indent: str, values: pydantic.
         elif field.is_required() and values is None and isinstance(annotation, type) and issubclass(annotation, Config):
             lines += [f"{indent}{name}:", *_example_lines(annotation, indent + "  ")]
         elif field.is_required() and values is None:
-            lines.append(f"{indent}{name}: {json.dumps(PLACEHOLDERS[name])}")
+            lines.append(f"{indent}{name}: {json.dumps(_placeholder(cls, name))}")
         else:
             lines.append(f"{indent}{name}: {_yaml(value)}")
     return lines
+
+
+def _placeholder(cls: type[pydantic.BaseModel], name: str) -> object:
+    from maisi.training.denoising import DenoisingRun
+
+    return "latents" if name == "data" and issubclass(cls, DenoisingRun) else PLACEHOLDERS[name]
 
 
 def _yaml(value: object) -> str:
