@@ -564,3 +564,35 @@ def test_a_plan_needs_no_place_and_checks_the_solver(model_folder, capsys) -> No
     assert "foo" in capsys.readouterr().err
     assert cli.run(order) == 2
     assert "Say where the items go" in capsys.readouterr().err
+
+
+def test_an_item_is_made_anew_from_its_record(model_folder, tmp_path, capsys) -> None:
+    assert generate(model_folder, tmp_path / "out", "-n", 3, "--seed", 5) == 0
+    record = tmp_path / "out" / "0002" / "record.json"
+    again = ["generate", "--again", str(record), "-o", str(tmp_path / "anew")]
+    assert cli.run([*again, "--device", "cpu"]) == 0
+    first, second = (tmp_path / name / "0002" / "image.nii.gz" for name in ("out", "anew"))
+    assert first.read_bytes() == second.read_bytes()
+    assert cli.run([*again[:-1], str(tmp_path / "other"), "--seed", "1"]) == 2
+    assert "--seed is a wish, and --again has those of the record" in capsys.readouterr().err
+    for content, words in (
+        ("{", "is no record of an item"),
+        ('{"request": {}, "item": "x"}', "is no record of an item"),
+    ):
+        record.write_text(content)
+        assert cli.run([*again[:-1], str(tmp_path / "other")]) == 2
+        assert words in capsys.readouterr().err
+    record.unlink()
+    assert cli.run([*again[:-1], str(tmp_path / "other")]) == 2
+    assert "Cannot read" in capsys.readouterr().err
+
+
+def test_an_item_has_the_grid_of_a_volume(model_folder, tmp_path, capsys) -> None:
+    affine = np.array([[0, 0, -8.0, 40], [-9, 0, 0, 10], [0, 10, 0, -5], [0, 0, 0, 1]])
+    write_volume(tmp_path / "ct.nii.gz", Volume(np.zeros((20, 16, 34), np.int16), affine))
+    order = ["generate", "--model", str(model_folder), "--region", "chest", "--like", str(tmp_path / "ct.nii.gz")]
+    assert cli.run([*order, "--steps", "1", "-o", str(tmp_path / "out")]) == 0
+    made = read_volume(tmp_path / "out" / "0000" / "image.nii.gz")
+    assert (made.shape, made.spacing_mm) == ((34, 20, 16), pytest.approx((8, 9, 10)))
+    assert cli.run([*order, "--size", "32,32,32", "-o", str(tmp_path / "other")]) == 2
+    assert "--size says the grid, and so does --like" in capsys.readouterr().err

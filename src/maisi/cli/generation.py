@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 @click.option("--retries", type=int, default=2, show_default=True, help="With a mask: made again if it fails checks.")
 @ranges_option
 @click.option("--modality", default="ct", show_default=True, help="ct, or a kind of MR the model knows.")
+@click.option("--like", type=FILE, help="A volume (such as a CT of yours) whose size and spacing are wanted.")
+@click.option("--again", type=FILE, help="A record.json: its item is made anew by what it says, in place of wishes.")
 @running_options
 @budget_options
 @click.option(
@@ -58,7 +61,15 @@ if TYPE_CHECKING:
     help="Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.  [required]",
 )
 def generate(
-    output: Path | None, device: str, precision: str, memory: str | None, only_plan: bool, first: int, **wishes: Any
+    output: Path | None,
+    device: str,
+    precision: str,
+    memory: str | None,
+    only_plan: bool,
+    first: int,
+    again: Path | None,
+    like: Path | None,
+    **wishes: Any,
 ) -> None:
     """Make synthetic volumes.
 
@@ -66,12 +77,21 @@ def generate(
     maisi generate --region chest --size 128,128,128 --spacing 3,3,3 -o out/
     maisi generate --mask labels.nii.gz -o out/
     maisi generate --region abdomen --structure liver --tumor liver:25mm -n 4 -o out/
+    maisi generate --again out/0003/record.json -o anew/
     """
     from maisi.request import Request
 
     if output is None and not only_plan:
         raise MaisiError("Say where the items go: -o FOLDER.")
-    request = Request.parse(**wishes)
+    if again is not None:
+        refuse_given((*wishes, "first", "like"), "is a wish, and --again has those of the record")
+        request, first, made_in = _request_of(again)
+        precision = made_in if precision == "auto" else precision
+    else:
+        if like is not None:
+            refuse_given(("size", "spacing", "mask", "fov"), "says the grid, and so does --like")
+            wishes |= _grid_of(like)
+        request = Request.parse(**wishes)
     require_first(first)
     _make(output, request, first, device, precision, memory, only_plan)
 
@@ -107,6 +127,42 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
         refuse_given(["steps", "solver", "guidance", "device", "precision"], "is for networks, and rules paint here")
     require_first(first)
     _make(output, request, first, device, precision, memory)
+
+
+def _grid_of(volume: Path) -> dict[str, Any]:
+    """Size and spacing of a volume in RAS+ order; its voxels are not read."""
+    from maisi.io.nifti import read_header
+    from maisi.volume import turn_to_ras
+
+    header = read_header(volume)
+    turn = turn_to_ras(header.shape, header.affine)
+    spacing = (turn.affine[:3, :3] ** 2).sum(axis=0) ** 0.5
+    return {"size": turn.shape, "spacing": tuple(round(float(mm), 4) for mm in spacing)}
+
+
+def _request_of(record: Path) -> tuple[Request, int, str]:
+    """The request that made one item, the item's number, and the precision that it was made in.
+
+    Raises:
+        MaisiError: the file cannot be read, or is no record of an item.
+    """
+    from maisi.config import parse_config
+    from maisi.request import Request
+    from maisi.weights.registry import find_model
+
+    try:
+        told = json.loads(record.read_text(encoding="utf-8"))
+        values, number, made_with = told["request"], int(told["item"]), dict(told["weights_sha256"])
+        precision = {"float32": "fp32", "bfloat16": "bf16"}.get(told.get("precision"), "auto")
+    except OSError as error:
+        raise MaisiError(f"Cannot read {record}: {error.strerror}; give an item's record.json.") from None
+    except (ValueError, KeyError, TypeError):
+        raise MaisiError(f"{record} is no record of an item; give an item's record.json.") from None
+    request = parse_config(Request, {**values, "count": 1}, str(record))
+    now = find_model(request.model).config.sha256
+    if any(now.get(name) != hash for name, hash in made_with.items()):
+        click.echo("Note: The model has other weights now than when the record was written.", err=True)
+    return request, number, precision
 
 
 def _make(
