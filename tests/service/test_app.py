@@ -265,7 +265,7 @@ def test_a_file_that_was_sent_is_forgotten(client, tmp_path: Path, settings: Set
 
 def test_a_series_of_dicom_comes_as_a_zip(client, tmp_path: Path, settings: Settings) -> None:
     pytest.importorskip("highdicom")
-    from tests.dicom_files import PATIENT, datasets, save
+    from dicom_files import PATIENT, datasets, save
 
     image, labels = phantom((16, 16, 8), (20.0, 20.0, 20.0), ("chest",), seed=1)
     slices = datasets((image.array + 1024).astype(np.uint16), image.affine)

@@ -16,7 +16,7 @@ from maisi.io.nifti import read_volume
 from maisi.service.uploads import MOST_FILES, volume_of_zip
 
 pytest.importorskip("highdicom")
-from tests.dicom_files import PATIENT, datasets, save
+from dicom_files import PATIENT, datasets, save
 
 AFFINE = np.array([[-1.5, 0, 0, 30], [0, -1.5, 0, 20], [0, 0, 4, -100], [0, 0, 0, 1.0]])
 MOST = 10_000_000

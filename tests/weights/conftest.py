@@ -209,6 +209,12 @@ REFERENCES: dict[str, Callable[[torch.Generator], Reference]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def references() -> dict[str, Callable[[torch.Generator], Reference]]:
+    """What makes each of the seven."""
+    return REFERENCES
+
+
 @pytest.fixture(params=list(REFERENCES))
 def reference(request: pytest.FixtureRequest) -> Reference:
     """Each of the seven released networks, at a small size, with random weights."""

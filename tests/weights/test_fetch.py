@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from maisi.weights.fetch import fetch as fetch_model
 from maisi.weights.hub import Hub
 from maisi.weights.registry import find_model
 from maisi.weights.released_models import released_models
-from tests.weights.conftest import REFERENCES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NETWORKS = {
@@ -45,12 +44,12 @@ NETWORKS = {
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(tmp_path_factory: pytest.TempPathFactory, references: Mapping[str, Any]) -> Path:
     """What the reference's download leaves, of small networks of its own classes."""
     folder = tmp_path_factory.mktemp("release")
     (folder / "models").mkdir()
     for path, network in NETWORKS.items():
-        REFERENCES[network](torch.Generator().manual_seed(len(path))).save(folder / path)
+        references[network](torch.Generator().manual_seed(len(path))).save(folder / path)
     return folder
 
 

@@ -37,7 +37,7 @@ Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 class Savable(Protocol):
     """What items have in common here."""
 
-    def save(self, folder: Path) -> Any:
+    def save(self, folder: Path, parents: bool = True) -> Any:
         """Write to a new folder."""
 
 
@@ -228,7 +228,8 @@ def fill(place: Destination, make: Callable[[int, Callable[[str, int, int], None
         try:
             with progress() as report:
                 for number in place.missing:
-                    make(number, partial(report, f"{what}{number:04d}")).save(place.item_folder(number))
+                    made = make(number, partial(report, f"{what}{number:04d}"))
+                    made.save(place.item_folder(number), parents=False)  # a folder that is gone ends the work
         except BaseException:
             place.withdraw()
             raise

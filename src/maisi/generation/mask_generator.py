@@ -36,7 +36,7 @@ from maisi.data.label_maps import ids_in
 from maisi.data.mask_codes import MaskCodes, codes_of
 from maisi.data.mask_postprocess import clean, resample_smooth
 from maisi.errors import MaisiError
-from maisi.io.files import new_folder
+from maisi.io.files import make_folder, new_folder
 from maisi.io.nifti import write_volume
 from maisi.io.record import write_record
 from maisi.request import MAX_VOXELS, Request, item_seed
@@ -153,14 +153,16 @@ class MaskItem:
     weights_sha256: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> Path:
-        """Make `folder` with labels.nii.gz, preview.png and record.json, all or nothing.
+    def save(self, folder: Path, parents: bool = True) -> Path:
+        """Make `folder`, with `parents` those that it lies in, too; labels.nii.gz, preview.png, record.json or nothing.
 
         Raises:
             MaisiError: the folder exists or cannot be written to.
         """
         from maisi.io.preview import preview
 
+        if parents:
+            make_folder(folder.parent)
         regions = ", ".join(self.request.region) or "region not given"
         title = f"Synthetic label map: {regions}; seed {self.request.seed}, item {self.number}"
         with new_folder(folder) as part:

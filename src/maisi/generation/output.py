@@ -62,9 +62,10 @@ class Item:
     custom_labels: Mapping[int, str] = field(default_factory=dict)
     synthetic: bool = True
 
-    def save(self, folder: Path | str) -> Path:
-        """Write the item to a new folder (see `save_item`), with those that it lies in, and return it."""
-        make_folder(Path(folder).parent)
+    def save(self, folder: Path | str, parents: bool = True) -> Path:
+        """Write the item to a new folder (see `save_item`) and return it; `parents`: with those that it lies in."""
+        if parents:
+            make_folder(Path(folder).parent)
         return save_item(Path(folder), self)
 
 

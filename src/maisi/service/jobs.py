@@ -219,7 +219,9 @@ class Jobs:
                     job.stage = (number, stage, done, total)
 
                 report("begin", 0, 1)
-                make(number, report).save(place.item_folder(number))
+                make(number, report).save(
+                    place.item_folder(number), parents=False
+                )  # a folder that is gone ends the job
                 job.stage = None
 
     def _end(self, job: Job, state: State, error: str = "") -> None:
