@@ -223,6 +223,7 @@ def nested(tmp_path, folder):
     shutil.copy(folder / "Patient_Secret_1.nii.gz", source / "first" / "b.nii.gz")
     shutil.copy(folder / "Patient_Secret_2.nii.gz", source / "second" / "deeper" / "a.nii.gz")
     (source / "second" / "broken.nii.gz").write_bytes(b"no mask")
+    (source / "first" / "circle").symlink_to(source)
     item = source / "out" / "0000"
     item.mkdir(parents=True)
     for name in ("image", "labels"):

@@ -76,6 +76,10 @@ def test_what_cannot_be_one_map_is_told(folder: Path, truth: tuple[Volume, Volum
     words = ["mask", "import", str(folder), "--from", "totalsegmentator", "-o", str(tmp_path / "mask.nii.gz")]
     assert run(words) == 2
     assert "'my_lesion'" in capsys.readouterr().err
+    write_volume(folder / "pancreas.nii.gz", truth[1])
+    with pytest.raises(MaisiError, match=r"pancreas.nii.gz holds more than one structure"):
+        read_structure_files(structure_files(folder, "totalsegmentator"))
+    (folder / "pancreas.nii.gz").unlink()
     table = tmp_path / "table.json"
     table.write_text(
         '{"liver": "liver", "my_lesion": "hepatic tumor", "dropped": {"spleen": "not asked for", '

@@ -189,7 +189,7 @@ def _below(folder: Path) -> Iterator[Path]:
     named = {path.name.partition(".")[0]: path for path in volumes}
     yield from [named["labels"]] if named.keys() >= {"image", "labels"} else volumes
     for path in entries:
-        if path.is_dir() and not is_volume(path):
+        if path.is_dir() and not path.is_symlink() and not is_volume(path):  # links may lead in circles
             yield from _below(path)
 
 

@@ -40,7 +40,7 @@ def read_structure_files(files: Sequence[Path]) -> tuple[Volume, dict[int, str]]
         The map, and the name of each number that it holds; empty files have none. What overlaps belongs to the first.
 
     Raises:
-        MaisiError: a file cannot be read or lies on another grid, or all are empty.
+        MaisiError: a file cannot be read, lies on another grid or holds several structures, or all are empty.
     """
     grid, made, names = None, None, dict[int, str]()
     for number, path in enumerate(files, start=1):
@@ -51,6 +51,8 @@ def read_structure_files(files: Sequence[Path]) -> tuple[Volume, dict[int, str]]
             raise MaisiError(
                 f"{path} ({part.grid}) lies on another grid than {files[0].name} ({grid.grid}); give masks of one CT."
             )
+        if len(np.unique(part.array)) > 2:
+            raise MaisiError(f"{path} holds more than one structure; a folder has one a file, so import it by itself.")
         inside = (part.array > 0) & (made == 0)
         if inside.any():
             made[inside] = number
