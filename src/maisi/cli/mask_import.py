@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,24 +115,20 @@ def _source(path: Path, name: str, table: object, ct: Path | None, image: Volume
     from maisi.io.dicom_structures import holds_structures, read_structures
     from maisi.io.nifti import read_label_names, read_labels
 
-    words: Vocabulary
+    def by_name(names: Mapping[int, str], drawn: Mapping[int, str]) -> Vocabulary:
+        if table is None:
+            return named_vocabulary(name, drawn, str(path))
+        return custom_vocabulary(table, name, names, by_name=True)
+
     if files := structure_files(path, name):
         labels, names = read_structure_files(files)
-        by_name = table is not None
-        words = (
-            custom_vocabulary(table, name, names, by_name=True) if by_name else named_vocabulary(name, names, str(path))
-        )
-        return Source(labels, vocabulary=words, name=str(path), names=names)
+        return Source(labels, vocabulary=by_name(names, names), name=str(path), names=names)
     if holds_structures(path):
         held = read_structures(path, image)
         space = "" if ct is None else _space_of(ct)
         if space and held.frames_of_reference and space not in held.frames_of_reference:
             click.echo(f"Note: {path} says that it was drawn in another scan's space than this CT's.", err=True)
-        if table is None:
-            drawn = {number: called for number, called in held.names.items() if number not in held.empty}
-            words = named_vocabulary(name, drawn, str(path))
-        else:
-            words = custom_vocabulary(table, name, held.names, by_name=True)
+        words = by_name(held.names, {number: n for number, n in held.names.items() if number not in held.empty})
         return Source(_painted(held, words, path), vocabulary=words, name=str(path), names=held.names)
     names = read_label_names(path)
     words = vocabulary(name) if table is None else custom_vocabulary(table, name, names)

@@ -72,6 +72,11 @@ def padding_of(array: Array) -> NDArray[np.bool_] | None:
     return padding if float(padding.mean()) >= PADDING_SHARE else None
 
 
+def without_padding(ct: Volume) -> Volume:
+    """The same, nothing lower than what scanners measure, so that the value of padding does not matter."""
+    return ct.with_array(np.maximum(ct.array, STORED_HU[0])) if ct.array.min() < STORED_HU[0] else ct
+
+
 def hu_fault(array: Array) -> str | None:
     """Say why the values of a CT can't be HU, and the mend; None where they can. Of large ones looks at every fourth.
 

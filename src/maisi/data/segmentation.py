@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from maisi.anatomy import BACKGROUND, BODY, LUNGS, TARGET_VOLUME, UNNAMED_BONE, label_id
 from maisi.data.label_maps import counts
-from maisi.data.preprocess import STORED_HU, edged, resample, resample_to_grid, wider_box
+from maisi.data.preprocess import edged, resample, resample_to_grid, wider_box, without_padding
 from maisi.volume import Volume
 
 Array = NDArray[Any]
@@ -76,16 +76,11 @@ def segment(ct: Volume) -> Volume:
         uint8 labels on the grid of `ct`: 200 body, `LEFT_LUNG`, `RIGHT_LUNG`, `AIRWAY`, `UNNAMED_BONE`, 0 air.
         "Left" and "right" are the patient's, from the affine.
     """
-    ras = _without_padding(ct.to_ras())
+    ras = without_padding(ct.to_ras())
     x, y, z = (max(s, WORKING_SPACING_MM) for s in ras.spacing_mm)
     work = resample(ras, (x, y, z)) if (x, y, z) != ras.spacing_mm else ras
     labels = work.with_array(_segment_ras(work.array, work.spacing_mm))
     return resample_to_grid(labels if work is ras else edged(labels), ct, order=0)
-
-
-def _without_padding(ct: Volume) -> Volume:
-    """The same with padding at the lowest HU that scanners measure, so that its value does not matter."""
-    return ct.with_array(np.maximum(ct.array, STORED_HU[0])) if ct.array.min() < STORED_HU[0] else ct
 
 
 def _segment_ras(hu: Array, spacing: Spacing) -> NDArray[np.uint8]:
@@ -111,7 +106,7 @@ def envelope(ct: Volume) -> Volume:
     Returns:
         bool on the grid of `ct`.
     """
-    ras = _without_padding(ct.to_ras())
+    ras = without_padding(ct.to_ras())
     target = max(WORKING_SPACING_MM, float(np.prod(ras.spacing_mm) * ras.array.size / ENVELOPE_VOXELS) ** (1 / 3))
     x, y, z = (max(s, target) for s in ras.spacing_mm)
     work = resample(ras, (x, y, z)) if (x, y, z) != ras.spacing_mm else ras

@@ -13,7 +13,7 @@ from typing import Any
 import maisi
 from maisi.errors import MaisiError
 from maisi.generation.cohort_table import ITEMS, MARK, OVERVIEW, TABLE, TUMORS, CohortRow, table_text
-from maisi.generation.output import PREVIEW, RECORD, items_in, record_in
+from maisi.generation.output import DAMAGED, PREVIEW, items_in, record_in
 from maisi.io.files import atomic_path, new_folder, write_json
 from maisi.request import Request
 from maisi.tumors import KINDS
@@ -51,20 +51,25 @@ def finish_cohort(out: Path, rows: Sequence[CohortRow]) -> list[dict[str, Any]]:
     Raises:
         MaisiError: they cannot be written.
     """
-    told = [_told(row, item, out) for row in rows for item in items_in(out / row.case)]
+    told: list[dict[str, Any]] = []
+    records: list[Mapping[str, Any]] = []
+    for row in rows:
+        for item in items_in(out / row.case):
+            record, faults = record_in(item) or ({}, [DAMAGED])
+            told.append(_told(row, item.relative_to(out), record, faults))
+            records.append(record)
     if told:
         with atomic_path(out / ITEMS) as part:
             part.write_text(table_text(told), encoding="utf-8")
         _draw(out / OVERVIEW, [(str(row["folder"]), row["passed"] == "yes") for row in told])
-    if places := [place for row in told for place in _tumors(out / str(row["folder"]), row)]:
+    if places := [place for record, row in zip(records, told, strict=True) for place in _tumors(record, row)]:
         with atomic_path(out / TUMORS) as part:
             part.write_text(table_text(places), encoding="utf-8")
     return told
 
 
-def _tumors(item: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _tumors(record: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A row for each tumour that was put into an item: where it lies (mm, RAS+), and how large it is."""
-    record, _ = record_in(item) or ({}, [])
     for number, tumor in enumerate(record.get("tumors") or ()):
         x, y, z = tumor["centre_mm"]
         yield {
@@ -77,15 +82,14 @@ def _tumors(item: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _told(row: CohortRow, item: Path, out: Path) -> dict[str, Any]:
-    record, faults = record_in(item) or ({}, [f"{RECORD} is damaged."])
+def _told(row: CohortRow, folder: Path, record: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     try:
         request = Request.model_validate(record["request"])
     except (KeyError, ValueError):
-        request, faults = None, faults or [f"{RECORD} is damaged."]
+        request, faults = None, faults or [DAMAGED]
     return {
         "case": row.case,
-        "folder": item.relative_to(out).as_posix(),
+        "folder": folder.as_posix(),
         "passed": "no" if faults else "yes",
         "faults": " ".join(faults),
         "regions": ";".join(record.get("regions") or ()),

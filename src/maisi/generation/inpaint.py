@@ -26,7 +26,15 @@ from torch.nn import functional as F
 from maisi.anatomy import TUMORS, label_name, regions_present
 from maisi.conditions import Conditions
 from maisi.data.label_maps import ids_in
-from maisi.data.preprocess import HU_MAX, HU_MIN, STORED_HU, resample_to_grid, robust_deviation, wider_box
+from maisi.data.preprocess import (
+    HU_MAX,
+    HU_MIN,
+    STORED_HU,
+    resample_to_grid,
+    robust_deviation,
+    wider_box,
+    without_padding,
+)
 from maisi.data.quality import QualityRanges, QualityReport, carried_ranges
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors
 from maisi.data.tumor_texture import MOST_GRAIN_HU, paint_tumors
@@ -254,8 +262,7 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
     affine[:3, 3] = middle - affine[:3, :3] @ ((np.array(size) - 1) / 2)
     like = Volume(np.broadcast_to(np.uint8(0), size), affine)
     # padding is air here: blurred, it would be no tissue's HU
-    known = job.image.with_array(np.maximum(job.image.array, STORED_HU[0]))
-    image = resample_to_grid(known, like, order=1, fill=HU_MIN)
+    image = resample_to_grid(without_padding(job.image), like, order=1, fill=HU_MIN)
     image = image.with_array(image.array.astype(np.float32))
     seen = resample_to_grid(labels, like, order=0, fill=0)
     inside = resample_to_grid(part.place(labels), like, order=0, fill=0).array > 0

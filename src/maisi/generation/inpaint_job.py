@@ -120,16 +120,17 @@ def make_inpaint_job(
 
 def _image(request: Request, image: Volume | None) -> Volume:
     """The CT, which must fit into the int16 that it is written as again."""
-    if image is None and request.image is None:
-        raise MaisiError("There is no CT to paint into; give one.")
-    ct = read_volume(Path(request.image)) if image is None else image  # type: ignore[arg-type]
-    low, high = float(ct.array.min()), float(ct.array.max())
+    if image is None:
+        if request.image is None:
+            raise MaisiError("There is no CT to paint into; give one.")
+        image = read_volume(Path(request.image))
+    low, high = float(image.array.min()), float(image.array.max())
     limits = np.iinfo(np.int16)
     if low < limits.min or high > limits.max:
         raise MaisiError(
             f"The CT holds values from {low:.6g} to {high:.6g}, more than files of CT (int16) can; clip it before."
         )
-    return ct
+    return image
 
 
 def _on_grid(mask: Volume, ct: Volume) -> Volume:

@@ -28,6 +28,9 @@ REQUEST_FILE = "request.json"
 IMAGE, LABELS, RECORD, PREVIEW = "image.nii.gz", "labels.nii.gz", "record.json", "preview.png"
 """What an item's folder holds."""
 
+DAMAGED = f"{RECORD} is damaged."
+"""What is said against an item whose record `record_in` cannot read."""
+
 PAINTED = "CT with tissue painted into it by maisi"
 """What such an image says of itself."""
 

@@ -405,14 +405,12 @@ def _foreign(call: HttpRequest) -> str:
 
 def _too_long(call: HttpRequest) -> str:
     """Why the body of a call that is no file is not read."""
-    length = call.headers.get("content-length", "0")
-    if call.method == "PUT" or (length.isdecimal() and int(length) <= MOST_BODY_BYTES and not _chunked(call)):
+    if call.method == "PUT":
+        return ""
+    length, whole = call.headers.get("content-length", "0"), "transfer-encoding" not in call.headers
+    if whole and length.isdecimal() and int(length) <= MOST_BODY_BYTES:
         return ""
     return f"A request has at most {MOST_BODY_BYTES:,} bytes, and says how many."
-
-
-def _chunked(call: HttpRequest) -> bool:
-    return "transfer-encoding" in call.headers
 
 
 def _label_colors(labels: Volume) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from maisi.errors import MaisiError
 from maisi.generation.maker import Maker
-from maisi.generation.output import RECORD, Destination, destination, items_in, record_in
+from maisi.generation.output import DAMAGED, Destination, destination, items_in, record_in
 from maisi.io.files import make_folder, new_folder, write_json
 from maisi.request import Request
 
@@ -164,7 +164,7 @@ class Jobs:
             with self._lock:  # asked each second while a job runs; items don't change
                 if (job.id, number) not in self._faults:
                     told = record_in(item)
-                    self._faults[job.id, number] = [f"{RECORD} is damaged."] if told is None else told[1]
+                    self._faults[job.id, number] = [DAMAGED] if told is None else told[1]
                 found.append((number, self._faults[job.id, number]))
         return found
 
@@ -219,9 +219,8 @@ class Jobs:
                     job.stage = (number, stage, done, total)
 
                 report("begin", 0, 1)
-                make(number, report).save(
-                    place.item_folder(number), parents=False
-                )  # a folder that is gone ends the job
+                # without folders above it: one that is gone ends the job
+                make(number, report).save(place.item_folder(number), parents=False)
                 job.stage = None
 
     def _end(self, job: Job, state: State, error: str = "") -> None:

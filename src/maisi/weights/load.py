@@ -201,8 +201,10 @@ def save_network(
     config: Any = module.config
     own = {"maisi.network": names[0], "maisi.config": config.model_dump_json()}
     tensors: Mapping[str, Tensor] = module.state_dict()
-    require_finite(tensors)
-    tensors = tensors if storage is None else packed(tensors, storage)
+    if storage is None:
+        require_finite(tensors)
+    else:
+        tensors = packed(tensors, storage)
     write_tensors(path, tensors, {**(metadata or {}), **own})
 
 
