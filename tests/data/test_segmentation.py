@@ -8,7 +8,7 @@ import pytest
 
 from maisi.anatomy import ANY_BONE, BODY, UNNAMED_BONE
 from maisi.data.phantom import phantom
-from maisi.data.preprocess import resample
+from maisi.data.preprocess import resample, resample_to_grid
 from maisi.data.segmentation import AIRWAY, LEFT_LUNG, RIGHT_LUNG, envelope, segment, with_organs
 from maisi.io.nifti import read_labels, read_volume
 from maisi.volume import Volume
@@ -123,6 +123,22 @@ def test_contrast_medium_in_the_heart_is_no_bone(chest: tuple[Volume, Volume]) -
     assert dice(found == UNNAMED_BONE, np.isin(labels.array, ANY_BONE)) > 0.8
 
 
+@pytest.mark.parametrize("mm", [1.5, 3.0, 4.5])
+def test_trabeculae_tell_thick_bone_from_blood(mm: float) -> None:
+    shape = tuple(round(n / mm) for n in (240, 180, 60))
+    x, y, _ = np.indices(shape) * mm
+    trabeculae = resample(
+        Volume.from_spacing(np.random.default_rng(0).normal(0, 150, (60, 45, 15)), (4.0, 4.0, 4.0)), (mm,) * 3
+    ).array
+    noise = np.random.default_rng(1).normal(0, 12, shape)
+    ct = np.where(np.hypot(x - 120, (y - 90) * 1.4) < 110, 40.0, -1000.0)
+    blood, bone = np.hypot(x - 70, y - 90) < 20, np.hypot(x - 170, y - 90) < 20
+    ct = np.where(blood | bone, 380, ct) + noise + np.where(bone, trabeculae[tuple(map(slice, shape))], 0)
+    found = segment(Volume.from_spacing(ct.astype(np.int16), (mm,) * 3)).array
+    assert np.mean(found[blood] == BODY) > 0.95
+    assert np.mean(found[bone] == UNNAMED_BONE) > 0.9
+
+
 def test_metal_is_no_bone(chest: tuple[Volume, Volume]) -> None:
     image = chest[0]
     place = tuple(slice(n // 2 - 1, n // 2 + 2) for n in image.shape)
@@ -164,6 +180,16 @@ def test_bones_and_lungs_of_a_real_abdomen_agree_with_a_trained_segmenter() -> N
     truth = apply_map(read_labels(folder / "abdomen_pelvis_labels.nii.gz").array, label_table("totalsegmentator"))
     assert dice(found == UNNAMED_BONE, np.isin(truth, ANY_BONE)) > 0.7
     assert dice(np.isin(found, (LEFT_LUNG, RIGHT_LUNG)), np.isin(truth, (*LEFT_LOBES, *RIGHT_LOBES))) > 0.7
+
+
+@pytest.mark.realdata
+def test_the_skeleton_of_a_real_chest_is_the_same_in_coarse_voxels() -> None:
+    if "MAISI_DATA" not in os.environ:
+        pytest.skip("MAISI_DATA does not name the folder of real CT")
+    ct = read_volume(Path(os.environ["MAISI_DATA"]) / "torso" / "nlst_149872_ct.nii.gz").to_ras()
+    coarse = resample(ct, (3.0, 3.0, 3.0), order=1)
+    fine = resample_to_grid(segment(ct), coarse, order=0)
+    assert dice(segment(coarse).array == UNNAMED_BONE, fine.array == UNNAMED_BONE) > 0.85
 
 
 @pytest.mark.parametrize("scale", [0.55, 0.65, 1.0])
