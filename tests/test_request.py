@@ -33,6 +33,7 @@ def test_defaults():
         "guidance": 0.0,
         "mask_guidance": None,
         "self_guidance": None,
+        "temperature": None,
         "strengthen": {},
         "fov": "given",
         "solver": None,

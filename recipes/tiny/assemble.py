@@ -59,6 +59,7 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         mask_guidance=1.0,
         self_guidance=1.0,
         mask_self_guidance=0.5,
+        mask_temperature=0.85,
         storage="int8",
         crop_spacing_mm=(1.8, 3.2),
         ranges=ranges,

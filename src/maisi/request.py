@@ -199,6 +199,8 @@ class Request(Config):
         mask_guidance: how far to go away from what is made without the mask; 0 is off, None the model's default.
         self_guidance: how far to go away from what the model makes when it takes its input to be noisier than it is,
             for another run of the networks each step; 0 is off, None the model's default.
+        temperature: standard deviation of the noise that it starts from (and of what some solvers add); below 1 items
+            are smoother and more alike, above 1 more varied; None the model's default.
         strengthen: structure -> how far to go away from what is made with a mask that lacks it, for another run of
             the networks each step where the mask has it; 0 is off. The model's default holds for those not named.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
@@ -226,6 +228,7 @@ class Request(Config):
     guidance: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
     mask_guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     self_guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    temperature: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False)
     strengthen: Annotated[dict[str, float], BeforeValidator(_strengths)] = Field(default={})
     fov: Literal["given", "auto"] = "given"
     solver: str | None = None

@@ -84,6 +84,25 @@ def test_ancestral_sampling_has_the_mean_and_spread_of_the_data(
     assert abs(torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1].item()) < 0.05
 
 
+@pytest.mark.parametrize("solver", ["ancestral", *DETERMINISTIC])
+@pytest.mark.parametrize("temperature", [0.5, 1.25])
+def test_temperature_is_the_spread_about_what_is_usual(
+    solver: str, temperature: float, process: Process, gaussian, normal: Callable[..., Tensor]
+) -> None:
+    """For Gaussian data each value moves so much further from, or nearer to, the value that no noise ends at."""
+    noise, denoise = normal(1, 4, 6, 6, 6), gaussian.denoiser(process)
+
+    def walk(temperature: float) -> Tensor:
+        return sample(
+            process, denoise, noise, steps=30, solver=solver, generators=generators(3), temperature=temperature
+        )
+
+    usual, warm = walk(1.0), walk(temperature)
+    middle = (warm - temperature * usual) / (1 - temperature)
+    assert torch.allclose(middle, middle.mean().expand_as(middle), atol=2e-4)
+    assert middle.mean().item() == pytest.approx(gaussian.mean, abs=0.1)
+
+
 def test_ddim_with_eta_one_is_ancestral(process: Process, gaussian, normal: Callable[..., Tensor]) -> None:
     noise, denoise = normal(1, 2, 3, 3, 3), gaussian.denoiser(process)
     ancestral, ddim = (

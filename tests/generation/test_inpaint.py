@@ -375,6 +375,7 @@ def test_painted_voxels_are_those_that_differ_in_the_file(model, abdomen) -> Non
         {"size": (32, 32, 32)},
         {"mask_guidance": 2.0},
         {"strengthen": {"liver": 2.0}},
+        {"temperature": 0.5},
         {"structure": "liver"},
         {"fov": "auto", "region": "abdomen"},
     ],

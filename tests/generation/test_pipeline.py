@@ -270,6 +270,29 @@ def test_self_guidance_is_the_models_unless_told(model, changed, chest_labels) -
     assert own.job(chest_labels, self_guidance=1).self_guidance == 1
 
 
+def test_the_temperature_is_the_models_where_it_follows_a_mask(model, changed, chest_labels) -> None:
+    own = changed(mask_temperature=0.5)
+    assert model.job(chest_labels).temperature == own.job(**CHEST).temperature == 1
+    assert own.job(chest_labels).temperature == 0.5
+    assert own.job(chest_labels, temperature=0.75).temperature == own.job(**CHEST, temperature=0.75).temperature == 0.75
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_temperature_multiplies_the_noise_of_an_item(model, monkeypatch, temperature) -> None:
+    wishes = {**CHEST, "solver": "ddim"}
+    made = model.generate(**wishes, temperature=temperature)
+    draw = model.noise
+
+    def scaled(padded, seed):
+        noise, generator = draw(padded, seed)
+        return temperature * noise, generator
+
+    monkeypatch.setattr(model, "noise", scaled)
+    expected = model.generate(**wishes)
+    assert np.array_equal(made.image.array, expected.image.array)
+    assert (made.details["temperature"], expected.details["temperature"]) == (temperature, 1)
+
+
 def test_the_steps_are_the_models_unless_told(model, changed, chest_labels) -> None:
     """With a mask they may be others than without."""
     assert model.job(chest_labels).steps == model.job(**CHEST).steps == 2

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, default=0.0, show_default=True, help="Strength of guidance; 0 is off.")
 @click.option("--mask-guidance", type=float, help="Strengthens the label map; 0 is off.  [default: the model's]")
 @click.option("--self-guidance", type=float, help="Sharpens; 0 is off.  [default: the model's]")
+@click.option("--temperature", type=float, help="Of the noise; below 1 smoother, more alike.  [default: the model's]")
 @click.option("--strengthen", multiple=True, metavar="NAME=NUMBER", help="A structure of the mask, such as mandible=2.")
 @click.option("--fov", default="given", show_default=True, help="given, or auto: size and spacing from the regions.")
 @click.option("--retries", type=int, default=2, show_default=True, help="With a mask: made again if it fails checks.")

@@ -58,6 +58,7 @@ def sample(
     solver: str | None = None,
     eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
+    temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
     after_step: AfterStep | None = None,
 ) -> Tensor:
@@ -72,6 +73,7 @@ def sample(
         eta: for "ddim": 0 deterministic, 1 as random as "ancestral".
         generators: one for each batch item, for the solvers that draw noise; an item's result depends on its
             own generator alone, not on the rest of the batch.
+        temperature: all noise, `noise` and what is drawn, is multiplied by it.
         progress: called with (steps done, steps) after each step.
         after_step: called after each step but the last with x and the timesteps (B,) it has reached; returns
             the x to go on with (inpainting puts the known part back here).
@@ -84,8 +86,8 @@ def sample(
     """
     solver = _checked_solver(process, solver, eta)
     walk = list(plan(process, steps, math.prod(noise.shape[2:]), even_log_snr=solver == "dpm++"))
-    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    draw = _drawer(x, generators, required=solver == "ancestral" or eta > 0)
+    x = temperature * noise.to(torch.promote_types(noise.dtype, torch.float32))
+    draw = _drawer(x, generators, temperature, required=solver == "ancestral" or eta > 0)
     advance = _SOLVERS[solver](_estimator(process, denoise), draw, eta)
     for done, step in enumerate(walk, start=1):
         x = advance(x, step)
@@ -218,7 +220,7 @@ def _batch_times(x: Tensor, time: float) -> Tensor:
     return torch.full((x.shape[0],), time, dtype=torch.float32, device=x.device)
 
 
-def _drawer(x: Tensor, generators: Sequence[torch.Generator] | None, required: bool) -> Draw:
+def _drawer(x: Tensor, generators: Sequence[torch.Generator] | None, temperature: float, required: bool) -> Draw:
     """Noise shaped as `x` (B ...), each item from its own generator, so that batches do not matter."""
     sources = [] if generators is None else list(generators)
     if required and len(sources) != x.shape[0]:
@@ -226,6 +228,6 @@ def _drawer(x: Tensor, generators: Sequence[torch.Generator] | None, required: b
 
     def draw() -> Tensor:
         items = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in sources]
-        return torch.stack([item.to(x.device) for item in items])
+        return temperature * torch.stack([item.to(x.device) for item in items])
 
     return draw

@@ -24,7 +24,7 @@ from maisi.weights.registry import ModelConfig
 
 UNUSED = (
     *("keep", "anatomy_size", "structure", "library", "size", "spacing", "fov"),
-    *("mask_guidance", "self_guidance", "strengthen"),
+    *("mask_guidance", "self_guidance", "temperature", "strengthen"),
 )
 """Attributes of a request that say nothing about tumours in a CT."""
 

@@ -58,6 +58,7 @@ class Job:
         solver: name of the solver.
         mask_guidance: away from what the networks make without the mask; 0 is off.
         self_guidance: away from what the U-Net makes when it takes its input to be noisier than it is; 0 is off.
+        temperature: standard deviation of the noise.
         strengthened: label id -> how far away from what the networks make with a mask that lacks it.
         usual_guidance: the model's `mask_guidance` and `self_guidance` where it follows a mask.
         notes: sentences for the user: what was filled in, what the model does not know.
@@ -78,6 +79,7 @@ class Job:
     carried: Path | None = None
     mask_guidance: float = 0.0
     self_guidance: float = 0.0
+    temperature: float = 1.0
     strengthened: Mapping[int, float] = field(default_factory=dict)
     usual_guidance: tuple[float, float] = (0.0, 0.0)
 
@@ -243,6 +245,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         mask_guidance=mask_guidance,
         self_guidance=self_guidance,
         usual_guidance=usual_guidance,
+        temperature=request.temperature or (1.0 if labels is None else model.mask_temperature),
         strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )

@@ -164,6 +164,7 @@ class Model:
         guidance: float = 0.0,
         mask_guidance: float | None = None,
         self_guidance: float | None = None,
+        temperature: float | None = None,
         strengthen: Mapping[str, float] | None = None,
         fov: Literal["given", "auto"] = "given",
         retries: int = 2,
@@ -193,6 +194,8 @@ class Model:
                 the model's default.
             self_guidance: away from what the model makes when it takes its input to be noisier than it is, for
                 another run of the networks each step. 0 is off; None for the model's default.
+            temperature: of the noise: below 1 items are smoother and more alike, above 1 more varied. None for the
+                model's default.
             strengthen: structure -> how far to go away from what the model makes with a mask that lacks it, for
                 another run of the networks each step; 0 is off. The model's default holds for those not named.
             fov: "auto" picks size and spacing from the regions.
@@ -216,6 +219,7 @@ class Model:
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
         wishes |= {"mask_guidance": mask_guidance, "self_guidance": self_guidance, "strengthen": strengthen or {}}
+        wishes |= {"temperature": temperature}
         wishes |= {"retries": retries, "ranges": ranges}
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
@@ -350,6 +354,7 @@ class Model:
             steps=job.steps,
             solver=job.solver,
             generators=[generator],
+            temperature=job.temperature,
             progress=lambda done, steps: progress("denoise", done, steps),
         )
         denoised = time.perf_counter()
@@ -376,6 +381,7 @@ class Model:
             "mask_source": job.mask_source,
             "mask_guidance": job.mask_guidance,
             "self_guidance": job.self_guidance,
+            "temperature": job.temperature,
             "strengthened": {label_name(id): strength for id, strength in sorted(job.strengthened.items())},
             "tumors": [asdict(tumor) for tumor in job.placed],
             "notes": list(job.notes),

@@ -45,6 +45,7 @@ def assemble(
     mask_guidance: float = 0.0,
     self_guidance: float = 0.0,
     mask_self_guidance: float = 0.0,
+    mask_temperature: float = 1.0,
     strengthen: Mapping[str, float] | None = None,
     storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
@@ -68,6 +69,7 @@ def assemble(
         mask_guidance: default strength of label maps.
         self_guidance: default strength of guidance without them.
         mask_self_guidance: the same with them.
+        mask_temperature: default standard deviation of the noise with them.
         strengthen: default strengths of single structures of them.
         storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
@@ -113,6 +115,7 @@ def assemble(
             "mask_guidance": mask_guidance,
             "self_guidance": self_guidance,
             "mask_self_guidance": mask_self_guidance,
+            "mask_temperature": mask_temperature,
             "strengthen": strengthen or {},
             "ranges": None if ranges is None else RANGES,
             "library": None if library is None else LIBRARY,

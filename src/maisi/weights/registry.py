@@ -97,6 +97,7 @@ class ModelConfig(Config):
         mask_guidance: of generation from a mask, unless the request says otherwise; see `Request`.
         self_guidance: of generation without a mask, unless the request says otherwise; see `Request`.
         mask_self_guidance: the same from a mask.
+        mask_temperature: of generation from a mask, unless the request says otherwise; see `Request`. 1 without a mask.
         strengthen: structures of a mask, unless the request says otherwise of them; see `Request`.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
@@ -125,6 +126,7 @@ class ModelConfig(Config):
     mask_guidance: NonNegativeFloat = 0.0
     self_guidance: NonNegativeFloat = 0.0
     mask_self_guidance: NonNegativeFloat = 0.0
+    mask_temperature: PositiveFloat = 1.0
     strengthen: dict[str, PositiveFloat] = Field(default={})
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
