@@ -19,6 +19,14 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 torch = pytest.importorskip("torch")
 
 
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real CT that MAISI_DATA names; tests that need it are skipped, and say so, where there is none."""
+    if not os.environ.get("MAISI_DATA"):
+        pytest.skip("MAISI_DATA does not name the folder of real CT")
+    return Path(os.environ["MAISI_DATA"])
+
+
 def _shaken(module, seed):
     """Give every parameter a value: layers that start at zero would hide what is behind them."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -354,10 +353,8 @@ def test_a_fine_envelope_is_the_coarse_one_with_the_skin_of_the_fine_scan() -> N
 
 
 @pytest.mark.realdata
-def test_a_real_abdomen_with_61_classes() -> None:
-    if "MAISI_DATA" not in os.environ:
-        pytest.skip("MAISI_DATA does not name the folder of real CT")
-    folder = Path(os.environ["MAISI_DATA"]) / "totalsegmentator"
+def test_a_real_abdomen_with_61_classes(real_data: Path) -> None:
+    folder = real_data / "totalsegmentator"
     path = folder / "abdomen_pelvis_labels.nii.gz"
     names, labels, ct = read_label_names(path), read_labels(path), read_volume(folder / "abdomen_pelvis_ct.nii.gz")
     assert names == dict(vocabulary("totalsegmentator").names)

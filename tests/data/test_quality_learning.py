@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -174,14 +173,11 @@ def test_no_case_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata
-def test_real_cases_pass_their_own_ranges_and_with_a_wrong_liver_do_not(tmp_path: Path) -> None:
-    if "MAISI_DATA" not in os.environ:
-        pytest.skip("MAISI_DATA does not name the folder of real CT")
-    data = Path(os.environ["MAISI_DATA"])
+def test_real_cases_pass_their_own_ranges_and_with_a_wrong_liver_do_not(tmp_path: Path, real_data: Path) -> None:
     abdomen = {"id": "abdomen", "patient": "a", "vocabulary": "totalsegmentator"}
     for key, name in (("image", "ct"), ("labels", "labels")):
-        abdomen[key] = str(data / "totalsegmentator" / f"abdomen_pelvis_{name}.nii.gz")
-    chest = {"id": "chest", "patient": "b", "image": str(data / "torso" / "lungpetctdx_A0002_ct.nii.gz")}
+        abdomen[key] = str(real_data / "totalsegmentator" / f"abdomen_pelvis_{name}.nii.gz")
+    chest = {"id": "chest", "patient": "b", "image": str(real_data / "torso" / "lungpetctdx_A0002_ct.nii.gz")}
     (tmp_path / "cases.json").write_text(json.dumps({"version": 1, "cases": [abdomen, chest]}))
     pairs = list(pairs_of(tmp_path / "cases.json"))
     own = learn(pairs, "two real cases")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +169,10 @@ def test_air_alone_is_nobody() -> None:
 
 
 @pytest.mark.realdata
-def test_bones_and_lungs_of_a_real_abdomen_agree_with_a_trained_segmenter() -> None:
-    if "MAISI_DATA" not in os.environ:
-        pytest.skip("MAISI_DATA does not name the folder of real CT")
+def test_bones_and_lungs_of_a_real_abdomen_agree_with_a_trained_segmenter(real_data: Path) -> None:
     from maisi.data.label_maps import apply_map, label_table
 
-    folder = Path(os.environ["MAISI_DATA"]) / "totalsegmentator"
+    folder = real_data / "totalsegmentator"
     found = segment(read_volume(folder / "abdomen_pelvis_ct.nii.gz")).array
     truth = apply_map(read_labels(folder / "abdomen_pelvis_labels.nii.gz").array, label_table("totalsegmentator"))
     assert dice(found == UNNAMED_BONE, np.isin(truth, ANY_BONE)) > 0.7
@@ -183,10 +180,8 @@ def test_bones_and_lungs_of_a_real_abdomen_agree_with_a_trained_segmenter() -> N
 
 
 @pytest.mark.realdata
-def test_the_skeleton_of_a_real_chest_is_the_same_in_coarse_voxels() -> None:
-    if "MAISI_DATA" not in os.environ:
-        pytest.skip("MAISI_DATA does not name the folder of real CT")
-    ct = read_volume(Path(os.environ["MAISI_DATA"]) / "torso" / "nlst_149872_ct.nii.gz").to_ras()
+def test_the_skeleton_of_a_real_chest_is_the_same_in_coarse_voxels(real_data: Path) -> None:
+    ct = read_volume(real_data / "torso" / "nlst_149872_ct.nii.gz").to_ras()
     coarse = resample(ct, (3.0, 3.0, 3.0), order=1)
     fine = resample_to_grid(segment(ct), coarse, order=0)
     assert dice(segment(coarse).array == UNNAMED_BONE, fine.array == UNNAMED_BONE) > 0.85

@@ -415,11 +415,8 @@ def test_a_disk_that_takes_no_more(tmp_path):
 
 
 @pytest.mark.realdata
-def test_real_ct_as_nibabel_reads_it():
-    folder = os.environ.get("MAISI_DATA")
-    if not folder:
-        pytest.skip("MAISI_DATA does not name the folder with real CT")
-    path = os.path.join(folder, "torso", "lidc_0001_ct.nii.gz")
+def test_real_ct_as_nibabel_reads_it(real_data):
+    path = real_data / "torso" / "lidc_0001_ct.nii.gz"
     image = nibabel.load(path)
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.array, np.asarray(image.dataobj))

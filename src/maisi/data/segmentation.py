@@ -373,8 +373,8 @@ def _contrast(smooth: Array, body: Mask, spacing: Spacing) -> Mask:
         core = parts[box] == i
         mean = float(smooth[box][core].mean())
         shell = _dilate(core, 5.0, spacing) & ~_dilate(core, 2.0, spacing)
-        shelled = not shell.any() or np.mean(smooth[box][shell] > 1.3 * mean) >= 0.15
-        if mean < CONTRAST_HU and not shelled and _unevenness(smooth[box], core, spacing) < BLOOD_UNEVENNESS * mean:
+        bare = shell.any() and np.mean(smooth[box][shell] > 1.3 * mean) < 0.15
+        if bare and mean < CONTRAST_HU and _unevenness(smooth[box], core, spacing) < BLOOD_UNEVENNESS * mean:
             result[box] |= _dilate(core, 7.0, spacing) & (smooth[box] < 1.6 * mean)
     return result
 

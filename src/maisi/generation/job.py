@@ -245,7 +245,7 @@ def make_job(request: Request, model: ModelConfig, mask: Volume | None = None, c
         mask_guidance=mask_guidance,
         self_guidance=self_guidance,
         usual_guidance=usual_guidance,
-        temperature=request.temperature or (1.0 if labels is None else model.mask_temperature),
+        temperature=request.temperature or model.usual_temperature(masked=labels is not None),
         strengthened=_strengthened(request.strengthen, model.strengthen, labels is not None),
         ranges=None if request.ranges is None else read_ranges(request.ranges),
     )

@@ -219,8 +219,7 @@ class Model:
         }
         wishes |= {"modality": modality, "steps": steps, "solver": solver, "guidance": guidance, "fov": fov}
         wishes |= {"mask_guidance": mask_guidance, "self_guidance": self_guidance, "strengthen": strengthen or {}}
-        wishes |= {"temperature": temperature}
-        wishes |= {"retries": retries, "ranges": ranges}
+        wishes |= {"temperature": temperature, "retries": retries, "ranges": ranges}
         job = self.job(mask, **wishes)
         return next(self.run(job, [item], progress))
 

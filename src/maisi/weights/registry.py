@@ -168,6 +168,10 @@ class ModelConfig(Config):
         """Strength of self-guidance where the request says none."""
         return self.mask_self_guidance if masked else self.self_guidance
 
+    def usual_temperature(self, masked: bool) -> float:
+        """Standard deviation of the noise where the request says none."""
+        return self.mask_temperature if masked else 1.0
+
     @property
     def files(self) -> dict[Part, str]:
         """File name of each network that the model has."""
