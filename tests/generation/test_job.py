@@ -176,14 +176,14 @@ def test_a_library_that_fits_nothing_is_noted(config, tmp_path) -> None:
     assert not any("library" in note for note in make_job(Request.parse(region="head-neck", **wish), config).notes)
 
 
-def test_phantoms_are_followed_without_guidance_unless_it_is_asked_for(config, chest_labels, tmp_path) -> None:
+def test_phantoms_guide_half_as_much_unless_it_is_asked_for(config, chest_labels, tmp_path) -> None:
     guided = config.model_copy(update={"mask_guidance": 1.0, "mask_self_guidance": 0.5})
     write_volume(tmp_path / "phantom.nii.gz", chest_labels, description=DESCRIPTION)
     write_volume(tmp_path / "patient.nii.gz", chest_labels)
     found = {"region": "chest", "structure": "heart", "size": (48, 40, 24), "spacing": (10, 10, 10)}
     for wishes, expected in (
-        (found, (0, 0)),
-        ({"mask": tmp_path / "phantom.nii.gz"}, (0, 0)),
+        (found, (0.5, 0.5)),
+        ({"mask": tmp_path / "phantom.nii.gz"}, (0.5, 0.5)),
         ({"mask": tmp_path / "patient.nii.gz"}, (1, 0.5)),
         ({**found, "mask_guidance": 0.7, "self_guidance": 0.2}, (0.7, 0.2)),
     ):
@@ -218,7 +218,7 @@ def test_guidance_of_an_item_is_that_of_its_own_mask(config, tmp_path, monkeypat
     monkeypatch.setattr("maisi.generation.job._found", lambda *a: (labels, sources[a[3]]))
     monkeypatch.setattr("maisi.generation.job.PHANTOM", "a phantom")
     job = make_job(Request.parse(structure="heart", size=(40, 32, 32), spacing=(9, 9, 9)), guided)
-    assert [(own.mask_guidance, own.self_guidance) for own in map(job.of_item, (0, 1))] == [(0, 0), (1.5, 0.5)]
+    assert [(own.mask_guidance, own.self_guidance) for own in map(job.of_item, (0, 1))] == [(0.75, 0.5), (1.5, 0.5)]
 
 
 def test_an_organ_made_smaller_in_a_mask_without_a_body_leaves_no_body(config, chest_labels) -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from maisi.anatomy import label_id
-from maisi.data.phantom import phantom
 from maisi.data.quality import carried_ranges
 from maisi.generation.pipeline import load
 
@@ -15,9 +14,10 @@ SOFT_HU = (-60.0, 170.0)
 @pytest.fixture(scope="module")
 def pair():
     """A generated abdomen and the phantom's labels that it follows."""
-    _, labels = phantom((64, 48, 32), (6.0, 6.0, 8.0), ("abdomen",), seed=1)
-    item = load("tiny", precision="fp32").generate(mask=labels, seed=0, retries=0, mask_guidance=0, self_guidance=0)
-    return item.image.array, labels.array
+    wishes = {"region": "abdomen", "structure": "liver,pancreas,stomach,left iliac vena", "seed": 0, "retries": 0}
+    item = load("tiny", precision="fp32").generate(size=(64, 48, 40), spacing=(6.0, 6.0, 6.0), **wishes)
+    assert item.labels is not None
+    return item.image.array, item.labels.array
 
 
 @pytest.mark.parametrize("organ", SEEN_ONCE)
@@ -34,7 +34,6 @@ def test_vessels_and_bowel_of_a_drawn_abdomen_are_soft_tissue(pair, structure):
     assert low < np.median(image[labels == label_id(structure)]) < high
 
 
-def test_what_training_called_body_is_told_as_body():
-    model = load("tiny")
-    told = model.controlnet.config.told(np.array([label_id("heart"), label_id("thyroid gland"), label_id("body")]))
+def test_a_brain_is_told_as_body_as_in_training():
+    told = load("tiny").controlnet.config.told(np.array([label_id("brain"), label_id("body")]))
     assert set(told.tolist()) == {label_id("body")}

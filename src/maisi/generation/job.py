@@ -38,6 +38,9 @@ Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 Labels = NDArray[np.uint8]
 
+DRAWN_SHARE = 0.5
+"""Of the usual guidance by a mask, for masks that were drawn: phantoms'."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -279,9 +282,11 @@ def _steps_beyond(usual: int, beyond: float, process: Mapping[str, Any]) -> int:
 def _guidance(request: Request, usual: tuple[float, float], drawn: bool) -> tuple[float, float]:
     """Guidance by a mask and by itself: what is asked for, or the model's usual.
 
-    Masks that were drawn have shapes unlike all that was trained on, which guidance only exaggerates: none is usual.
+    Masks that were drawn have shapes unlike all that was trained on, which guidance exaggerates: they guide less.
     """
-    mask, own = (0.0, 0.0) if drawn else usual
+    mask, own = usual
+    if drawn:
+        mask *= DRAWN_SHARE
     asked = (request.mask_guidance, request.self_guidance)
     return (mask if asked[0] is None else asked[0], own if asked[1] is None else asked[1])
 
