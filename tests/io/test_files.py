@@ -108,6 +108,14 @@ def test_read_only_disk(tmp_path, monkeypatch):
         enter(new_folder(tmp_path / "a"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder of the system's own here")
+@pytest.mark.parametrize("make", [atomic_path, new_folder])
+def test_a_folder_of_the_systems_own_takes_nothing(make):
+    refused = pytest.raises(MaisiError, match="Nothing can be made in /proc; choose another place")
+    with refused, make(Path("/proc/x")) as part:
+        part.write_text("x")
+
+
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(MaisiError, match="is a folder; give the name of a file"):
         enter(atomic_path(tmp_path))

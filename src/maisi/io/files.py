@@ -105,7 +105,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        _raise_as_maisi(error, path)
+        _raise_as_maisi(error, path, part)
         raise
 
 
@@ -132,7 +132,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.exists():
             raise MaisiError(f"{path} was made by another command meanwhile; choose another folder.") from error
-        _raise_as_maisi(error, path)
+        _raise_as_maisi(error, path, part)
         raise
 
 
@@ -222,10 +222,13 @@ def _require_parent(path: Path) -> None:
         raise MaisiError(f"The folder {parent} is not writable; choose a place you may write to.")
 
 
-def _raise_as_maisi(error: BaseException, path: Path) -> None:
-    """Raise a MaisiError where `error` is a fault of the place that `path` is in; else return."""
+def _raise_as_maisi(error: BaseException, path: Path, part: Path | None = None) -> None:
+    """Raise a MaisiError where `error` is a fault of the place that `path` is in, `part` beside it; else return."""
     if isinstance(error, MaisiError):
         return
+    if isinstance(error, FileNotFoundError) and part is not None and error.filename in (part, str(part)):
+        # the folder is there, so it is the system's own, as /proc is
+        raise MaisiError(f"Nothing can be made in {path.parent}; choose another place.") from error
     # PyTorch fails once more while it gives up
     fault = error.__context__ if isinstance(error, RuntimeError) else error
     number = fault.errno if isinstance(fault, OSError) else None
