@@ -114,6 +114,8 @@ def test_a_folder_of_the_systems_own_takes_nothing(make):
     refused = pytest.raises(MaisiError, match="Nothing can be made in /proc; choose another place")
     with refused, make(Path("/proc/x")) as part:
         part.write_text("x")
+    with refused:
+        make_folder(Path("/proc/x/y"))
 
 
 def test_a_folder_is_no_file(tmp_path):

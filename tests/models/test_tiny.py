@@ -12,10 +12,16 @@ SOFT_HU = (-60.0, 170.0)
 
 
 @pytest.fixture(scope="module")
-def pair():
+def tiny():
+    return load("tiny", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
     """A generated abdomen and the phantom's labels that it follows."""
-    wishes = {"region": "abdomen", "structure": "liver,pancreas,stomach,left iliac vena", "seed": 0, "retries": 0}
-    item = load("tiny", precision="fp32").generate(size=(64, 48, 40), spacing=(6.0, 6.0, 6.0), **wishes)
+    structures = ("liver", "pancreas", "stomach", "left iliac vena")
+    grid = {"size": (64, 48, 40), "spacing": (6.0, 6.0, 6.0)}
+    item = tiny.generate(region="abdomen", structure=structures, seed=0, retries=0, **grid)
     assert item.labels is not None
     return item.image.array, item.labels.array
 
@@ -34,6 +40,6 @@ def test_vessels_and_bowel_of_a_drawn_abdomen_are_soft_tissue(pair, structure):
     assert low < np.median(image[labels == label_id(structure)]) < high
 
 
-def test_a_brain_is_told_as_body_as_in_training():
-    told = load("tiny").controlnet.config.told(np.array([label_id("brain"), label_id("body")]))
+def test_a_brain_is_told_as_body_as_in_training(tiny):
+    told = tiny.controlnet.config.told(np.array([label_id("brain"), label_id("body")]))
     assert set(told.tolist()) == {label_id("body")}

@@ -178,7 +178,7 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _raise_as_maisi(error, place)
+        _raise_as_maisi(error, place, place)
         raise
 
 
@@ -222,13 +222,13 @@ def _require_parent(path: Path) -> None:
         raise MaisiError(f"The folder {parent} is not writable; choose a place you may write to.")
 
 
-def _raise_as_maisi(error: BaseException, path: Path, part: Path | None = None) -> None:
-    """Raise a MaisiError where `error` is a fault of the place that `path` is in, `part` beside it; else return."""
+def _raise_as_maisi(error: BaseException, path: Path, made: Path) -> None:
+    """Raise a MaisiError where `error` is a fault of the place that `path` is in, `made` first; else return."""
     if isinstance(error, MaisiError):
         return
-    if isinstance(error, FileNotFoundError) and part is not None and error.filename in (part, str(part)):
-        # the folder is there, so it is the system's own, as /proc is
-        raise MaisiError(f"Nothing can be made in {path.parent}; choose another place.") from error
+    if isinstance(error, FileNotFoundError) and error.filename and made.is_relative_to(error.filename):
+        # a folder of the system's own, as /proc is, or one that went away
+        raise MaisiError(f"Nothing can be made in {Path(error.filename).parent}; choose another place.") from error
     # PyTorch fails once more while it gives up
     fault = error.__context__ if isinstance(error, RuntimeError) else error
     number = fault.errno if isinstance(fault, OSError) else None
