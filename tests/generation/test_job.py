@@ -101,6 +101,36 @@ def test_structures_can_be_taken_out(config, chest_labels) -> None:
     assert job.padded_labels_without({label_id("brain")}) is None
 
 
+def test_a_body_cut_away_about_the_cord_is_told_whole_and_cut_again(config) -> None:
+    whole = np.full((32, 32, 16), BODY, np.uint8)
+    whole[16, 16] = label_id("spinal cord")
+    array = whole.copy()
+    array[:, :, :6][whole[:, :, :6] == BODY] = 0
+    affine = Volume.from_spacing(array, (4, 4, 4)).affine
+    # the axis along the body may be any of the file's
+    for axes in ((0, 1, 2), (2, 0, 1)):
+        labels = Volume(array.transpose(axes), affine[:, [*axes, 3]])
+        job = make_job(Request.parse(), config, labels)
+        assert any("cut away about the spinal cord" in note for note in job.notes)
+        told = job.padded_labels()
+        assert told is not None
+        assert (told[:, :, 0] == BODY).sum() > 250
+        assert (told[array != 0] == array[array != 0]).all()
+        lacking = job.padded_labels_without({label_id("spinal cord")})
+        assert lacking is not None
+        assert np.array_equal(lacking != told, told == label_id("spinal cord"))
+        kept = job.kept_labels()
+        assert kept is not None
+        assert np.array_equal(kept.array, labels.array)
+        image = job.outside_body(labels.with_array(np.full(labels.shape, 40, np.int16)))
+        assert np.array_equal(image.array == -1000, labels.array == 0)
+    job = make_job(Request.parse(), config, Volume(whole, affine))
+    assert not any("cut away" in note for note in job.notes)
+    told = job.padded_labels()
+    assert told is not None
+    assert np.array_equal(told, whole)
+
+
 @pytest.mark.parametrize(
     ("wishes", "word"),
     [({"size": (20, 20, 20)}, "has 34,26,20 voxels, not 20,20,20"), ({"spacing": (3, 3, 3)}, "spacing of 8,9,10 mm")],

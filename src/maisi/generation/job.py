@@ -28,7 +28,7 @@ from maisi.data.quality_measures import select
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors, small_tumors
 from maisi.errors import MaisiError
 from maisi.generation.fov import Adviser
-from maisi.generation.masks import is_phantom, only, read_mask, without_tumors
+from maisi.generation.masks import bare_cords, is_phantom, only, read_mask, with_body_about_cords, without_tumors
 from maisi.request import Request, item_seed
 from maisi.tumors import KINDS
 from maisi.volume import Array, Volume
@@ -143,10 +143,14 @@ class Job:
         return 1 + healthy + len(set(self.strengthened.values()))
 
     def padded_labels(self) -> Labels | None:
-        """The mask on the padded grid, RAS+ (X, Y, Z) uint8; the edge goes on beyond itself, so no body ends there."""
+        """The mask as networks are told it, on the padded grid, RAS+ (X, Y, Z) uint8.
+
+        The edge goes on beyond itself, so no body ends there; cords that hang in air have a body about them.
+        """
         if self.labels is None:
             return None
-        return np.pad(self.labels.to_ras().array, self.margins, mode="edge")
+        ras = self.labels.to_ras()
+        return np.pad(with_body_about_cords(ras.array, ras.spacing_mm), self.margins, mode="edge")
 
     def padded_labels_without_tumors(self) -> Labels | None:
         """As `padded_labels`, tumours replaced by their hosts; None too where there is no tumour."""
@@ -378,6 +382,12 @@ def _regions(request: Request, labels: Volume) -> tuple[tuple[str, ...], list[st
         notes.append("No structure of the mask tells its region; name the region.")
     if request.guidance > 0 and not TUMORS.keys() & ids:
         notes.append("Guidance strengthens tumours; this mask has none, so it does nothing.")
+    ras = labels.to_ras()
+    if bare_cords(ras.array, ras.spacing_mm) is not None:
+        notes.append(
+            "The mask's body is cut away about the spinal cord; the networks are told of a neck there, and the image "
+            "is cut as the mask is."
+        )
     lacking = [name for name in request.strengthen if label_id(name) not in ids]
     if lacking:
         notes.append(f"The mask has no {' and no '.join(lacking)} to strengthen.")
