@@ -202,7 +202,8 @@ class Request(Config):
         temperature: standard deviation of the noise that it starts from (and of what some solvers add); below 1 items
             are smoother and more alike, above 1 more varied; None the model's default.
         strengthen: structure -> how far to go away from what is made with a mask that lacks it, for another run of
-            the networks each step where the mask has it; 0 is off. The model's default holds for those not named.
+            the networks each step where the mask has it; 0 is off. The model's default holds for those not named, and
+            further attempts may change that.
         fov: 'given' takes `size` and `spacing` as they are, 'auto' picks them from the regions.
         solver: name of a solver; None takes the model's default.
     """

@@ -20,7 +20,7 @@ def unconditional(x: Tensor, times: Tensor) -> Tensor:
 
 
 @settings(deadline=None)
-@given(scale=st.floats(-1, 20), shares=st.floats(0, 1))
+@given(scale=st.floats(-6, 20), shares=st.floats(0, 1))
 def test_guidance_is_linear_in_the_scale(scale: float, shares: float) -> None:
     ends = [guided(conditional, (unconditional, s))(X, TIMES) for s in (0.0, scale)]
     between = guided(conditional, (unconditional, shares * scale))(X, TIMES)
@@ -51,7 +51,7 @@ def test_scale_zero_asks_the_conditional_alone() -> None:
     assert torch.equal(guided(conditional, (never, 0))(X, TIMES), conditional(X, TIMES))
 
 
-@pytest.mark.parametrize("scale", [-1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [float("-inf"), float("nan"), float("inf")])
 def test_meaningless_scales_are_refused(scale: float) -> None:
     with pytest.raises(MaisiError, match="guidance scale"):
         guided(conditional, (unconditional, scale))

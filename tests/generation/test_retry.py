@@ -31,14 +31,15 @@ def chest() -> tuple[Volume, Volume]:
 
 
 def maker(chest: tuple[Volume, Volume], liver_off: list[int], masked: bool = True, modality: str = "ct"):
-    """Attempt -> the phantom with the HU of its liver so far off; and the attempts asked for."""
+    """Attempt -> the phantom with so much noise in its liver; and the attempts asked for."""
     image, labels = chest
     asked: list[int] = []
+    grain = np.random.default_rng(0).standard_normal(image.shape)
 
     def make(setting: Setting) -> Item:
         attempt = setting.noise
         asked.append(attempt)
-        array = np.where(labels.array == 1, image.array + liver_off[attempt], image.array)
+        array = np.where(labels.array == 1, image.array + liver_off[attempt] * grain, image.array)
         request = Request.parse(seed=4, modality=modality)
         seed = item_seed(4, 2, attempt)
         timings = {"denoise": 1.0 + attempt, "total": 1.0 + attempt}
@@ -100,7 +101,7 @@ def test_a_faint_tumour_is_made_again_from_the_same_noise_with_more_guidance(che
         faint = np.where(grown.array == 26, host - 4 * (1 + setting.guidance), image.array)
         return Item(image.with_array(faint), grown, Request.parse(seed=4), 0, item_seed(4, 0, setting.noise))
 
-    item = best_of(make, 2, guidance=0.5)
+    item = best_of(make, 2, first=Setting(guidance=0.5))
     assert len(asked) == 2
     assert asked[0] == (0.5, 0)
     assert asked[1][0] > 1
@@ -119,8 +120,34 @@ def test_after_each_attempt_that_fails_the_label_map_guides_half_as_much(chest, 
         settings.append(setting)
         return make(setting)
 
-    best_of(told, 2, mask_guidance=1.5, halving=halving)
+    best_of(told, 2, first=Setting(mask_guidance=1.5), halving=halving)
     assert [setting.mask_guidance for setting in settings] == asked
+
+
+def test_a_structure_too_dense_is_made_again_from_the_same_noise_towards_a_map_without_it(chest) -> None:
+    image, labels = chest
+    settings = []
+
+    def make(setting: Setting) -> Item:
+        settings.append(setting)
+        off = 150 + 40 * setting.strengthened.get(1, 0.0)
+        array = np.where(labels.array == 1, image.array + off, image.array)
+        return Item(image.with_array(array), labels, Request.parse(seed=4), 0, item_seed(4, 0, setting.noise))
+
+    first = Setting(mask_guidance=1.5)
+    item = best_of(make, 3, first=first)
+    assert item.details["quality"]["passed"]
+    assert [(setting.noise, setting.mask_guidance) for setting in settings] == [(0, 1.5)] * len(settings)
+    # the first step is a guess, the second what it showed: the range's middle, by hand
+    normal = carried_ranges().medians["liver"]
+    base = float(np.median(image.array[labels.array == 1])) + 150
+    assert [setting.strengthened for setting in settings[:2]] == [{}, {1: -2.0}]
+    if len(settings) == 3:
+        assert settings[2].strengthened[1] == pytest.approx(((normal.low + normal.high) / 2 - base) / 40, abs=0.01)
+    # not where its strength was asked for
+    settings.clear()
+    best_of(make, 1, first=first, fixed=[1])
+    assert [(setting.noise, setting.mask_guidance) for setting in settings] == [(0, 1.5), (1, 0.75)]
 
 
 def test_mr_is_not_judged_as_hu(chest) -> None:
@@ -156,7 +183,9 @@ def test_a_model_tries_again_and_repeats_itself(model, model_folder, chest_label
         made = model._attempt(job, plan, 3, setting, lambda *told: None)
         contrasts = Contrasts.of(made.image, made.labels, {23})
         by_hand.append(made)
-        scores.append(judge(made.image, made.labels).score + contrasts.shortfall)
+        report = judge(made.image, made.labels)
+        assert {finding.kind for finding in report.failed} > {"median"}
+        scores.append(report.score + contrasts.shortfall)
         setting = contrasts.next(setting)
     assert not np.array_equal(by_hand[0].image.array, by_hand[1].image.array)
     kept = int(np.argmin(scores))

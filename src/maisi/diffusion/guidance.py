@@ -24,14 +24,15 @@ Weaker = Callable[[Tensor, Tensor], Tensor | None]
 def guided(conditional: Denoiser, *others: tuple[Weaker, float]) -> Denoiser:
     """A denoiser that goes further from less conditional predictions, of each its scale: c + sum of scale (c - u).
 
-    One with scale 0 is never called. Between -1 and 0 lies what is between the two predictions.
+    One with scale 0 is never called. Between -1 and 0 lies what is between the two predictions, below it what is beyond
+    the other one.
 
     Raises:
-        MaisiError: the scale is below -1 or not finite.
+        MaisiError: a scale is not finite.
     """
     for _, scale in others:
-        if not math.isfinite(scale) or scale < -1:
-            raise MaisiError(f"A guidance scale of {scale} has no meaning; give 0 (off) or a positive number.")
+        if not math.isfinite(scale):
+            raise MaisiError(f"A guidance scale of {scale} has no meaning; give a number, 0 for none.")
     asked = [(other, scale) for other, scale in others if scale]
     if not asked:
         return conditional

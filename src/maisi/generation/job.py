@@ -27,6 +27,7 @@ from maisi.data.quality import QualityRanges, read_ranges
 from maisi.data.quality_measures import select
 from maisi.data.tumor_masks import PlacedTumor, grow_tumors, small_tumors
 from maisi.errors import MaisiError
+from maisi.generation.density import MOST
 from maisi.generation.fov import Adviser
 from maisi.generation.masks import bare_cords, is_phantom, only, read_mask, with_body_about_cords, without_tumors
 from maisi.request import Request, item_seed
@@ -138,9 +139,10 @@ class Job:
         if self.labels is None:
             return 1
         tumors = bool(self.request.tumor) or bool(TUMORS.keys() & set(ids_in(self.labels.array)))
-        # further attempts may raise the guidance by tumours from 0
+        # further attempts may raise the guidance by tumours from 0, and correct densities
         healthy = tumors and (self.request.guidance != 0 or self.request.retries > 0)
-        return 1 + healthy + len(set(self.strengthened.values()))
+        lacking = len(set(self.strengthened.values()))
+        return 1 + healthy + (max(lacking, MOST) if self.request.retries else lacking)
 
     def padded_labels(self) -> Labels | None:
         """The mask as networks are told it, on the padded grid, RAS+ (X, Y, Z) uint8.

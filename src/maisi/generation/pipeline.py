@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maisi.anatomy import label_name
+from maisi.anatomy import label_id, label_name
 from maisi.conditions import MASK_BITS, Conditions, mask_bits, stack
 from maisi.config import Config, parse_config
 from maisi.cuda_graph import CudaGraphs, GraphMemory
@@ -334,16 +334,16 @@ class Model:
             lambda setting: self._attempt(own, plan, number, setting, next(told)),
             job.request.retries,
             ranges,
-            job.request.guidance,
-            own.mask_guidance,
+            Setting(job.request.guidance, mask_guidance=own.mask_guidance, strengthened=own.strengthened),
             halving=job.request.mask_guidance is None,
+            fixed=[label_id(name) for name in job.request.strengthen],
         )
         return replace(best, labels=own.kept_labels())
 
     @torch.inference_mode()
     def _attempt(self, job: Job, plan: Plan, number: int, setting: Setting, progress: Progress) -> Item:
         started = time.perf_counter()
-        job = replace(job, mask_guidance=setting.mask_guidance)
+        job = replace(job, mask_guidance=setting.mask_guidance, strengthened=setting.strengthened)
         seed = item_seed(job.request.seed, number, setting.noise)
         noise, generator = self.noise(job.padded, seed)
         latent = sample(

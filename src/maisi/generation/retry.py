@@ -1,21 +1,23 @@
 """Made again until it passes: the quality check of a generated item, within bounds. Imports no torch.
 
 An item with a mask whose report does not pass is made again from other noise, as often as the request allows, and the
-best is kept; where a tumour lacks the contrast of its kind, from the same noise with the guidance that mends it.
-After each attempt that fails the label map guides half as much: that exaggerates what a model knows little of.
+best is kept; where a tumour lacks the contrast of its kind, or nothing but medians of structures fails, from the same
+noise with the guidance that mends it. After each other attempt that fails the label map guides half as much: that
+exaggerates what a model knows little of.
 Without a mask there is nothing that other noise would have to follow: it is judged once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
 from maisi.anatomy import TUMORS
 from maisi.data.label_maps import ids_in
-from maisi.data.quality import QualityRanges, QualityReport, carried_ranges, judge, read_ranges
+from maisi.data.quality import QualityRanges, carried_ranges, judge, read_ranges
+from maisi.generation.density import Made, corrected
 from maisi.generation.output import Item
 from maisi.generation.tumor_contrast import Contrasts, Setting
 from maisi.weights.registry import ModelFolder
@@ -35,9 +37,9 @@ def best_of(
     make: Callable[[Setting], Item],
     retries: int,
     ranges: QualityRanges | None = None,
-    guidance: float = 0.0,
-    mask_guidance: float = 0.0,
+    first: Setting | None = None,
     halving: bool = True,
+    fixed: Collection[int] = (),
 ) -> Item:
     """Make an item, judge it, and make it anew where that is of use.
 
@@ -45,9 +47,9 @@ def best_of(
         make: makes the item with what an attempt is given.
         retries: attempts after the first, at most.
         ranges: what passes; None: the carried ranges.
-        guidance: of the first attempt.
-        mask_guidance: of the first attempt.
-        halving: whether a failed attempt halves it.
+        first: what the first attempt is made with; None: without guidance.
+        halving: whether a failed attempt halves the guidance by the label map.
+        fixed: ids of structures whose strength stays as it is.
 
     Returns:
         The first item that passes, its tumours with the contrast of their kind, or the one with the best score, the
@@ -56,7 +58,7 @@ def best_of(
         took.
     """
     ranges = ranges or carried_ranges()
-    setting = Setting(guidance, mask_guidance=mask_guidance)
+    setting = first or Setting()
     attempts: list[_Judged] = []
     judging = 0.0
     while True:
@@ -66,13 +68,11 @@ def best_of(
         judging += time.perf_counter() - started
         if attempts[-1].passed or item.labels is None or len(attempts) > retries:
             break
-        setting = attempts[-1].contrasts.next(setting)
-        if halving and not attempts[-1].report.passed:
-            setting = replace(setting, mask_guidance=setting.mask_guidance / 2)
+        setting = _next(attempts, halving, fixed)
     kept = min(range(len(attempts)), key=lambda number: attempts[number].score)
     best = attempts[kept]
     quality = {**best.report.as_json(), "attempts": len(attempts), "kept": kept, "ranges": ranges.source}
-    details = {**best.item.details, "quality": quality, **best.contrasts.as_details(best.made_with)}
+    details = {**best.item.details, "quality": quality, **best.contrasts.as_details(best.setting)}
     return replace(best.item, timings_s={**best.item.timings_s, "quality": judging}, details=details)
 
 
@@ -83,23 +83,35 @@ def count_attempts(progress: Callable[[str, int, int], None]) -> Iterator[Callab
         yield lambda stage, done, total, number=number: progress(f"{stage}, attempt {number}", done, total)  # type: ignore[misc]
 
 
+def _next(attempts: Sequence[_Judged], halving: bool, fixed: Collection[int]) -> Setting:
+    """What another attempt is to be made with."""
+    last = attempts[-1]
+    setting = last.contrasts.next(last.setting)
+    strengths = corrected(attempts, fixed)
+    if strengths is not None:
+        # other noise only where a tumour asks for it
+        noise = last.setting.noise if last.contrasts.ratio == 1 else setting.noise
+        return replace(setting, noise=noise, strengthened=strengths)
+    if halving and not last.report.passed:
+        return replace(setting, mask_guidance=setting.mask_guidance / 2)
+    return setting
+
+
 @dataclass(frozen=True)
-class _Judged:
+class _Judged(Made):
     """An attempt with what was found in it."""
 
     item: Item
-    made_with: Setting
-    report: QualityReport
     contrasts: Contrasts
 
     @classmethod
-    def of(cls, item: Item, made_with: Setting, ranges: QualityRanges) -> _Judged:
+    def of(cls, item: Item, setting: Setting, ranges: QualityRanges) -> _Judged:
         in_hu = item.request.modality.startswith("ct")
         report = judge(item.image, item.labels, ranges, in_hu)
         if item.labels is None or not in_hu:
-            return cls(item, made_with, report, Contrasts({}, 0.0, 1.0))
+            return cls(setting, report, item, Contrasts({}, 0.0, 1.0))
         tumors = TUMORS.keys() & ids_in(item.labels.array)
-        return cls(item, made_with, report, Contrasts.of(item.image, item.labels, tumors))
+        return cls(setting, report, item, Contrasts.of(item.image, item.labels, tumors))
 
     @property
     def score(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from maisi.data.tumor_texture import Mask, contrasts, unlikeness, usual_contrast_hu
 from maisi.tumors import kind_of
@@ -25,11 +25,13 @@ class Setting:
         guidance: its scale, see `maisi.diffusion.guided`.
         noise: number of the noise it starts from.
         mask_guidance: that by the label map.
+        strengthened: label id -> how far away from what is made with a map that lacks it; below 0 towards it.
     """
 
     guidance: float = 0.0
     noise: int = 0
     mask_guidance: float = 0.0
+    strengthened: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
