@@ -55,8 +55,8 @@ def test_what_cannot_be_mended_so_is_left_to_other_noise() -> None:
     assert corrected([Made(Setting(), report(spinal_cord=90))], fixed=[CORD]) is None
     deaf = [Made(Setting(), report(spinal_cord=90)), Made(Setting(strengthened={CORD: -2.0}), report(spinal_cord=89))]
     assert corrected(deaf) is None
-    far = [Made(Setting(), report(spinal_cord=400)), Made(Setting(strengthened={CORD: -6.0}), report(spinal_cord=300))]
-    assert corrected(far) is None
+    lowest = Setting(strengthened={CORD: STRENGTH_RANGE[0]})
+    assert corrected([Made(Setting(), report(spinal_cord=400)), Made(lowest, report(spinal_cord=300))]) is None
 
 
 @pytest.mark.parametrize("other", [{"noise": 1}, {"mask_guidance": 0.5}])

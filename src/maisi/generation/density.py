@@ -16,11 +16,12 @@ from maisi.generation.tumor_contrast import Setting
 MOST = 2
 """Structures of one item that are corrected: each takes another run of the networks at each step."""
 
-STRENGTH_RANGE = (-6.0, 6.0)
+STRENGTH_RANGE = (-10.0, 10.0)
 """What an attempt may set a strength to."""
 
 USUAL_HU, TRIAL = 25.0, 2.0
-"""What one unit of strength moves the spinal cords of `tiny` by (20 to 30 HU), and the longest first step."""
+"""What one unit of strength moves the spinal cords of `tiny` by in voxels of 3 mm (in 4.5 mm 8 to 12), and the longest
+first step."""
 
 _LEAST_HU = 3.0
 _AIRY_HU = -150.0
