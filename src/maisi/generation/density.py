@@ -36,7 +36,7 @@ class Made:
 
 
 def corrected(attempts: Sequence[Made], fixed: Collection[int] = ()) -> dict[int, float] | None:
-    """Strengths for another attempt from the noise of the last one, that bring medians to the middle of their ranges.
+    """Strengths for another attempt from the noise of the last one, that bring medians an eighth into their ranges.
 
     The first step is a guess, the next ones are what the guess has shown.
 
@@ -75,19 +75,24 @@ def _together(id: int) -> tuple[int, ...]:
 
 
 def _next(finding: Finding, id: int, attempts: Sequence[Made]) -> float:
-    """The strength that should bring one structure to the middle of its range; as it was where that is out of reach."""
+    """The strength that should bring one structure an eighth into its range; as it was where that is out of reach.
+
+    Not to its middle: much strength changes what lies beside the structure, too.
+    """
     setting = attempts[-1].setting
     assert finding.low is not None  # medians have ranges with two ends
     assert finding.high is not None
-    middle, now = (finding.low + finding.high) / 2, setting.strengthened.get(id, 0.0)
+    inside = (finding.high - finding.low) / 8
+    goal = min(max(finding.value, finding.low + inside), finding.high - inside)
+    now = setting.strengthened.get(id, 0.0)
     slope = _slope(finding, id, attempts)
     if slope is None:
-        usual = USUAL_HU if middle > _AIRY_HU else -USUAL_HU
-        step = min(max((middle - finding.value) / usual, -TRIAL), TRIAL)
+        usual = USUAL_HU if goal > _AIRY_HU else -USUAL_HU
+        step = min(max((goal - finding.value) / usual, -TRIAL), TRIAL)
     elif abs(slope) < _LEAST_HU:
         return now
     else:
-        step = (middle - finding.value) / slope
+        step = (goal - finding.value) / slope
     low, high = STRENGTH_RANGE
     return round(min(max(now + step, low), high), 2)
 
