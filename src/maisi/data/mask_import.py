@@ -427,7 +427,8 @@ def _check_vocabulary(source: Source, found: Mapping[int, Found]) -> None:
     others = _others(source, found)
     if unknown:
         fits = sorted(others, key=lambda v: (_name_share(source.names, v), _order_share(found, v)[0]))
-        mend = f"use --from {fits[-1].name}, which has them all" if fits else "use --from TABLE.json that maps them"
+        best = fits[-1].name if fits else ""
+        mend = f"{best} has them all, so use --from {best}" if fits else "use --from TABLE.json that maps them"
         called = [f"{id} '{source.names[id]}'" if id in source.names else str(id) for id in unknown[:10]]
         some = ", ".join(called) + (", ..." if len(unknown) > 10 else "")
         raise MaisiError(f"{source.name} holds ids that {words.name} lacks ({some}); {mend}.")
