@@ -142,7 +142,7 @@ def test_a_structure_too_dense_is_made_again_from_the_same_noise_towards_a_map_w
     normal = carried_ranges().medians["liver"]
     goal = normal.high - (normal.high - normal.low) / 8
     base = float(np.median(image.array[labels.array == 1])) + 150
-    assert [setting.strengthened for setting in settings[:2]] == [{}, {1: -2.0}]
+    assert [setting.strengthened for setting in settings[:2]] == [{}, {1: -4.0}]
     if len(settings) == 3:
         assert settings[2].strengthened[1] == pytest.approx((goal - base) / 40, abs=0.01)
     # not where its strength was asked for

@@ -19,9 +19,9 @@ MOST = 2
 STRENGTH_RANGE = (-10.0, 10.0)
 """What an attempt may set a strength to."""
 
-USUAL_HU, TRIAL = 25.0, 2.0
-"""What one unit of strength moves the spinal cords of `tiny` by in voxels of 3 mm (in 4.5 mm 8 to 12), and the longest
-first step."""
+USUAL_HU, TRIAL = 12.0, 4.0
+"""What the first step takes one unit of strength to do, and its longest. Cords of `tiny` move by 8 to 12 HU in voxels
+of 4.5 mm and by 20 to 30 in 3 mm, where twice the step wanted is still within their range."""
 
 _LEAST_HU = 3.0
 _AIRY_HU = -150.0
