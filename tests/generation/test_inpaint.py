@@ -79,6 +79,25 @@ def test_the_steps_are_the_models_unless_told(model, abdomen) -> None:
     assert steps(3, inpaint_steps=9) == 3
 
 
+def test_a_host_that_the_model_hardly_knows_is_guided_less(model, abdomen) -> None:
+    image, labels = abdomen
+    config = model.folder.config.model_copy(update={"inpaint_mask_guidance": {"liver": -0.8}})
+    job = make_inpaint_job(Request.parse(tumor="liver:30mm"), config, image, labels)
+    new, _ = new_labels(job, 0)
+    tumor = new.array == 26
+    (part,) = changed_parts(tumor, 5.0, labels.spacing_mm)
+    assert make_crop(model, job, new, part, 5.0).job.mask_guidance == -0.8
+    # taken out again, and of another kind
+    removal = make_inpaint_job(Request.parse(tumor="none"), config, image, new)
+    assert make_crop(model, removal, labels, part, 5.0).job.mask_guidance == -0.8
+    other = labels.with_array(np.where(tumor, np.uint8(140), labels.array))
+    assert make_crop(model, job, other, part, 5.0).job.mask_guidance == 0
+    assert make_crop(model, job_of(model, abdomen), new, part, 5.0).job.mask_guidance == 0
+    usual, less = (inpaint_item(model, replace(job, mask_guidance=m), 0, silent) for m in ({}, {"liver": -0.8}))
+    assert (usual.image.array != less.image.array)[tumor].any()
+    assert less.details["mask_guidance"] == {"liver": -0.8}
+
+
 def test_an_item_depends_on_seed_and_number_alone(model, abdomen) -> None:
     one = inpaint_item(model, job_of(model, abdomen, seed=4, count=5), 3, silent)
     two = inpaint_item(model, job_of(model, abdomen, seed=4), 3, silent)

@@ -1,11 +1,17 @@
 """What the carried model makes of structures that its few trunks hardly taught it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from maisi.anatomy import label_id
+from maisi.data.label_maps import label_table
 from maisi.data.quality import carried_ranges
+from maisi.generation.inpaint import inpaint
 from maisi.generation.pipeline import load
+from maisi.io.nifti import read_labels, read_volume
 
 SEEN_ONCE = ("liver", "spleen", "pancreas")
 SOFT_HU = (-60.0, 170.0)
@@ -43,3 +49,28 @@ def test_vessels_and_bowel_of_a_drawn_abdomen_are_soft_tissue(pair, structure):
 def test_a_brain_is_told_as_body_as_in_training(tiny):
     told = tiny.controlnet.config.told(np.array([label_id("brain"), label_id("body")]))
     assert set(told.tolist()) == {label_id("body")}
+
+
+def test_a_tumour_in_a_real_liver_is_even_and_darker_and_can_be_taken_out(tiny, real_data: Path):
+    """Painted as the ControlNet alone would, its middle has 200 HU within a rim of -80."""
+    folder = real_data / "totalsegmentator"
+    ct, theirs = read_volume(folder / "abdomen_pelvis_ct.nii.gz"), read_labels(folder / "abdomen_pelvis_labels.nii.gz")
+    to = np.zeros(256, np.uint8)
+    for their, ours in label_table("totalsegmentator").items():
+        to[their] = ours
+    named = to[theirs.array.astype(np.uint8)]
+    labels = theirs.with_array(np.where(named, named, np.where(ct.array > -300, np.uint8(200), np.uint8(0))))
+    liver = np.median(ct.array[named == label_id("liver")])
+    painted = inpaint(ct, labels, tumor="liver:25mm", seed=0, model=tiny)
+    assert painted.labels is not None
+    tumor = painted.labels.array == label_id("hepatic tumor")
+    depth = ndimage.distance_transform_edt(tumor, sampling=labels.spacing_mm)
+    parts = [tumor & (depth > low) & (depth <= low + 3) for low in (0, 3, 6, 9)]
+
+    def medians(image: np.ndarray) -> np.ndarray:
+        return np.array([np.median(image[part]) for part in parts])
+
+    assert painted.details["contrast_as_usual"]
+    assert (np.abs(medians(painted.image.array) - liver + 50) < 60).all()
+    healthy = inpaint(painted.image, painted.labels, tumor="none", seed=0, model=tiny)
+    assert (np.abs(medians(healthy.image.array) - liver) < 60).all()

@@ -49,7 +49,7 @@ from maisi.generation.pipeline import Known, Model, Progress, load, silent
 from maisi.generation.tumor_contrast import Contrasts, Setting
 from maisi.request import Request, item_seed
 from maisi.splitting.plan import Plan, Task, coding_plan
-from maisi.tumors import KINDS
+from maisi.tumors import KINDS, kind_of
 from maisi.volume import Array, Volume
 
 Triple = tuple[int, int, int]
@@ -165,6 +165,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         "regions": list(regions_present(ids_in(labels.array))),
         "tumors": [asdict(tumor) for tumor in placed],
         "removed": job.removal,
+        "mask_guidance": dict(job.mask_guidance),
         **best.contrasts.as_details(best.made_with),
         "quality": {**best.report.as_json(), "ranges": ranges.source},
         "attempts": len(attempts),
@@ -269,6 +270,8 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
     seen, inside = _with_small(labels, part, seen, inside)
     region = _distance(inside, spacing) <= margin
     regions = job.request.region or regions_present(ids_in(seen.array)) or regions_present(ids_in(labels.array))
+    changed = [one.array[part.box][part.inside] for one in (job.labels, labels)]
+    kinds = [kind_of(id).name for id in TUMORS if any((ids == id).any() for ids in changed)]
     inner = Job(
         request=job.request,
         conditions=Conditions(spacing, regions, job.request.modality),
@@ -277,6 +280,7 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
         labels=seen,
         steps=job.steps,
         solver=job.solver,
+        mask_guidance=max((job.mask_guidance.get(kind, 0.0) for kind in kinds), default=0.0),
     )
     return Crop(inner, image, region)
 

@@ -39,6 +39,7 @@ class InpaintJob:
         labels: its label map (uint8) on the same grid.
         steps: denoising steps.
         solver: name of the solver.
+        mask_guidance: kind of tumour -> that by the labels where such are painted or taken out; 0 for others.
         notes: sentences for the user.
         ranges: what the request says that tumours are judged by, or None.
         custom_labels: names of the own classes of the labels, id -> name.
@@ -49,6 +50,7 @@ class InpaintJob:
     labels: Volume
     steps: int
     solver: str
+    mask_guidance: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     ranges: QualityRanges | None = None
     custom_labels: Mapping[int, str] = field(default_factory=dict)
@@ -115,7 +117,8 @@ def make_inpaint_job(
     steps = request.steps or model.usual_inpaint_steps()
     solver = request.solver or model.usual_solver(masked=True)
     ranges = None if request.ranges is None else read_ranges(request.ranges)
-    return InpaintJob(request, ct, mask, steps, solver, tuple(notes), ranges, model.custom_labels)
+    guidance = model.inpaint_mask_guidance
+    return InpaintJob(request, ct, mask, steps, solver, guidance, tuple(notes), ranges, model.custom_labels)
 
 
 def _image(request: Request, image: Volume | None) -> Volume:

@@ -46,6 +46,7 @@ def assemble(
     self_guidance: float = 0.0,
     mask_self_guidance: float = 0.0,
     mask_temperature: float = 1.0,
+    inpaint_mask_guidance: Mapping[str, float] | None = None,
     strengthen: Mapping[str, float] | None = None,
     storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
@@ -70,6 +71,7 @@ def assemble(
         self_guidance: default strength of guidance without them.
         mask_self_guidance: the same with them.
         mask_temperature: default standard deviation of the noise with them.
+        inpaint_mask_guidance: kind of tumour -> strength of labels in inpainting.
         strengthen: default strengths of single structures of them.
         storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
@@ -116,6 +118,7 @@ def assemble(
             "self_guidance": self_guidance,
             "mask_self_guidance": mask_self_guidance,
             "mask_temperature": mask_temperature,
+            "inpaint_mask_guidance": inpaint_mask_guidance or {},
             "strengthen": strengthen or {},
             "ranges": None if ranges is None else RANGES,
             "library": None if library is None else LIBRARY,

@@ -6,13 +6,14 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from maisi.config import Config, parse_config
 from maisi.errors import MaisiError
 from maisi.io.files import INDEX, sha256
+from maisi.tumors import KINDS
 from maisi.weights.load import load_network, read_header
 from maisi.weights.released_models import released_models
 
@@ -98,6 +99,8 @@ class ModelConfig(Config):
         self_guidance: of generation without a mask, unless the request says otherwise; see `Request`.
         mask_self_guidance: the same from a mask.
         mask_temperature: of generation from a mask, unless the request says otherwise; see `Request`. 1 without a mask.
+        inpaint_mask_guidance: kind of tumour -> guidance by the labels where such are painted or taken out; 0 for
+            others. Below 0 it goes back to what the U-Net makes of what is around: a ControlNet may hardly know a host.
         strengthen: structures of a mask, unless the request says otherwise of them; see `Request`.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
@@ -127,6 +130,7 @@ class ModelConfig(Config):
     self_guidance: NonNegativeFloat = 0.0
     mask_self_guidance: NonNegativeFloat = 0.0
     mask_temperature: PositiveFloat = 1.0
+    inpaint_mask_guidance: dict[str, Annotated[float, Field(ge=-1, le=100)]] = Field(default={})
     strengthen: dict[str, PositiveFloat] = Field(default={})
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
@@ -137,6 +141,14 @@ class ModelConfig(Config):
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
         return None if value is None else plain_name(value)
+
+    @field_validator("inpaint_mask_guidance")
+    @classmethod
+    def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
+        unknown = [name for name in value if name not in KINDS]
+        if unknown:
+            raise ValueError(f"'{unknown[0]}' is no kind of tumour; these are: {', '.join(KINDS)}")
+        return value
 
     @model_validator(mode="after")
     def _every_file_pinned(self) -> ModelConfig:
