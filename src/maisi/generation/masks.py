@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from maisi.anatomy import BODY, TUMORS, UNNAMED_BONE, label_id
+from maisi.anatomy import BODY, TUMORS, label_id
 from maisi.data.label_maps import checked_mask, ids_in
 from maisi.data.mask_import import read_our_labels
 from maisi.data.phantom import DESCRIPTION
@@ -24,6 +24,7 @@ from maisi.volume import Volume
 Labels = NDArray[np.uint8]
 
 _CORD = label_id("spinal cord")
+_SPINE = label_id("vertebrae C4")  # released models know no unnamed bone
 # A patient has 30 mm and more from the cord to the skin; scans that were cut away about it leave 3 to 12 mm.
 _BARE_MM = 15.0
 _BONE_MM = 15.0
@@ -76,7 +77,7 @@ def with_body_about_cords(labels: Labels, spacing_mm: tuple[float, float, float]
         return labels
     box = wider_box(ndimage.find_objects(bare.view(np.uint8))[0], labels.shape, _NECK_MM, spacing_mm)
     far = ndimage.distance_transform_edt(~bare[box], sampling=spacing_mm)
-    added = np.select([far <= _BONE_MM, far <= _NECK_MM], [np.uint8(UNNAMED_BONE), np.uint8(BODY)], np.uint8(0))
+    added = np.select([far <= _BONE_MM, far <= _NECK_MM], [np.uint8(_SPINE), np.uint8(BODY)], np.uint8(0))
     result = labels.copy()
     result[box] = np.where(labels[box] == 0, added, labels[box])
     return result
