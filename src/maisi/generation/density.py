@@ -1,7 +1,7 @@
 """How a structure gets the density of its kind: one attempt sets how far the next goes away from a map without it.
 
-Away from what networks make with a label map that lacks a structure, its HU change and nothing else does, about in
-proportion. Imports no torch.
+Away from what networks make with a label map that lacks a structure, its HU change about in proportion, and little else
+does. Imports no torch.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def corrected(attempts: Sequence[Made], fixed: Collection[int] = ()) -> dict[int
         ids = ids_of(finding.of)
         others = {_together(id) for id in strengths if id not in ids}
         if len(others) < MOST and not set(ids) & set(fixed):
-            now = last.setting.strengthened.get(ids[0], 0.0)
             strength = _next(finding, ids[0], attempts)
-            moved = moved or strength != now
+            moved = moved or strength != strengths.get(ids[0], 0.0)
             strengths |= dict.fromkeys(ids, strength)
     return {id: strength for id, strength in strengths.items() if strength} if moved else None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ class Job:
 
         The edge goes on beyond itself, so no body ends there; cords that hang in air have a body about them.
         """
+        return self._told
+
+    @cached_property
+    def _told(self) -> Labels | None:
+        # once a job: guidance asks for it again for each mask that lacks something
         if self.labels is None:
             return None
         ras = self.labels.to_ras()
