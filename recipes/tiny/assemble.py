@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maisi.weights.assemble import assemble
-from maisi.weights.registry import PARTS, FieldOfView
+from maisi.weights.registry import PARTS, FieldOfView, KindPainting
 
 
 def view(share: float, size: tuple[int, int, int], spacing_mm: float, *regions: str) -> FieldOfView:
@@ -61,7 +61,9 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         mask_self_guidance=0.5,
         mask_temperature=0.85,
         # the ControlNet makes the middle of what it paints into soft organs bone, of which it knows one patient's
-        inpaint_mask_guidance=dict.fromkeys(("liver", "pancreas", "kidney", "colon"), -0.8),
+        inpaint_kinds=dict.fromkeys(
+            ("liver", "pancreas", "kidney", "colon"), KindPainting(mask_guidance=-0.8, temperature=0.5)
+        ),
         storage="int8",
         crop_spacing_mm=(1.8, 3.2),
         ranges=ranges,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,15 @@ from maisi.generation.inpaint import (
     painted,
 )
 from maisi.generation.inpaint_job import make_inpaint_job
+from maisi.generation.pipeline import Model
 from maisi.generation.tumor_contrast import GUIDANCE_RANGE, Setting
 from maisi.networks.controlnet import ControlNet, inpainting_mask, with_image_input
 from maisi.request import Request
 from maisi.tumors import parse_tumors
 from maisi.volume import Volume
+from maisi.weights.registry import KindPainting
+
+LESS = KindPainting(mask_guidance=-0.8)
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -81,7 +86,7 @@ def test_the_steps_are_the_models_unless_told(model, abdomen) -> None:
 
 def test_a_host_that_the_model_hardly_knows_is_guided_less(model, abdomen) -> None:
     image, labels = abdomen
-    config = model.folder.config.model_copy(update={"inpaint_mask_guidance": {"liver": -0.8}})
+    config = model.folder.config.model_copy(update={"inpaint_kinds": {"liver": LESS}})
     job = make_inpaint_job(Request.parse(tumor="liver:30mm"), config, image, labels)
     new, _ = new_labels(job, 0)
     tumor = new.array == 26
@@ -93,9 +98,39 @@ def test_a_host_that_the_model_hardly_knows_is_guided_less(model, abdomen) -> No
     other = labels.with_array(np.where(tumor, np.uint8(140), labels.array))
     assert make_crop(model, job, other, part, 5.0).job.mask_guidance == 0
     assert make_crop(model, job_of(model, abdomen), new, part, 5.0).job.mask_guidance == 0
-    usual, less = (inpaint_item(model, replace(job, mask_guidance=m), 0, silent) for m in ({}, {"liver": -0.8}))
+    usual, less = (inpaint_item(model, replace(job, kinds=kinds), 0, silent) for kinds in ({}, {"liver": LESS}))
     assert (usual.image.array != less.image.array)[tumor].any()
-    assert less.details["mask_guidance"] == {"liver": -0.8}
+    assert less.details["kinds"] == {"liver": {"mask_guidance": -0.8, "temperature": 1.0}}
+
+
+def test_the_temperature_is_that_of_the_kind_unless_told(model, abdomen, monkeypatch) -> None:
+    """It multiplies all noise: what painting starts from, and what the known is put back with."""
+    calm = {"liver": KindPainting(temperature=0.5)}
+
+    def made(kinds: dict[str, KindPainting], **wishes: Any) -> np.ndarray:
+        job = replace(job_of(model, abdomen, retries=0, **wishes), kinds=kinds)
+        return inpaint_item(model, job, 0, silent).image.array
+
+    usual, own, told = made({}), made(calm), made({}, temperature=0.5)
+    assert np.array_equal(own, told)
+    assert np.array_equal(made(calm, temperature=1.0), usual)
+    assert (own != usual).any()
+    draw = type(model).noise
+
+    def calmer(self: Model, *args: Any) -> Any:
+        noise, generator = draw(self, *args)
+        return 0.5 * noise, generator
+
+    monkeypatch.setattr(type(model), "noise", calmer)
+    assert np.array_equal(made({}), own)
+
+
+def test_what_is_painted_together_is_painted_as_what_needs_most(model, abdomen) -> None:
+    kinds = {"liver": KindPainting(mask_guidance=-0.8, temperature=0.5), "colon": KindPainting(mask_guidance=-0.5)}
+    job = replace(job_of(model, abdomen), kinds=kinds)
+    assert job.painting(["liver"]) == kinds["liver"]
+    assert job.painting(["liver", "colon"]) == KindPainting(mask_guidance=-0.5)
+    assert job.painting(["liver", "lung"]) == job.painting(["lung"]) == job.painting([]) == KindPainting()
 
 
 def test_an_item_depends_on_seed_and_number_alone(model, abdomen) -> None:
@@ -394,7 +429,6 @@ def test_painted_voxels_are_those_that_differ_in_the_file(model, abdomen) -> Non
         {"size": (32, 32, 32)},
         {"mask_guidance": 2.0},
         {"strengthen": {"liver": 2.0}},
-        {"temperature": 0.5},
         {"structure": "liver"},
         {"fov": "auto", "region": "abdomen"},
     ],

@@ -187,7 +187,7 @@ def test_a_model_tries_again_and_repeats_itself(model, model_folder, chest_label
         report = judge(made.image, made.labels)
         assert {finding.kind for finding in report.failed} > {"median"}
         scores.append(report.score + contrasts.shortfall)
-        setting = contrasts.next(setting)
+        setting = contrasts.next(setting)  # of two attempts the first has none before it
     assert not np.array_equal(by_hand[0].image.array, by_hand[1].image.array)
     kept = int(np.argmin(scores))
     assert (alone.details["quality"]["attempts"], alone.details["quality"]["kept"]) == (2, kept)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,6 +50,7 @@ def test_it_is_the_measure_of_the_tumour_table(abdomen) -> None:
     assert found.hu == {LIVER.id: one.hu}
     assert found.shortfall == unlikeness(one, LIVER)
     assert found.ratio == pytest.approx(usual_contrast_hu(one, LIVER) / one.hu)
+    assert found.off_hu == pytest.approx(one.hu - usual_contrast_hu(one, LIVER))
     assert Contrasts.of(image, labels, ()) == Contrasts({}, 0.0, 1.0)
 
 
@@ -57,7 +60,8 @@ def test_it_is_the_measure_of_the_tumour_table(abdomen) -> None:
         (0.5, 0.0, (-0.5, 3)),
         (2.0, 0.5, (2.0, 3)),
         (0.01, 0.0, (-0.8, 3)),
-        (50.0, 0.0, (6.0, 3)),
+        (50.0, 0.0, (3.0, 3)),
+        (50.0, 1.0, (6.0, 3)),
         (50.0, 6.0, (6.0, 4)),
         (0.0, 1.0, (2.5, 4)),
         (1.0, 0.5, (0.5, 4)),
@@ -75,10 +79,49 @@ def test_guidance_by_the_label_map_counts_to_the_contrast(ratio, following) -> N
     assert (found.guidance, found.noise, found.mask_guidance) == (pytest.approx(following), 3, 1.5)
 
 
-@given(ratio=st.floats(0, 100), guidance=st.floats(-0.8, 6), noise=st.integers(0, 10))
-def test_no_attempt_repeats_another_and_none_leaves_the_range(ratio, guidance, noise) -> None:
+def test_guidance_away_from_the_label_map_counts_too() -> None:
+    """1 + 0 - 0.8, times 3, is 0.6."""
+    found = Contrasts({140: -10.0}, 0.3, 3.0).next(Setting(0.0, 3, mask_guidance=-0.8))
+    assert (found.guidance, found.noise) == (pytest.approx(0.4), 3)
+
+
+def test_two_attempts_show_how_far_guidance_goes(abdomen) -> None:
+    """Whatever a contrast grows with, the third attempt has it where it is usual; also from a wrong sign."""
+    labels = abdomen[1]
+
+    def made(setting: Setting) -> Contrasts:
+        return Contrasts.of(shown(abdomen, 5 - 180 * setting.guidance), labels, {LIVER.id})
+
+    for guidances in ((0.0, 1.2), (1.2, 0.0), (0.05, 0.1)):
+        before, now = (Setting(guidance, 2) for guidance in guidances)
+        assert made(before).shortfall > 0 < made(now).shortfall
+        following = made(now).next(now, [(made(before), before)])
+        assert following.noise == 2
+        assert made(following).shortfall == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise": 1}, {"mask_guidance": 0.5}, {"strengthened": {22: 1.0}}, {"guidance": 0.8}]
+)
+def test_attempts_that_differ_otherwise_show_nothing(change) -> None:
+    now = Setting(0.8, 2)
+    weak, strong = Contrasts({26: -10.0}, 0.3, 3.0, 20.0), Contrasts({26: -200.0}, 0.3, 0.5, -100.0)
+    assert strong.next(now, [(weak, replace(Setting(0.0, 2), **change))]) == strong.next(now)
+    assert strong.next(now, [(weak, Setting(0.0, 2))]) == Setting(pytest.approx(0.8 - 100 * 0.8 / 120), 2)
+
+
+@given(
+    ratio=st.floats(0, 100),
+    guidance=st.floats(-0.8, 6),
+    noise=st.integers(0, 10),
+    off=st.floats(-1000, 1000),
+    other=st.floats(-1000, 1000),
+)
+def test_no_attempt_repeats_another_and_none_leaves_the_range(ratio, guidance, noise, off, other) -> None:
     now = Setting(guidance, noise)
-    following = Contrasts({26: 1.0}, 0.1, ratio).next(now)
+    following = Contrasts({26: 1.0}, 0.1, ratio, off).next(
+        now, [(Contrasts({26: 1.0}, 0.1, 2.0, other), Setting(0.5, noise))]
+    )
     assert following != now
     assert noise <= following.noise <= noise + 1
     assert GUIDANCE_RANGE[0] <= following.guidance <= GUIDANCE_RANGE[1]

@@ -12,6 +12,7 @@ from maisi.data.quality import carried_ranges
 from maisi.generation.inpaint import inpaint
 from maisi.generation.pipeline import load
 from maisi.io.nifti import read_labels, read_volume
+from maisi.volume import Volume
 
 SEEN_ONCE = ("liver", "spleen", "pancreas")
 SOFT_HU = (-60.0, 170.0)
@@ -51,16 +52,21 @@ def test_a_brain_is_told_as_body_as_in_training(tiny):
     assert set(told.tolist()) == {label_id("body")}
 
 
-def test_a_tumour_in_a_real_liver_is_even_and_darker_and_can_be_taken_out(tiny, real_data: Path):
-    """Painted as the ControlNet alone would, its middle has 200 HU within a rim of -80."""
+def trunk(real_data: Path) -> tuple[Volume, Volume]:
+    """A real abdomen and its label map; training has seen it, and no other with organs."""
     folder = real_data / "totalsegmentator"
     ct, theirs = read_volume(folder / "abdomen_pelvis_ct.nii.gz"), read_labels(folder / "abdomen_pelvis_labels.nii.gz")
     to = np.zeros(256, np.uint8)
     for their, ours in label_table("totalsegmentator").items():
         to[their] = ours
     named = to[theirs.array.astype(np.uint8)]
-    labels = theirs.with_array(np.where(named, named, np.where(ct.array > -300, np.uint8(200), np.uint8(0))))
-    liver = np.median(ct.array[named == label_id("liver")])
+    return ct, theirs.with_array(np.where(named, named, np.where(ct.array > -300, np.uint8(200), np.uint8(0))))
+
+
+def test_a_tumour_in_a_real_liver_is_even_and_darker_and_can_be_taken_out(tiny, real_data: Path):
+    """Painted as the ControlNet alone would, its middle has 200 HU within a rim of -80."""
+    ct, labels = trunk(real_data)
+    liver = np.median(ct.array[labels.array == label_id("liver")])
     painted = inpaint(ct, labels, tumor="liver:25mm", seed=0, model=tiny)
     assert painted.labels is not None
     tumor = painted.labels.array == label_id("hepatic tumor")
@@ -74,3 +80,18 @@ def test_a_tumour_in_a_real_liver_is_even_and_darker_and_can_be_taken_out(tiny, 
     assert (np.abs(medians(painted.image.array) - liver + 50) < 60).all()
     healthy = inpaint(painted.image, painted.labels, tumor="none", seed=0, model=tiny)
     assert (np.abs(medians(healthy.image.array) - liver) < 60).all()
+
+
+@pytest.mark.parametrize(
+    ("wish", "seed"),
+    [("liver:40mm", 5), ("kidney:20mm", 5), ("kidney:30mm", 4), ("pancreas:12mm", 1), ("colon:20mm", 0)],
+)
+def test_tumours_in_soft_organs_have_their_contrast_and_neither_air_nor_bone(tiny, real_data: Path, wish, seed):
+    """With noise as strong as elsewhere, large ones have both: the U-Net has hardly seen what is around them."""
+    ct, labels = trunk(real_data)
+    painted = inpaint(ct, labels, tumor=wish, seed=seed, model=tiny)
+    assert painted.labels is not None
+    assert painted.details["contrast_as_usual"]
+    tumor = ndimage.binary_erosion(painted.labels.array != labels.array)
+    low, high = np.percentile(painted.image.array[tumor], (2, 98))
+    assert -200 < low < high < 200

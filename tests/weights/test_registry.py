@@ -116,8 +116,9 @@ def test_exchanged_missing_and_truncated_networks(folder: Path):
         ({"controlnet": "controlnet.safetensors"}, "no hash .* of 'controlnet.safetensors'"),
         ({"scale_factor": 0}, "scale_factor"),
         ({"size_multiple": 0}, "size_multiple"),
-        ({"inpaint_mask_guidance": {"lever": -0.8}}, "'lever' is no kind of tumour; these are: .*liver"),
-        ({"inpaint_mask_guidance": {"liver": -1.2}}, "inpaint_mask_guidance"),
+        ({"inpaint_kinds": {"lever": {}}}, "'lever' is no kind of tumour; these are: .*liver"),
+        ({"inpaint_kinds": {"liver": {"mask_guidance": -1.2}}}, "mask_guidance"),
+        ({"inpaint_kinds": {"liver": {"temperature": 0.0}}}, "temperature"),
         ({"field_of_view": [{"regions": [], "size": [1, 2], "spacing_mm": [1, 1, 1]}]}, "size"),
     ],
 )

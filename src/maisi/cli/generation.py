@@ -109,6 +109,7 @@ def generate(
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--solver", help="Solver of the denoising.  [default: the model's]")
 @click.option("--guidance", type=float, default=0.0, show_default=True, help="Strengthens the tumour; 0 is off.")
+@click.option("--temperature", type=float, help="Of the noise; below 1 smoother, more alike.  [default: the model's]")
 @click.option("--retries", type=int, default=2, show_default=True, help="Further attempts at a tumour too faint.")
 @ranges_option
 @running_options
@@ -125,7 +126,10 @@ def inpaint(output: Path, device: str, precision: str, memory: str | None, first
 
     request = Request.parse(**wishes)
     if request.by == "rules":
-        refuse_given(["steps", "solver", "guidance", "device", "precision"], "is for networks, and rules paint here")
+        refuse_given(
+            ["steps", "solver", "guidance", "temperature", "device", "precision"],
+            "is for networks, and rules paint here",
+        )
     require_first(first)
     _make(output, request, first, device, precision, memory)
 

@@ -145,7 +145,8 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
     started = time.perf_counter()
     labels, placed = new_labels(job, number)
     changed = labels.array != job.labels.array
-    setting = Setting(job.request.guidance)
+    by_labels = job.painting(tumor.kind for tumor in placed).mask_guidance
+    setting = Setting(job.request.guidance, mask_guidance=by_labels)
     ranges = job.ranges or (carried_ranges() if model is None else model.ranges)
     attempts: list[Attempt] = []
     for attempt in range(1 + (0 if job.removal else job.request.retries)):
@@ -156,7 +157,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         attempts.append(_measured(image, labels, changed, placed, setting, ranges))
         if attempts[-1].shortfall == 0:
             break
-        setting = attempts[-1].contrasts.next(setting)
+        setting = attempts[-1].contrasts.next(setting, [(a.contrasts, a.made_with) for a in attempts[:-1]])
     best = min(attempts, key=lambda a: a.shortfall)
     seconds = time.perf_counter() - started
     details = {
@@ -165,7 +166,7 @@ def inpaint_item(model: Model | None, job: InpaintJob, number: int, progress: Pr
         "regions": list(regions_present(ids_in(labels.array))),
         "tumors": [asdict(tumor) for tumor in placed],
         "removed": job.removal,
-        "mask_guidance": dict(job.mask_guidance),
+        "kinds": {kind: job.painting([kind]).model_dump() for kind in job.kinds},
         **best.contrasts.as_details(best.made_with),
         "quality": {**best.report.as_json(), "ranges": ranges.source},
         "attempts": len(attempts),
@@ -271,7 +272,8 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
     region = _distance(inside, spacing) <= margin
     regions = job.request.region or regions_present(ids_in(seen.array)) or regions_present(ids_in(labels.array))
     changed = [one.array[part.box][part.inside] for one in (job.labels, labels)]
-    kinds = [kind_of(id).name for id in TUMORS if any((ids == id).any() for ids in changed)]
+    kinds = {kind_of(id).name for id in TUMORS if any((ids == id).any() for ids in changed)}
+    painting = job.painting(kinds)
     inner = Job(
         request=job.request,
         conditions=Conditions(spacing, regions, job.request.modality),
@@ -280,7 +282,8 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
         labels=seen,
         steps=job.steps,
         solver=job.solver,
-        mask_guidance=max((job.mask_guidance.get(kind, 0.0) for kind in kinds), default=0.0),
+        mask_guidance=painting.mask_guidance,
+        temperature=painting.temperature,
     )
     return Crop(inner, image, region)
 
@@ -323,7 +326,7 @@ def _paint_crop(model: Model, crop: Crop, seed: int, guidance: float, progress: 
     paint = F.adaptive_max_pool3d(region, tuple(noise.shape[2:])).to(model.device)
 
     def put_back(x: Tensor, times: Tensor) -> Tensor:
-        there, _ = model.process.perturb(known, noise, times)
+        there, _ = model.process.perturb(known, crop.job.temperature * noise, times)
         return paint * x + (1 - paint) * there
 
     latent = sample(
@@ -333,6 +336,7 @@ def _paint_crop(model: Model, crop: Crop, seed: int, guidance: float, progress: 
         steps=crop.job.steps,
         solver=crop.job.solver,
         generators=[generator],
+        temperature=crop.job.temperature,
         progress=lambda done, steps: progress("denoise", done, steps),
         after_step=put_back,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from maisi.generation.masks import read_mask
 from maisi.io.nifti import read_volume
 from maisi.request import Request
 from maisi.volume import Volume
-from maisi.weights.registry import ModelConfig
+from maisi.weights.registry import KindPainting, ModelConfig
 
 UNUSED = (
     *("keep", "anatomy_size", "structure", "library", "size", "spacing", "fov"),
-    *("mask_guidance", "self_guidance", "temperature", "strengthen"),
+    *("mask_guidance", "self_guidance", "strengthen"),
 )
 """Attributes of a request that say nothing about tumours in a CT."""
 
@@ -39,7 +39,7 @@ class InpaintJob:
         labels: its label map (uint8) on the same grid.
         steps: denoising steps.
         solver: name of the solver.
-        mask_guidance: kind of tumour -> that by the labels where such are painted or taken out; 0 for others.
+        kinds: kind of tumour -> how such are painted or taken out, where that is not as usual.
         notes: sentences for the user.
         ranges: what the request says that tumours are judged by, or None.
         custom_labels: names of the own classes of the labels, id -> name.
@@ -50,7 +50,7 @@ class InpaintJob:
     labels: Volume
     steps: int
     solver: str
-    mask_guidance: Mapping[str, float] = field(default_factory=dict)
+    kinds: Mapping[str, KindPainting] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     ranges: QualityRanges | None = None
     custom_labels: Mapping[int, str] = field(default_factory=dict)
@@ -59,6 +59,14 @@ class InpaintJob:
     def removal(self) -> bool:
         """Whether tumours are taken out rather than put in."""
         return self.request.removal
+
+    def painting(self, kinds: Iterable[str]) -> KindPainting:
+        """How tumours of these kinds are painted together: as that which needs most; the request has the last word."""
+        each = [self.kinds.get(kind, KindPainting()) for kind in kinds] or [KindPainting()]
+        return KindPainting(
+            mask_guidance=max(one.mask_guidance for one in each),
+            temperature=self.request.temperature or max(one.temperature for one in each),
+        )
 
 
 def make_inpaint_job(
@@ -117,8 +125,8 @@ def make_inpaint_job(
     steps = request.steps or model.usual_inpaint_steps()
     solver = request.solver or model.usual_solver(masked=True)
     ranges = None if request.ranges is None else read_ranges(request.ranges)
-    guidance = model.inpaint_mask_guidance
-    return InpaintJob(request, ct, mask, steps, solver, guidance, tuple(notes), ranges, model.custom_labels)
+    kinds = model.inpaint_kinds
+    return InpaintJob(request, ct, mask, steps, solver, kinds, tuple(notes), ranges, model.custom_labels)
 
 
 def _image(request: Request, image: Volume | None) -> Volume:

@@ -86,7 +86,7 @@ def count_attempts(progress: Callable[[str, int, int], None]) -> Iterator[Callab
 def _next(attempts: Sequence[_Judged], halving: bool, fixed: Collection[int]) -> Setting:
     """What another attempt is to be made with."""
     last = attempts[-1]
-    setting = last.contrasts.next(last.setting)
+    setting = last.contrasts.next(last.setting, [(made.contrasts, made.setting) for made in attempts[:-1]])
     strengths = corrected(attempts, fixed)
     if strengths is not None:
         # other noise only where a tumour asks for it

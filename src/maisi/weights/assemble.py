@@ -17,7 +17,7 @@ from maisi.networks.autoencoder import AutoencoderConfig
 from maisi.networks.controlnet import ControlNetConfig
 from maisi.networks.unet import TrunkConfig, UNetConfig
 from maisi.weights.load import CUSTOM_LABELS_KEY, NetworkHeader, load_network, read_header, save_network
-from maisi.weights.registry import PARTS, FieldOfView, MaskModel, ModelConfig, Part, network_of
+from maisi.weights.registry import PARTS, FieldOfView, KindPainting, MaskModel, ModelConfig, Part, network_of
 from maisi.weights.storage import Storage
 
 DEFAULT_STEPS = {"rectified_flow": (30, "euler"), "ddpm": (50, "dpm++")}
@@ -46,7 +46,7 @@ def assemble(
     self_guidance: float = 0.0,
     mask_self_guidance: float = 0.0,
     mask_temperature: float = 1.0,
-    inpaint_mask_guidance: Mapping[str, float] | None = None,
+    inpaint_kinds: Mapping[str, KindPainting] | None = None,
     strengthen: Mapping[str, float] | None = None,
     storage: Storage | None = None,
     crop_spacing_mm: tuple[float, float] | None = None,
@@ -71,7 +71,7 @@ def assemble(
         self_guidance: default strength of guidance without them.
         mask_self_guidance: the same with them.
         mask_temperature: default standard deviation of the noise with them.
-        inpaint_mask_guidance: kind of tumour -> strength of labels in inpainting.
+        inpaint_kinds: kind of tumour -> how such are inpainted.
         strengthen: default strengths of single structures of them.
         storage: how to store the weights; None for what the files have.
         crop_spacing_mm: finest and coarsest voxel at which the model inpaints.
@@ -118,7 +118,7 @@ def assemble(
             "self_guidance": self_guidance,
             "mask_self_guidance": mask_self_guidance,
             "mask_temperature": mask_temperature,
-            "inpaint_mask_guidance": inpaint_mask_guidance or {},
+            "inpaint_kinds": {kind: how.model_dump() for kind, how in (inpaint_kinds or {}).items()},
             "strengthen": strengthen or {},
             "ranges": None if ranges is None else RANGES,
             "library": None if library is None else LIBRARY,

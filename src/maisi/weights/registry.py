@@ -6,7 +6,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -74,6 +74,20 @@ class MaskModel(Config):
         return plain_name(value)
 
 
+class KindPainting(Config):
+    """How a model inpaints tumours of one kind, and healthy tissue in their place.
+
+    Attributes:
+        mask_guidance: guidance by the labels. Below 0 it goes back to what the U-Net makes of what is around: a
+            ControlNet may hardly know a host.
+        temperature: standard deviation of the noise: below 1 tissue is smoother, which U-Nets that know little of an
+            organ make of it what they know.
+    """
+
+    mask_guidance: float = Field(default=0.0, ge=-1, le=100)
+    temperature: float = Field(default=1.0, gt=0, le=2)
+
+
 class ModelConfig(Config):
     """The content of `model.json`.
 
@@ -99,8 +113,7 @@ class ModelConfig(Config):
         self_guidance: of generation without a mask, unless the request says otherwise; see `Request`.
         mask_self_guidance: the same from a mask.
         mask_temperature: of generation from a mask, unless the request says otherwise; see `Request`. 1 without a mask.
-        inpaint_mask_guidance: kind of tumour -> guidance by the labels where such are painted or taken out; 0 for
-            others. Below 0 it goes back to what the U-Net makes of what is around: a ControlNet may hardly know a host.
+        inpaint_kinds: kind of tumour -> how such are painted or taken out, where that is not as usual.
         strengthen: structures of a mask, unless the request says otherwise of them; see `Request`.
         card: file name of the model card.
         masks: the networks that make label maps; None for a model without.
@@ -130,7 +143,7 @@ class ModelConfig(Config):
     self_guidance: NonNegativeFloat = 0.0
     mask_self_guidance: NonNegativeFloat = 0.0
     mask_temperature: PositiveFloat = 1.0
-    inpaint_mask_guidance: dict[str, Annotated[float, Field(ge=-1, le=100)]] = Field(default={})
+    inpaint_kinds: dict[str, KindPainting] = Field(default={})
     strengthen: dict[str, PositiveFloat] = Field(default={})
     card: str = "MODEL_CARD.md"
     masks: MaskModel | None = None
@@ -142,9 +155,9 @@ class ModelConfig(Config):
     def _plain_name(cls, value: str | None) -> str | None:
         return None if value is None else plain_name(value)
 
-    @field_validator("inpaint_mask_guidance")
+    @field_validator("inpaint_kinds")
     @classmethod
-    def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
+    def _known_kinds(cls, value: dict[str, KindPainting]) -> dict[str, KindPainting]:
         unknown = [name for name in value if name not in KINDS]
         if unknown:
             raise ValueError(f"'{unknown[0]}' is no kind of tumour; these are: {', '.join(KINDS)}")
