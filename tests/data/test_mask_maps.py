@@ -63,6 +63,11 @@ def test_a_case_on_the_grid(tmp_path: Path) -> None:
     blocks = labels.array.reshape(24, 2, 16, 2, 24, 2).transpose(0, 2, 4, 1, 3, 5).reshape(24, 16, 24, 8)
     assert (blocks == made[..., None]).any(-1).all()
     assert "chest" in maps[0].regions
+    bent, again = (MaskMaps(config.model_copy(update={"bent": True}), tmp_path, "train", 0) for _ in range(2))
+    assert np.array_equal(bent[0].labels, made)
+    assert np.array_equal(bent[1].labels, again[1].labels)
+    inside = (bent[1].labels > 0, maps[1].labels > 0)
+    assert 0.8 < 2 * (inside[0] & inside[1]).sum() / (inside[0].sum() + inside[1].sum()) < 1
 
 
 def test_only_heads_are_mirrored() -> None:

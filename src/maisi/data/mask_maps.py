@@ -17,6 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from maisi.config import Config
 from maisi.data.anatomy_sizes import SIZED
+from maisi.data.mask_deform import DeformationRanges, deform, draw_deformation
 from maisi.data.phantom import REGION_SPAN_MM, phantom_labels
 from maisi.data.prepared import PreparedCase, PreparedFolder, Split
 from maisi.data.preprocess import resample_to_grid
@@ -42,6 +43,7 @@ class MaskMapsConfig(Config):
         size: voxels; a multiple of the compression times the mask U-Net's factor.
         spacing_mm: of the voxels.
         views: boxes drawn from each prepared case, at places of their own where the case is larger than the box.
+        bent: whether the views of a training case after its first are of the case bent, each otherwise.
         phantoms: how many bodies of simple shapes are trained on, beside the cases or alone.
         validation_phantoms: how many more are kept out.
         phantom_regions: what phantoms show, each kind equally often; the box is centred on it.
@@ -52,6 +54,7 @@ class MaskMapsConfig(Config):
     size: tuple[PositiveInt, PositiveInt, PositiveInt] = (256, 256, 256)
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.5, 1.5, 1.5)
     views: PositiveInt = 1
+    bent: bool = False
     phantoms: int = Field(default=0, ge=0, lt=VALIDATION_SEED)
     validation_phantoms: int = Field(default=8, ge=1)
     phantom_regions: tuple[tuple[str, ...], ...] = (("head-neck",), ("chest",), ("abdomen",), ("lower-body",))
@@ -117,6 +120,9 @@ class MaskMaps:
     def _box(self, case: PreparedCase, copy: int) -> MaskMap:
         assert self.folder is not None
         whole = Volume(np.asarray(self.folder.labels(case)), np.array(case.affine))
+        if self.config.bent and copy:
+            rng = np.random.default_rng([self.seed, copy, *case.id.encode(), 1])
+            whole = deform(whole, draw_deformation(rng, DeformationRanges(), whole))
         plan = self._plan(case, copy, whole)
         like = Volume(np.broadcast_to(np.uint8(0), self.config.size), plan.grid)
         labels = resample_to_grid(whole, like, order=0, fill=0).array
