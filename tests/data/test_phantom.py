@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from maisi.anatomy import ANY_BONE, BODY, KNOWN_IDS, LUNGS, REGION_MARKERS, REGIONS, label_id
 from maisi.data.phantom import phantom
@@ -62,6 +63,17 @@ def test_left_is_left_and_up_is_up() -> None:
     assert centre_of(labels, "sternum")[1] > centre_of(labels, "heart")[1] > centre_of(labels, "spinal cord")[1]
     spine = [centre_of(labels, f"vertebrae {name}")[2] for name in ("C3", "T1", "T12", "L1", "L5")]
     assert spine == sorted(spine, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_liver_and_spleen_lie_within_the_ribs(seed: int) -> None:
+    """None of them is nearer to the skin, in its slice, than nearly all that there is of ribs."""
+    labels = phantom((100, 70, 44), (4, 4, 6), ("chest", "abdomen"), seed)[1].array
+    slices = [ndimage.distance_transform_edt(labels[:, :, z] > 0, sampling=4) for z in range(labels.shape[2])]
+    depth = np.stack(slices, axis=-1)
+    ribs = np.isin(labels, [label_id(f"{side} rib {n}") for side in ("left", "right") for n in range(1, 13)])
+    for organ in ("liver", "spleen"):
+        assert depth[labels == label_id(organ)].min() > np.percentile(depth[ribs], 2)
 
 
 def test_the_same_seed_gives_the_same_body_and_another_a_different_one() -> None:

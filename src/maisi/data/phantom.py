@@ -193,6 +193,8 @@ class _Canvas:
         depth = (1 - level ** (1 / power)) * min(rx, ry, rz)
         if "above" in shape:
             depth = np.where(self.grid(box)[2] > shape["above"] * self.build.scale[2], depth, -1)
+        if "within" in shape:
+            depth = np.where(_profile(self, shape["within"], box) < 1, depth, -1)
         self._fill(shape, box, depth, min(rx, ry, rz))
 
     def tube(self, shape: Mapping[str, Any], points: Sequence[Point], radii: Sequence[float]) -> None:
