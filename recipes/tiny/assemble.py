@@ -60,6 +60,7 @@ def main(networks: Sequence[Path], ranges: Path, library: Path | None, folder: P
         self_guidance=1.0,
         mask_self_guidance=0.5,
         mask_temperature=0.85,
+        maps_temperature=0.7,
         # the ControlNet makes the middle of what it paints into soft organs bone, of which it knows one patient's
         inpaint_kinds=dict.fromkeys(
             ("liver", "pancreas", "kidney", "colon"), KindPainting(mask_guidance=-0.8, temperature=0.5)

@@ -147,6 +147,21 @@ def test_the_sizes_reach_the_network(folder: Path) -> None:
     assert told[0]["spacing"].tolist() == [[800, 900, 1000]]
 
 
+def test_the_temperature_is_the_models_unless_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = find_model(folder)
+    wishes = {"region": "abdomen", "steps": 2}
+    told, usual = (make_order(Request.parse(**wishes, **more), {}, model) for more in ({"temperature": 0.5}, {}))
+    calm = replace(usual, masks=usual.masks.model_copy(update={"temperature": 0.5}))
+    generator = MaskGenerator(model, "cpu", "fp32")
+    generator.prepare(usual)
+    made = [generator._latent(order, order.sizes(0), 0, lambda *_: None) for order in (told, calm, usual)]
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **kinds: 0.5 * draw(*size, **kinds))
+    assert torch.equal(generator._latent(usual, usual.sizes(0), 0, lambda *_: None), made[0])
+
+
 def test_what_is_decoded_is_unscaled_and_cleaned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = make_order(Request.parse(region="abdomen", steps=2), {1: 0.6}, find_model(folder))
     generator = MaskGenerator(find_model(folder), "cpu", "fp32")

@@ -84,6 +84,11 @@ class MaskOrder:
         """Name of the solver."""
         return self.request.solver or self.masks.solver
 
+    @property
+    def temperature(self) -> float:
+        """Standard deviation of the noise."""
+        return self.request.temperature or self.masks.temperature
+
     def sizes(self, number: int) -> Sizes:
         """The ten sizes of an item: what was asked for, and what suits it."""
         rng = np.random.default_rng([item_seed(self.request.seed, number), 1])
@@ -274,6 +279,7 @@ class MaskGenerator:
                 "spacing_mm": list(finished.spacing_mm),
                 "steps": order.steps,
                 "solver": order.solver,
+                "temperature": order.temperature,
                 "device": str(self.device),
                 "precision": str(self.dtype).removeprefix("torch."),
                 "notes": list(order.notes),
@@ -312,6 +318,7 @@ class MaskGenerator:
             noise.to(self.device),
             steps=order.steps,
             solver=order.solver,
+            temperature=order.temperature,
             generators=[generator],
             progress=lambda done, steps: report("denoise", done, steps),
         )

@@ -46,6 +46,7 @@ def assemble(
     self_guidance: float = 0.0,
     mask_self_guidance: float = 0.0,
     mask_temperature: float = 1.0,
+    maps_temperature: float = 1.0,
     inpaint_kinds: Mapping[str, KindPainting] | None = None,
     strengthen: Mapping[str, float] | None = None,
     storage: Storage | None = None,
@@ -71,6 +72,7 @@ def assemble(
         self_guidance: default strength of guidance without them.
         mask_self_guidance: the same with them.
         mask_temperature: default standard deviation of the noise with them.
+        maps_temperature: the same where label maps are made.
         inpaint_kinds: kind of tumour -> how such are inpainted.
         strengthen: default strengths of single structures of them.
         storage: how to store the weights; None for what the files have.
@@ -89,7 +91,7 @@ def assemble(
     scale_factor = _scale_factor(headers["unet"], files["unet"])
     process = process_of(headers["unet"])
     usual_steps, usual_solver = DEFAULT_STEPS[process["kind"]]
-    masks = _mask_model(headers["mask_unet"], files["mask_unet"]) if "mask_unet" in files else None
+    masks = _mask_model(headers["mask_unet"], files["mask_unet"], maps_temperature) if "mask_unet" in files else None
     with new_folder(folder) as part_folder:
         for part, path in files.items():
             _store(path, headers[part], part_folder / f"{part}.safetensors", storage)
@@ -211,7 +213,7 @@ def _scale_factor(unet: NetworkHeader, path: Path) -> float:
     return unet.scale_factor
 
 
-def _mask_model(unet: NetworkHeader, path: Path) -> MaskModel:
+def _mask_model(unet: NetworkHeader, path: Path, temperature: float) -> MaskModel:
     process = process_of(unet)
     steps, solver = DEFAULT_STEPS[process["kind"]]
     return MaskModel(
@@ -221,6 +223,7 @@ def _mask_model(unet: NetworkHeader, path: Path) -> MaskModel:
         process=process,
         default_steps=steps,
         solver=solver,
+        temperature=temperature,
     )
 
 

@@ -59,6 +59,7 @@ class MaskModel(Config):
         process: the diffusion process, as `diffusion` reads it.
         default_steps: sampling steps unless told otherwise.
         solver: sampling method unless told otherwise.
+        temperature: standard deviation of the noise unless told otherwise; see `Request`.
     """
 
     autoencoder: str
@@ -67,6 +68,7 @@ class MaskModel(Config):
     process: dict[str, Any]
     default_steps: PositiveInt
     solver: str
+    temperature: PositiveFloat = 1.0
 
     @field_validator("autoencoder", "unet")
     @classmethod
@@ -80,8 +82,8 @@ class KindPainting(Config):
     Attributes:
         mask_guidance: guidance by the labels. Below 0 it goes back to what the U-Net makes of what is around: a
             ControlNet may hardly know a host.
-        temperature: standard deviation of the noise: below 1 tissue is smoother, which U-Nets that know little of an
-            organ make of it what they know.
+        temperature: standard deviation of the noise. Below 1 tissue is smoother: a U-Net that knows little of an organ
+            makes other things of strong noise.
     """
 
     mask_guidance: float = Field(default=0.0, ge=-1, le=100)
