@@ -20,7 +20,7 @@ def report(other: bool = False, **medians: float) -> QualityReport:
 
 
 @settings(deadline=None, max_examples=300)
-@given(value=st.floats(-200, 200), slope=st.floats(5, 80), sign=st.sampled_from([1, -1]), twist=st.floats(-0.1, 0.1))
+@given(value=st.floats(-400, 400), slope=st.floats(5, 200), sign=st.sampled_from([1, -1]), twist=st.floats(-0.1, 0.1))
 def test_two_steps_bring_a_density_into_its_range(value: float, slope: float, sign: int, twist: float) -> None:
     """Whatever a unit of strength does, if it is about in proportion and enough of it may be given."""
 

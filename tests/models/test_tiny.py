@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from maisi.anatomy import label_id
-from maisi.data.label_maps import label_table
+from maisi.data.label_maps import apply_map, label_table
 from maisi.data.quality import carried_ranges
 from maisi.generation.inpaint import inpaint
 from maisi.generation.pipeline import load
@@ -56,10 +56,7 @@ def trunk(real_data: Path) -> tuple[Volume, Volume]:
     """A real abdomen and its label map; training has seen it, and no other with organs."""
     folder = real_data / "totalsegmentator"
     ct, theirs = read_volume(folder / "abdomen_pelvis_ct.nii.gz"), read_labels(folder / "abdomen_pelvis_labels.nii.gz")
-    to = np.zeros(256, np.uint8)
-    for their, ours in label_table("totalsegmentator").items():
-        to[their] = ours
-    named = to[theirs.array.astype(np.uint8)]
+    named = apply_map(theirs.array, label_table("totalsegmentator"))
     return ct, theirs.with_array(np.where(named, named, np.where(ct.array > -300, np.uint8(200), np.uint8(0))))
 
 

@@ -22,6 +22,7 @@ from maisi.cli.options import (
     running_options,
     say_items,
     set_up_memory,
+    temperature_option,
 )
 from maisi.errors import MaisiError
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, default=0.0, show_default=True, help="Strength of guidance; 0 is off.")
 @click.option("--mask-guidance", type=float, help="Strengthens the label map; 0 is off.  [default: the model's]")
 @click.option("--self-guidance", type=float, help="Sharpens; 0 is off.  [default: the model's]")
-@click.option("--temperature", type=float, help="Of the noise; below 1 smoother, more alike.  [default: the model's]")
+@temperature_option
 @click.option("--strengthen", multiple=True, metavar="NAME=NUMBER", help="A structure of the mask, such as mandible=2.")
 @click.option("--fov", default="given", show_default=True, help="given, or auto: size and spacing from the regions.")
 @click.option("--retries", type=int, default=2, show_default=True, help="With a mask: made again if it fails checks.")
@@ -109,7 +110,7 @@ def generate(
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--solver", help="Solver of the denoising.  [default: the model's]")
 @click.option("--guidance", type=float, default=0.0, show_default=True, help="Strengthens the tumour; 0 is off.")
-@click.option("--temperature", type=float, help="Of the noise; below 1 smoother, more alike.  [default: the model's]")
+@temperature_option
 @click.option("--retries", type=int, default=2, show_default=True, help="Further attempts at a tumour too faint.")
 @ranges_option
 @running_options

@@ -15,6 +15,7 @@ from maisi.cli.options import (
     running_options,
     say_items,
     set_up_memory,
+    temperature_option,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--model", default="tiny", show_default=True, help="A model with mask networks: name or folder.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--solver", help="Solver of the denoising.  [default: the model's]")
-@click.option("--temperature", type=float, help="Of the noise; below 1 smoother, more alike.  [default: the model's]")
+@temperature_option
 @running_options
 @click.option("--memory", metavar="AMOUNT", help="What the process may use, such as 6GiB.  [default: all that is free]")
 @output_option("Folder to make, with a folder 0000, 0001, ... for each item. An interrupted one is gone on with.")

@@ -69,6 +69,12 @@ def ranges_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--ranges", type=FILE, help=help)(command)
 
 
+def temperature_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--temperature` of what is denoised."""
+    help = "Of the noise; below 1 smoother, more alike.  [default: the model's]"
+    return click.option("--temperature", type=float, help=help)(command)
+
+
 def items_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say which items are made."""
     help = "Number of the first item."

@@ -271,9 +271,8 @@ def make_crop(model: Model, job: InpaintJob, labels: Volume, part: Part, margin:
     seen, inside = _with_small(labels, part, seen, inside)
     region = _distance(inside, spacing) <= margin
     regions = job.request.region or regions_present(ids_in(seen.array)) or regions_present(ids_in(labels.array))
-    changed = [one.array[part.box][part.inside] for one in (job.labels, labels)]
-    kinds = {kind_of(id).name for id in TUMORS if any((ids == id).any() for ids in changed)}
-    painting = job.painting(kinds)
+    changed = np.concatenate([one.array[part.box][part.inside] for one in (job.labels, labels)])
+    painting = job.painting(kind_of(id).name for id in TUMORS.keys() & set(ids_in(changed)))
     inner = Job(
         request=job.request,
         conditions=Conditions(spacing, regions, job.request.modality),

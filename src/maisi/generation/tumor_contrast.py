@@ -84,22 +84,25 @@ class Contrasts:
             made_with: what the attempt was made with.
             before: earlier attempts with what they were made with, the latest last.
         """
-        low, high = GUIDANCE_RANGE
         if self.ratio == 1:
             return replace(made_with, noise=made_with.noise + 1)
+        guidance = self._by_line(made_with, before)
+        if guidance is not None and guidance != made_with.guidance:
+            return replace(made_with, guidance=guidance)
+        if self.ratio == 0:
+            guidance = _within_range(made_with.guidance + STRONGER)
+            return replace(made_with, guidance=guidance, noise=made_with.noise + 1)
+        beside = 1 + made_with.mask_guidance
+        guidance = _within_range((beside + made_with.guidance) * min(self.ratio, MOST_AT_ONCE) - beside)
+        return replace(made_with, guidance=guidance, noise=made_with.noise + (guidance == made_with.guidance))
+
+    def _by_line(self, made_with: Setting, before: Sequence[tuple[Contrasts, Setting]]) -> float | None:
+        """The guidance that is usual by the latest attempt that differs in its guidance alone; None without one."""
         for other, setting in reversed(before):
             apart = made_with.guidance - setting.guidance
             if apart and self.off_hu != other.off_hu and replace(setting, guidance=made_with.guidance) == made_with:
-                guidance = made_with.guidance - self.off_hu * apart / (self.off_hu - other.off_hu)
-                guidance = min(max(guidance, low), high)
-                if guidance != made_with.guidance:
-                    return replace(made_with, guidance=guidance)
-                break
-        if self.ratio == 0:
-            return replace(made_with, guidance=min(made_with.guidance + STRONGER, high), noise=made_with.noise + 1)
-        beside = 1 + made_with.mask_guidance
-        guidance = min(max((beside + made_with.guidance) * min(self.ratio, MOST_AT_ONCE) - beside, low), high)
-        return replace(made_with, guidance=guidance, noise=made_with.noise + (guidance == made_with.guidance))
+                return _within_range(made_with.guidance - self.off_hu * apart / (self.off_hu - other.off_hu))
+        return None
 
     def as_details(self, made_with: Setting) -> dict[str, object]:
         """For an item's record; nothing where there are no tumours."""
@@ -110,3 +113,8 @@ class Contrasts:
             "contrast_as_usual": self.shortfall == 0,
             "guidance": made_with.guidance,
         }
+
+
+def _within_range(guidance: float) -> float:
+    low, high = GUIDANCE_RANGE
+    return min(max(guidance, low), high)
